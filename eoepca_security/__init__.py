@@ -1,0 +1,1 @@
+"""OIDC tokens for callers, verified claims for services."""

@@ -1,0 +1,1 @@
+"""The proxy: everything that knows mitmproxy."""
