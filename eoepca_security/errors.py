@@ -1,0 +1,58 @@
+"""What can go wrong, as one small tree.
+
+::
+
+    SecurityError
+    ├── SettingsError          a setting is wrong, missing or contradictory
+    └── TokenError             there is no access token to give; has a `code` of the public interface
+        ├── IssuerUnavailable      the issuer did not answer, or not sensibly; trying again may help
+        ├── CredentialsRejected    the issuer answered "no"; a person has to act
+        └── TokenInvalid           the issuer gave a token that must not be used
+
+Messages name the remedy and never contain a token or a secret.
+"""
+
+from typing import ClassVar
+
+
+class SecurityError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class SettingsError(SecurityError):
+    """One or more settings are wrong; `problems` has a line for each."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class TokenError(SecurityError):
+    """There is no usable access token, for the reason that the subclass names."""
+
+    code: ClassVar[str]
+
+
+class IssuerUnavailable(TokenError):
+    """The issuer is unreachable, slow, failing, or not speaking its protocol.
+
+    `retry_after` is what the issuer asked for, in seconds, or None.
+    """
+
+    code = "issuer_unavailable"
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class CredentialsRejected(TokenError):
+    """The issuer refused the refresh token or the client (RFC 6749 §5.2)."""
+
+    code = "credentials_rejected"
+
+
+class TokenInvalid(TokenError):
+    """A token fails a check: shape, signature, issuer, audience or time."""
+
+    code = "token_invalid"

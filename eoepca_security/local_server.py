@@ -1,0 +1,80 @@
+"""A small HTTP server on a free loopback port, in a thread: for the embedded issuer, the demo and tests."""
+
+import json
+import threading
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any, Self
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A request handler that keeps connections alive, writes no log, and answers with JSON."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 30  # seconds that an idle connection is kept
+    disable_nagle_algorithm = True
+
+    def respond(self) -> None:
+        """Answer the request, whatever its method."""
+        raise NotImplementedError
+
+    def __getattr__(self, name: str) -> Any:
+        # The base class looks for a do_<METHOD>.
+        if name.startswith("do_"):
+            return self.respond
+        raise AttributeError(name)
+
+    def log_message(self, *_: object) -> None:
+        """Write nothing: what asks is on the same machine and tells its own story."""
+
+    def read_body(self) -> bytes:
+        """Return the request's body, of at most 1 MiB."""
+        return self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 1024 * 1024))
+
+    def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
+        """Send `body`, as it is when it is bytes and as JSON otherwise."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing when a client goes away in the middle."""
+
+
+class LocalServer:
+    """Serves a handler class while its `with` block lasts."""
+
+    def __init__(self, handler: type[Handler], port: int = 0) -> None:
+        self._server = _Quiet(("127.0.0.1", port), handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The port that was free."""
+        return self._server.server_port
+
+    @property
+    def url(self) -> str:
+        """The server's URL, without a slash at its end."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.shutdown()
+        self._server.server_close()

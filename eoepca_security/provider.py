@@ -1,0 +1,163 @@
+"""All I/O with the issuer: discovery, keys and the token endpoint, with their caches.
+
+Everything here blocks and may be called from several threads; nothing here decides *when* to get a token.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Generic, TypeVar
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
+from eoepca_security.protocol import (
+    Client,
+    ProviderMetadata,
+    TokenResponse,
+    build_token_request,
+    discovery_url,
+    printable,
+    read_metadata,
+    read_token_response,
+)
+from eoepca_security.strict_json import parse_object
+from eoepca_security.transport import Answer, Transport
+from eoepca_security.verify import Header, Policy, SigningKey, read_header, read_keys, select_key, verify
+
+DISCOVERY_TIMEOUT: Final = 5.0
+TOKEN_TIMEOUT: Final = 10.0
+"""Seconds that one exchange may take as a whole. A token endpoint may have to ask a directory first."""
+
+METADATA_LIFETIME: Final = 3600.0
+KEYS_LIFETIME: Final = 300.0
+"""Seconds after which a cached document is asked for again; the old one serves on while the issuer does not answer."""
+
+RETRY_INTERVAL: Final = 30.0
+"""Seconds between two attempts to renew a cached document, so that neither an issuer that is down nor tokens with
+unknown keys make us hammer."""
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class Provider:
+    """One issuer as one client sees it.
+
+    `issuer_url` is the issuer or its discovery document. `allow_http` accepts plain http beyond loopback, which gives
+    tokens and secrets to everyone on the way. `now` is epoch seconds.
+    """
+
+    def __init__(
+        self,
+        issuer_url: str,
+        client: Client,
+        transport: Transport,
+        *,
+        scope: str | None = None,
+        allow_http: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._discovery_url = discovery_url(issuer_url)
+        self._client = client
+        self._transport = transport
+        self._scope = scope
+        self._allow_http = allow_http
+        self._now = now
+        self._metadata = _Cached(METADATA_LIFETIME, now, self._fetch_metadata)
+        self._keys = _Cached(KEYS_LIFETIME, now, self._fetch_keys)
+
+    def metadata(self) -> ProviderMetadata:
+        """Return the issuer's discovery document; raises IssuerUnavailable."""
+        return self._metadata.get()
+
+    def request_token(self, refresh_token: str | None) -> TokenResponse:
+        """Get an access token with `refresh_token`, or with the client's own credentials when it is None.
+
+        Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
+        """
+        request = build_token_request(
+            self._client, self.metadata(), now=self._now(), refresh_token=refresh_token, scope=self._scope
+        )
+        answer = self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
+        try:
+            return read_token_response(answer.status, answer.body, retry_after=_retry_after(answer))
+        except (CredentialsRejected, IssuerUnavailable) as error:
+            # An issuer may repeat in its error what it was sent.
+            message = str(error)
+            for secret in filter(None, (refresh_token, self._client.secret)):
+                message = message.replace(secret, "…")
+            error.args = (message,)
+            raise
+
+    def verify(self, token: str, audience: str) -> Mapping[str, Any]:
+        """Return the verified claims of an access token for `audience`; raises TokenInvalid or IssuerUnavailable."""
+        header = read_header(token)
+        key = self._key(header)
+        return verify(token, key, Policy(self.metadata().issuer, audience), now=self._now())
+
+    def _key(self, header: Header) -> SigningKey:
+        key = select_key(self._keys.get(), header)
+        if key is None:
+            key = select_key(self._keys.get(max_age=RETRY_INTERVAL), header)
+        if key is None:
+            raise TokenInvalid("no key of the issuer fits the token")
+        return key
+
+    def _fetch_metadata(self) -> ProviderMetadata:
+        answer = self._transport.get(self._discovery_url, timeout=DISCOVERY_TIMEOUT)
+        try:
+            return read_metadata(answer.status, answer.body, url=self._discovery_url, allow_http=self._allow_http)
+        except IssuerUnavailable as error:
+            error.retry_after = _retry_after(answer)
+            raise
+
+    def _fetch_keys(self) -> tuple[SigningKey, ...]:
+        url = self.metadata().jwks_uri
+        if url is None:
+            raise IssuerUnavailable(
+                "the issuer's discovery document names no jwks_uri, so its tokens cannot be verified"
+            )
+        answer = self._transport.get(url, timeout=DISCOVERY_TIMEOUT)
+        try:
+            document = parse_object(answer.body)
+        except ValueError:
+            document = {}
+        if answer.status != 200 or "keys" not in document:
+            raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with a set of keys")
+        return read_keys(document)
+
+
+class _Cached(Generic[T]):
+    """A document that is fetched when it is first needed and again when it is old; one fetch at a time."""
+
+    def __init__(self, lifetime: float, now: Callable[[], float], fetch: Callable[[], T]) -> None:
+        self._lifetime = lifetime
+        self._now = now
+        self._fetch = fetch
+        self._lock = threading.Lock()
+        self._value: T | None = None
+        self._fetched_at = 0.0
+        self._attempted_at = 0.0
+
+    def get(self, *, max_age: float | None = None) -> T:
+        """Return the document, not older than `max_age` seconds (its usual lifetime) if that can be had."""
+        with self._lock:
+            now = self._now()
+            if self._value is None:
+                self._value = self._fetch()
+                self._fetched_at = self._attempted_at = now
+            elif now - self._fetched_at >= (max_age or self._lifetime) and now - self._attempted_at >= RETRY_INTERVAL:
+                self._attempted_at = now
+                try:
+                    self._value = self._fetch()
+                    self._fetched_at = now
+                except IssuerUnavailable as error:
+                    logger.info("using the issuer's earlier answer: %s", error)
+            return self._value
+
+
+def _retry_after(answer: Answer) -> float | None:
+    """Read Retry-After (RFC 9110 §10.2.3) in its form of seconds; the form of a date is not worth trusting clocks."""
+    value = answer.headers.get("Retry-After", "")
+    return float(value) if value.isascii() and value.isdigit() else None

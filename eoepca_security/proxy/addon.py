@@ -1,0 +1,219 @@
+"""The mitmproxy add-on: options -> TokenSource -> Authorization header.
+
+A hook that raises forwards the request as it is, and one that hangs hangs the client; so every hook that decides about
+a request stands inside one `try`, and waits with a bound.
+"""
+
+import asyncio
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from mitmproxy import ctx
+from mitmproxy.addonmanager import Loader
+from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.exceptions import OptionsError
+from mitmproxy.http import HTTPFlow
+from mitmproxy.log import ALERT
+from mitmproxy.proxy.mode_specs import ProxyMode, ReverseMode
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
+from eoepca_security.protocol import printable
+from eoepca_security.proxy import problem
+from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.wiring import make_source
+from eoepca_security.source import AccessToken, TokenSource
+from eoepca_security.verify import unverified_claims
+
+MAX_UNANSWERED_BODY: Final = 1024 * 1024
+"""Longest request body, in bytes, that is read only to answer with an error; mitmproxy answers after it, not before."""
+
+# mitmproxy's own options that would undo what this add-on is for.
+_REFUSED_OPTIONS: Final = {
+    "allow_hosts": "connections to other hosts would bypass the add-on",
+    "ignore_hosts": "connections to these hosts would bypass the add-on",
+    "map_remote": "it would carry the token elsewhere",
+    "proxy_debug": "it would show the token",
+    "stickyauth": "it would overwrite the token",
+    "stream_large_bodies": "error answers to large requests would hang",
+    "tcp_hosts": "connections to these hosts would bypass the add-on",
+    "upstream_auth": "it would overwrite the token",
+}
+
+# And those whose defaults do not suit a proxy that adds credentials.
+_PREFERRED_OPTIONS: Final = {
+    "connection_strategy": "lazy",  # eager gives the client an empty reply when the service is down
+    "onboarding": False,  # mitm.it would be answered by mitmproxy itself
+    "rawtcp": False,  # what is not HTTP cannot carry a token
+}
+
+logger = logging.getLogger(__name__)
+
+
+class OIDCAuthProxy:
+    """Puts an access token into every request that goes to the protected service, and answers those it has none for.
+
+    `settings` come from the launcher; without them they are read from the add-on's options, the environment and `.env`.
+    `on_started` is called once with the proxy's URL and what kept the first token from coming, if anything did.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        on_started: Callable[[str, TokenError | None], None] | None = None,
+    ) -> None:
+        self._given = settings
+        self._on_started = on_started or _exit_if_rejected
+        self._settings: Settings | None = None
+        self._source: TokenSource | None = None
+        self._problems: tuple[str, ...] = ()
+        self._running = False
+
+    def load(self, loader: Loader) -> None:
+        """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
+        for variable in OPTIONS:
+            loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")
+        loader.master.options.update(**_PREFERRED_OPTIONS)
+
+    def configure(self, updated: set[str]) -> None:
+        """Read the settings anew; what is wrong ends the start, and later is refused so that the old ones stay."""
+        try:
+            _check_mitmproxy_options()
+            settings = self._given or read_settings(
+                os.environ,
+                dotenv=read_dotenv(Path.cwd()),
+                options={str(v.option): getattr(ctx.options, str(v.option)) for v in OPTIONS},
+                need_upstream=False,
+            )
+        except SettingsError as error:
+            if self._running:
+                raise OptionsError("; ".join(error.problems)) from error
+            self._problems = error.problems
+            return
+        self._problems = ()
+        # A new source would start over with the first refresh token, which may be used up.
+        if settings != self._settings:
+            self._settings, self._source = settings, make_source(settings)
+
+    def running(self) -> "asyncio.Task[None]":
+        """Begin the first refresh.
+
+        This is no coroutine function, because mitmproxy refuses those where it reloads a script that was edited.
+        """
+        self._running = True
+        return asyncio.get_running_loop().create_task(self._start())
+
+    async def requestheaders(self, flow: HTTPFlow) -> None:
+        """Authorize the request before any of it leaves."""
+        # mitmproxy calls this for requests that it has refused already, too.
+        if flow.error is None and flow.response is None:
+            await self._authorize(flow)
+
+    async def request(self, flow: HTTPFlow) -> None:
+        """Authorize again what was held back until its body was complete: the token may have ended meanwhile."""
+        if flow.error is None and flow.response is None and not flow.request.stream:
+            await self._authorize(flow)
+
+    async def _authorize(self, flow: HTTPFlow) -> None:
+        try:
+            try:
+                token = await self._token(flow)
+            except TokenError as error:
+                self._refuse(flow, error)
+            else:
+                flow.request.headers["Authorization"] = f"Bearer {token.value}"
+                if not (flow.request.is_http2 or flow.request.is_http3):
+                    # An absolute target (RFC 9112 §3.2.2) would be forwarded with the token, and names any host.
+                    flow.request.authority = ""
+        except BaseException as error:
+            # Whatever it was: without a token nothing leaves.
+            flow.kill()
+            if not isinstance(error, Exception):
+                raise
+            logger.warning("a request was dropped because of an unexpected %s", type(error).__name__)
+
+    async def _token(self, flow: HTTPFlow) -> AccessToken:
+        if self._source is None:
+            raise IssuerUnavailable("the proxy is not configured")
+        if not _is_protected(flow.client_conn.proxy_mode):
+            raise IssuerUnavailable("the proxy does not work in this mode")
+        try:
+            return await self._source.token()
+        except TokenError:
+            raise
+        except Exception as error:
+            raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
+
+    def _refuse(self, flow: HTTPFlow, error: TokenError) -> None:
+        length = flow.request.headers.get("Content-Length", "0")
+        if not length.isdigit() or int(length) > MAX_UNANSWERED_BODY:
+            flow.kill()
+            return
+        flow.response = problem.answer(error, retry_after=self._source.retry_after() if self._source else 1.0)
+
+    async def _start(self) -> None:
+        # With -s an unknown option is put aside without a word.
+        unknown = tuple(f"oidc: unknown option {name}" for name in ctx.options.deferred if name.startswith("oidc_"))
+        for line in (*self._problems, *unknown):
+            logger.error("%s", line)  # mitmproxy ends with exit code 1 when an error is logged while it starts
+        if self._problems or unknown or self._source is None or self._settings is None:
+            return
+        for line in self._settings.warnings:
+            logger.warning("%s", line)
+        listener, upstream = _addresses()
+        failure: TokenError | None = None
+        try:
+            token = await self._source.token()
+        except TokenError as error:
+            failure = error
+            logger.log(ALERT, "OIDC proxy listening at %s -> %s, without a token yet", listener, upstream)
+        else:
+            logger.log(
+                ALERT,
+                "OIDC proxy listening at %s -> %s as %s; access tokens live %d s",
+                listener,
+                upstream,
+                identity(token),
+                math.ceil(token.ends_at - token.obtained_at),
+            )
+        self._on_started(listener, failure)
+
+
+def identity(token: AccessToken) -> str:
+    """Say whose token this is, as far as it tells; for people to read, not for deciding anything."""
+    claims = unverified_claims(token.value)
+    name, subject = claims.get("preferred_username"), claims.get("sub")
+    if not isinstance(name, str):
+        return printable(subject) if isinstance(subject, str) else "someone (the token does not say)"
+    return f"{printable(name)} (sub {printable(subject)})" if isinstance(subject, str) else printable(name)
+
+
+def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:
+    if isinstance(failure, CredentialsRejected):
+        logger.error("%s: %s", failure.code, failure)
+
+
+def _is_protected(mode: ProxyMode) -> bool:
+    return isinstance(mode, ReverseMode) and mode.scheme in ("http", "https")
+
+
+def _check_mitmproxy_options() -> None:
+    problems = [
+        f"{name}: cannot be used together with the OIDC add-on, {reason}"
+        for name, reason in _REFUSED_OPTIONS.items()
+        if getattr(ctx.options, name, None)
+    ]
+    if not all(_is_protected(ProxyMode.parse(mode)) for mode in ctx.options.mode):
+        problems.append("mode: the OIDC add-on needs --mode reverse:https://service.example (or http://)")
+    if problems:
+        raise SettingsError(*problems)
+
+
+def _addresses() -> tuple[str, str]:
+    server = ctx.master.addons.get("proxyserver")
+    addresses = server.listen_addrs() if isinstance(server, Proxyserver) else []
+    host, port = addresses[0][:2] if addresses else ("nowhere", 0)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}", ctx.options.mode[0].removeprefix("reverse:")

@@ -1,0 +1,94 @@
+"""Running mitmdump in this process, with our add-on as an instance in it."""
+
+import argparse
+import contextlib
+import ssl
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from mitmproxy.options import Options
+from mitmproxy.tools import cmdline
+from mitmproxy.tools import main as mitmproxy_main
+from mitmproxy.tools.dump import DumpMaster
+
+from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
+from eoepca_security.proxy.addon import OIDCAuthProxy
+from eoepca_security.proxy.settings import CA_FILE, UPSTREAM, Settings
+from eoepca_security.transport import ca_bundle
+
+OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
+
+
+def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | None = None) -> int:
+    """Run the proxy until it is told to stop; return the exit code.
+
+    `extra` are mitmdump's own arguments. `on_started` is called in the event loop once the first refresh has ended.
+    A rejected credential ends the start with exit code 1.
+    """
+    if settings.upstream is None:
+        raise SettingsError(f"{UPSTREAM.env}: is required")
+    exit_code = 0
+
+    class Master(DumpMaster):
+        def __init__(self, options: Options) -> None:
+            super().__init__(options)
+            # At the end of the chain: whatever other add-ons do to a request, ours has the last word.
+            self.addons.add(OIDCAuthProxy(settings, self._started))
+
+        def _started(self, listener: str, failure: TokenError | None) -> None:
+            nonlocal exit_code
+            if isinstance(failure, CredentialsRejected):
+                exit_code = 1
+                print(f"{failure.code}: {failure}", file=sys.stderr)  # noqa: T201  the command's own output
+                super().shutdown()  # type: ignore[no-untyped-call]
+            elif on_started is not None:
+                on_started(self, listener, failure)
+
+    with _upstream_trust(settings) as trust_arguments:
+        arguments = [
+            *("--mode", f"reverse:{settings.upstream}"),
+            *("--listen-host", settings.host, "--listen-port", str(settings.port)),
+            # Our start-up line and what goes wrong, not a line for every connection and request.
+            *("--set", "termlog_verbosity=alert", "--set", "flow_detail=0"),
+            *(["--ssl-insecure"] if settings.tls_no_verify else []),
+            *trust_arguments,
+            *extra,
+        ]
+        try:
+            mitmproxy_main.run(Master, cmdline.mitmdump, arguments, _filters)
+        except SystemExit as error:
+            return error.code if isinstance(error.code, int) else 1
+        except KeyboardInterrupt:
+            return 0
+    return exit_code
+
+
+def _filters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Apply mitmdump's filter expression, as mitmdump itself does."""
+    expression = " ".join(arguments.filter_args)
+    names = ("save_stream_filter", "readfile_filter", "dumper_filter")
+    return dict.fromkeys(names, expression) if expression else {}
+
+
+@contextlib.contextmanager
+def _upstream_trust(settings: Settings) -> Iterator[list[str]]:
+    """Give the arguments with which mitmproxy trusts the system's CAs and `TLS_CA_FILE`; alone it trusts certifi's."""
+    paths = ssl.get_default_verify_paths()
+    folder = ["--set", f"ssl_verify_upstream_trusted_confdir={paths.capath}"] if paths.capath else []
+    if settings.ca_file is None:
+        yield [*folder, "--set", f"ssl_verify_upstream_trusted_ca={paths.cafile}"] if paths.cafile else []
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            # mitmproxy wants a file that holds all.
+            file = stack.enter_context(tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".pem"))
+            file.write(ca_bundle(settings.ca_file))
+            file.flush()
+        except OSError as error:
+            raise SettingsError(
+                f"{CA_FILE.env}: cannot be joined with the system's CAs ({error.strerror}): set TMPDIR to a folder "
+                "that can be written to"
+            ) from None
+        yield [*folder, "--set", f"ssl_verify_upstream_trusted_ca={file.name}"]

@@ -1,0 +1,359 @@
+"""Settings from add-on options, the environment and `.env`: one frozen `Settings`, or all that is wrong at once."""
+
+import ipaddress
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+from eoepca_security.errors import SettingsError
+from eoepca_security.protocol import (
+    CLIENT_AUTH_METHODS,
+    GRANTS,
+    Client,
+    PrivateKey,
+    is_loopback,
+    load_private_key,
+    url_problem,
+)
+from eoepca_security.transport import trust
+
+_MAX_FILE: Final = 64 * 1024
+_EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104  compared with, not bound to
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A setting: its environment variable, its add-on option if it has one, and whether it is a secret."""
+
+    env: str
+    option: str | None
+    help: str
+    secret: bool = False
+
+
+ISSUER = Variable("OPEN_ID_CONNECT_URL", "oidc_url", "The OIDC issuer, or its discovery document's URL.")
+CLIENT_ID = Variable("OPEN_ID_CONNECT_CLIENT_ID", "oidc_client_id", "The OAuth client's ID.")
+CLIENT_SECRET = Variable(
+    "OPEN_ID_CONNECT_CLIENT_SECRET", "oidc_client_secret", "The client's secret; none for a public client.", secret=True
+)
+CLIENT_AUTH = Variable(
+    "OPEN_ID_CONNECT_CLIENT_AUTH",
+    "oidc_client_auth",
+    f"How the client authenticates: {', '.join(CLIENT_AUTH_METHODS)}.",
+)
+CLIENT_KEY_FILE = Variable(
+    "OPEN_ID_CONNECT_CLIENT_KEY_FILE", "oidc_client_key_file", "PEM file with the private key for private_key_jwt."
+)
+REFRESH_TOKEN = Variable("OPEN_ID_REFRESH_TOKEN", "refresh_token", "The refresh token.", secret=True)
+ACCESS_TOKEN = Variable(
+    "OPEN_ID_AUTH_TOKEN", "auth_token", "An initial access token, used while it lives.", secret=True
+)
+GRANT = Variable("OPEN_ID_CONNECT_GRANT", "oidc_grant", f"The OAuth grant: {' or '.join(GRANTS)}.")
+AUDIENCE = Variable(
+    "OPEN_ID_CONNECT_AUDIENCE", "oidc_audience", "When set, access tokens that are JWTs must verify and carry it."
+)
+SCOPE = Variable("OPEN_ID_CONNECT_SCOPE", "oidc_scope", "Scopes to ask for, separated by spaces.")
+ALLOW_HTTP = Variable(
+    "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP",
+    "oidc_dangerously_allow_http",
+    "Talk to the issuer over plain http beyond localhost: everyone on the way can take the session over.",
+)
+CA_FILE = Variable("TLS_CA_FILE", None, "CA certificates to trust besides the system's, for issuer and service.")
+UPSTREAM = Variable("REMOTE_PROTECTED_DOMAIN", None, "The protected service, e.g. https://service.example:9200.")
+TLS_NO_VERIFY = Variable("TLS_NO_VERIFY", None, "Do not verify the protected service's certificate.")
+HOST = Variable("PROXY_HOST", None, "Address to listen on.")
+PORT = Variable("PROXY_PORT", None, "Port to listen on; 0 takes a free one.")
+
+VARIABLES: Final = (
+    ISSUER,
+    CLIENT_ID,
+    CLIENT_SECRET,
+    CLIENT_AUTH,
+    CLIENT_KEY_FILE,
+    REFRESH_TOKEN,
+    ACCESS_TOKEN,
+    GRANT,
+    AUDIENCE,
+    SCOPE,
+    ALLOW_HTTP,
+    CA_FILE,
+    UPSTREAM,
+    TLS_NO_VERIFY,
+    HOST,
+    PORT,
+)
+OPTIONS: Final = tuple(variable for variable in VARIABLES if variable.option is not None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be set, checked. `upstream` is None only where it was not asked for."""
+
+    issuer_url: str
+    client: Client
+    grant: str = "refresh_token"
+    refresh_token: str | None = field(default=None, repr=False)
+    access_token: str | None = field(default=None, repr=False)
+    audience: str | None = None
+    scope: str | None = None
+    allow_http: bool = False
+    ca_file: Path | None = None
+    upstream: str | None = None
+    tls_no_verify: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8080
+    warnings: tuple[str, ...] = ()
+
+
+def read_dotenv(folder: Path) -> Mapping[str, str]:
+    """Return the variables of `.env` in `folder`, as they stand there; raises SettingsError when it cannot be read."""
+    path = folder / ".env"
+    if not path.exists():
+        return {}
+    try:
+        # Without interpolation: a secret may have a ${ in it.
+        values = dotenv_values(path, interpolate=False)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env: cannot be read ({_reason(error)}); mend or remove {path}") from None
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read_settings(
+    environ: Mapping[str, str],
+    *,
+    dotenv: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+    need_upstream: bool = True,
+) -> Settings:
+    """Read and check all settings; options come before the environment, and that before `dotenv`.
+
+    Raises SettingsError with a line for every problem, which names the variable and what to do.
+    """
+    reader = _Reader(options or {}, environ, dotenv or {})
+    allow_http = reader.boolean(ALLOW_HTTP)
+    issuer_url = reader.issuer(allow_http=allow_http)
+    client = reader.client()
+    grant = reader.choice(GRANT, GRANTS)
+    refresh_token = reader.token(REFRESH_TOKEN)
+    access_token = reader.token(ACCESS_TOKEN)
+    if grant == "client_credentials":
+        if client.secret is None and client.key is None:
+            reader.problem(GRANT, f"client_credentials needs {CLIENT_SECRET.env} or {CLIENT_KEY_FILE.env}")
+        if refresh_token is not None:
+            reader.warnings.append(f"{REFRESH_TOKEN.env} is not used: {GRANT.env} is client_credentials")
+            refresh_token = None
+    elif refresh_token is None and access_token is None and reader.is_unset(REFRESH_TOKEN, ACCESS_TOKEN):
+        reader.problem(
+            REFRESH_TOKEN, f"is required: the refresh token of a login, or {GRANT.env}=client_credentials with a secret"
+        )
+    ca_file = reader.ca_file()
+    tls_no_verify = reader.boolean(TLS_NO_VERIFY)
+    host, port = reader.host(), reader.port()
+    upstream = reader.upstream(host, port) if need_upstream else None
+    settings = Settings(
+        issuer_url=issuer_url,
+        client=client,
+        grant=grant,
+        refresh_token=refresh_token,
+        access_token=access_token,
+        audience=reader.text(AUDIENCE),
+        scope=reader.text(SCOPE),
+        allow_http=allow_http,
+        ca_file=ca_file,
+        upstream=upstream,
+        tls_no_verify=tls_no_verify,
+        host=host,
+        port=port,
+        warnings=tuple(reader.warnings),
+    )
+    if reader.problems:
+        raise SettingsError(*reader.problems)
+    return settings
+
+
+class _Reader:
+    """Reads one setting at a time and collects what is wrong instead of raising it."""
+
+    def __init__(self, options: Mapping[str, str], environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
+        self._options = options
+        self._layers = (environ, dotenv)
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self._unreadable: set[Variable] = set()
+
+    def problem(self, variable: Variable, text: str) -> None:
+        self.problems.append(f"{variable.env}: {text}")
+
+    def raw(self, variable: Variable) -> str | None:
+        """Return the value of the first source that has one; an empty one counts as none."""
+        if variable.option and (value := self._options.get(variable.option)):
+            return value
+        for layer in self._layers:
+            value, file = layer.get(variable.env), layer.get(variable.env + "_FILE") if variable.secret else None
+            if value and file:
+                self._unreadable.add(variable)
+                self.problem(variable, f"is set, and so is {variable.env}_FILE: unset one of the two")
+                return None
+            if value:
+                return value
+            if file:
+                return self._from_file(variable, Path(file))
+        return None
+
+    def _from_file(self, variable: Variable, path: Path) -> str | None:
+        value, fault = None, "is empty"
+        try:
+            with path.open("rb") as stream:
+                data = stream.read(_MAX_FILE + 1)
+            value = data.decode().removesuffix("\n").removesuffix("\r")
+            if len(data) > _MAX_FILE:
+                value, fault = None, "is longer than 64 KiB"
+        except (OSError, UnicodeDecodeError) as error:
+            fault = f"cannot be read ({_reason(error)})"
+        if not value:
+            self._unreadable.add(variable)
+            self.problems.append(f"{variable.env}_FILE: {path} {fault}: put the secret there, readable for this user")
+            return None
+        return value
+
+    def is_unset(self, *variables: Variable) -> bool:
+        """Tell whether none of these was even tried, so that `is required` is said only then."""
+        return self._unreadable.isdisjoint(variables)
+
+    def text(self, variable: Variable) -> str | None:
+        value = self.raw(variable)
+        if value is not None and not value.isprintable():
+            self.problem(variable, "has control characters: a line break may have been copied with it")
+            return None
+        return value.strip() or None if value else None
+
+    def secret(self, variable: Variable) -> str | None:
+        """As `text`, but spaces at the ends belong to the value."""
+        value = self.raw(variable)
+        if value is not None and not value.isprintable():
+            self._unreadable.add(variable)
+            self.problem(variable, "has control characters: a line break may have been copied with it")
+            return None
+        return value
+
+    def token(self, variable: Variable) -> str | None:
+        value = self.secret(variable)
+        if value is not None and not re.fullmatch(r"[!-~]+", value):
+            self._unreadable.add(variable)
+            self.problem(variable, "has spaces or characters outside ASCII: copy the token alone, without quotes")
+            return None
+        return value
+
+    def boolean(self, variable: Variable) -> bool:
+        value = (self.text(variable) or "false").lower()
+        if value not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            self.problem(variable, f"{value!r} is neither true nor false: use true or false")
+        return value in ("true", "1", "yes", "on")
+
+    def choice(self, variable: Variable, choices: Sequence[str]) -> str:
+        value = self.text(variable) or choices[0]
+        if value not in choices:
+            self.problem(variable, f"{value!r} is unknown: use one of {', '.join(choices)}")
+        return value
+
+    def required(self, variable: Variable, hint: str) -> str:
+        problems = len(self.problems)
+        value = self.text(variable)
+        if value is None and len(self.problems) == problems:
+            self.problem(variable, f"is required: {hint}")
+        return value or ""
+
+    def issuer(self, *, allow_http: bool) -> str:
+        url = self.required(ISSUER, "the issuer's URL, e.g. https://keycloak.example/realms/eoepca")
+        if not url:
+            return url
+        problem = url_problem(url, allow_http=allow_http)
+        if problem is None and re.search(r"[?#]", url):
+            problem = "has a ? or # part: an issuer has neither"
+        if problem:
+            self.problem(ISSUER, problem)
+        return url
+
+    def client(self) -> Client:
+        client_id = self.required(CLIENT_ID, "the client's ID as it is registered at the issuer")
+        secret, key = self.secret(CLIENT_SECRET), self._client_key()
+        method = self.choice(CLIENT_AUTH, CLIENT_AUTH_METHODS)
+        if method.startswith("client_secret") and secret is None and self.is_unset(CLIENT_SECRET):
+            self.problem(CLIENT_AUTH, f"{method} needs {CLIENT_SECRET.env}")
+        if method == "private_key_jwt" and key is None and self.is_unset(CLIENT_KEY_FILE):
+            self.problem(CLIENT_AUTH, f"{method} needs {CLIENT_KEY_FILE.env}")
+        if method == "none" and (secret is not None or key is not None):
+            given = CLIENT_SECRET.env if secret is not None else CLIENT_KEY_FILE.env
+            self.problem(CLIENT_AUTH, f"none contradicts {given}: unset one of the two")
+        return Client(client_id, secret, method, key)
+
+    def _client_key(self) -> PrivateKey | None:
+        path = self.text(CLIENT_KEY_FILE)
+        return self._load(CLIENT_KEY_FILE, path, lambda file: load_private_key(file.read_bytes())) if path else None
+
+    def ca_file(self) -> Path | None:
+        path = self.text(CA_FILE)
+        if path and self._load(CA_FILE, path, trust):
+            return Path(path)
+        return None
+
+    def _load(self, variable: Variable, path: str, load: Callable[[Path], T]) -> T | None:
+        try:
+            return load(Path(path))
+        except (OSError, ValueError) as error:
+            self._unreadable.add(variable)
+            self.problem(variable, f"{path} cannot be used: {_reason(error)}")
+            return None
+
+    def host(self) -> str:
+        value = (self.text(HOST) or "127.0.0.1").removeprefix("[").removesuffix("]")
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            if not re.fullmatch(r"(?!-)[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\.?", value) or re.fullmatch(r"[0-9.]+", value):
+                self.problem(HOST, f"{value!r} is no address: use 127.0.0.1, or 0.0.0.0 inside a container")
+        return value
+
+    def port(self) -> int:
+        value = self.text(PORT) or "8080"
+        if not re.fullmatch(r"[0-9]{1,5}", value) or int(value) > 65535:
+            self.problem(PORT, f"{value!r} is no port: use a number from 1 to 65535, or 0 for a free one")
+            return 8080
+        return int(value)
+
+    def upstream(self, host: str, port: int) -> str:
+        url = self.required(UPSTREAM, "the protected service, e.g. https://service.example:9200")
+        if not url:
+            return url
+        try:
+            parts = urlsplit(url)
+            upstream_port = parts.port or {"https": 443}.get(parts.scheme, 80)
+        except ValueError:
+            self.problem(UPSTREAM, "is not a URL: it has to look like https://service.example:9200")
+            return url
+        if parts.scheme not in ("http", "https") or not re.fullmatch(r"[A-Za-z0-9._:-]+", parts.hostname or ""):
+            self.problem(UPSTREAM, "is not a URL: it has to look like https://service.example:9200")
+        elif parts.username is not None or parts.path.strip("/") or parts.query or parts.fragment:
+            self.problem(
+                UPSTREAM, "takes scheme, host and port only: requests bring their own path, so put it into those"
+            )
+        elif is_loopback(parts.hostname) and upstream_port == port and (is_loopback(host) or host in _EVERYWHERE):
+            self.problem(UPSTREAM, f"is the address that the proxy itself listens on: change it or {PORT.env}")
+        elif parts.scheme == "http" and not is_loopback(parts.hostname):
+            self.warnings.append(
+                f"{UPSTREAM.env} is plain http: everyone on the way to {parts.hostname} sees the token"
+            )
+        return f"{parts.scheme}://{parts.netloc.lower()}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)

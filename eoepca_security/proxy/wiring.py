@@ -1,0 +1,40 @@
+"""From settings to a TokenSource that talks to the issuer."""
+
+from eoepca_security.errors import CredentialsRejected, TokenInvalid
+from eoepca_security.protocol import TokenResponse
+from eoepca_security.provider import Provider
+from eoepca_security.proxy.settings import AUDIENCE, REFRESH_TOKEN, Settings
+from eoepca_security.source import TokenSource
+from eoepca_security.transport import HttpTransport, trust
+from eoepca_security.verify import looks_like_jwt
+
+
+def make_source(settings: Settings) -> TokenSource:
+    """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet."""
+    provider = Provider(
+        settings.issuer_url,
+        settings.client,
+        HttpTransport(trust(settings.ca_file)),
+        scope=settings.scope,
+        allow_http=settings.allow_http,
+    )
+
+    def request_token(refresh_token: str | None) -> TokenResponse:
+        if settings.grant == "refresh_token" and refresh_token is None:
+            raise CredentialsRejected(f"there is no refresh token: log in and set {REFRESH_TOKEN.env}")
+        return provider.request_token(refresh_token)
+
+    def check(token: str) -> None:
+        if settings.audience is None or not looks_like_jwt(token):
+            return
+        try:
+            provider.verify(token, settings.audience)
+        except TokenInvalid as error:
+            raise TokenInvalid(
+                f"{error}; compare {AUDIENCE.env} with the client's settings at the issuer "
+                "(Keycloak: the client needs an audience mapper)"
+            ) from None
+
+    return TokenSource(
+        request_token, refresh_token=settings.refresh_token, access_token=settings.access_token, check=check
+    )

@@ -1,0 +1,34 @@
+"""JSON from strangers: strict where Python's `json` is lenient."""
+
+import json
+from typing import Any, NoReturn
+
+
+def parse_object(data: bytes, *, unique_keys: bool = False) -> dict[str, Any]:
+    """Return the JSON object in `data`.
+
+    Refuses with ValueError what is not UTF-8, not JSON (`NaN` and `Infinity` are not, RFC 8259 §6), nested too deeply,
+    or not an object; with `unique_keys` also an object that has a member twice (RFC 8725 §2.4 on why that matters).
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            object_pairs_hook=_unique if unique_keys else None,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member appears twice")
+    return members

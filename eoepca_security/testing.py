@@ -1,0 +1,254 @@
+"""FakeIssuer: an OpenID Connect issuer in a thread, whose every behaviour can be chosen while it runs."""
+
+import base64
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import parse_qsl, unquote_plus, urlsplit
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+
+from eoepca_security.local_server import Handler, LocalServer
+from eoepca_security.protocol import PrivateKey
+
+ALL_AUTH_METHODS: Final = (
+    "client_secret_basic",
+    "client_secret_post",
+    "client_secret_jwt",
+    "private_key_jwt",
+    "none",
+)
+
+
+@dataclass
+class Behaviour:
+    """How the issuer behaves; change any of it at any time. Times are in seconds."""
+
+    lifetime: float = 60
+    """Of access tokens."""
+    refresh_tokens: str = "keep"
+    """`keep` answers with the same one, `omit` with none, `rotate` with a new one: an old one then ends the session."""
+    opaque: bool = False
+    """Access tokens are random strings rather than JWTs."""
+    expires_in: bool = True
+    """Whether the answer says how long the token lives."""
+    clock_offset: float = 0
+    """How far the issuer's clock is ahead of this machine's."""
+    delay: float = 0
+    """Time that the token endpoint takes."""
+    auth_methods: tuple[str, ...] = ALL_AUTH_METHODS
+    """Client authentication methods that are advertised, and accepted."""
+    audience: str = "service"
+    claims: dict[str, Any] = field(default_factory=lambda: {"sub": "u-1", "preferred_username": "alice"})
+    """Claims of every access token, besides the issuer's own."""
+    fault: Callable[[Handler], bool] | None = None
+    """Called first with each request; when it returns True it has answered, in whatever way."""
+
+
+@dataclass(frozen=True)
+class TokenRequestSeen:
+    """A request that reached the token endpoint."""
+
+    at: float
+    method: str
+    form: Mapping[str, str]
+
+
+class FakeIssuer:
+    """An issuer with one client, on a free loopback port while its `with` block lasts.
+
+    `behaviour` can be changed at any time. `refresh_token` is a valid one to begin with, `requests` are the token
+    requests so far, and `key` is the signing key.
+    """
+
+    def __init__(
+        self,
+        behaviour: Behaviour | None = None,
+        *,
+        client_id: str = "client",
+        client_secret: str | None = None,
+        client_key: PrivateKey | None = None,
+        path: str = "/realms/test",
+    ) -> None:
+        self.behaviour = behaviour or Behaviour()
+        self.client_id = client_id
+        self.client_secret = client_secret
+        self.client_key = client_key
+        self.requests: list[TokenRequestSeen] = []
+        self.reuses = 0
+        self._lock = threading.Lock()
+        self._issued: dict[str, float] = {}
+        self._sessions: dict[str, str] = {}
+        self._used: dict[str, str] = {}
+        self.rotate_keys()
+        self.refresh_token = self.new_session()
+        self._server = LocalServer(self._handler())
+        self.url = self._server.url + path
+
+    def __enter__(self) -> Self:
+        self._server.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.__exit__(kind, error, trace)
+
+    def now(self) -> float:
+        """Return the issuer's time, in epoch seconds."""
+        return time.time() + self.behaviour.clock_offset
+
+    def rotate_keys(self) -> None:
+        """Sign with a new key from now on, and publish only that one."""
+        self.key: EllipticCurvePrivateKey = generate_private_key(SECP256R1())
+        self.kid = secrets.token_hex(4)
+
+    def new_session(self) -> str:
+        """Return the refresh token of a new login."""
+        token = secrets.token_urlsafe(24)
+        self._sessions[token] = secrets.token_hex(4)
+        return token
+
+    def end_sessions(self) -> None:
+        """Log everybody out: all refresh tokens are invalid now."""
+        with self._lock:
+            self._sessions.clear()
+
+    def sign(self, claims: Mapping[str, Any], headers: Mapping[str, Any] | None = None) -> str:
+        """Return a JWT with exactly these claims, signed with the issuer's key."""
+        return jwt.encode(dict(claims), self.key, algorithm="ES256", headers={"kid": self.kid, **(headers or {})})
+
+    def issue(self) -> str:
+        """Return a new access token, as the token endpoint would give it."""
+        now, behaviour = self.now(), self.behaviour
+        if behaviour.opaque:
+            token = "opaque-" + secrets.token_urlsafe(24)
+            end = now + behaviour.lifetime
+        else:
+            end = int(now) + int(behaviour.lifetime)
+            token = self.sign(
+                {
+                    "iss": self.url,
+                    "aud": behaviour.audience,
+                    "iat": int(now),
+                    "exp": end,
+                    "jti": secrets.token_hex(8),
+                    **behaviour.claims,
+                }
+            )
+        self._issued[token] = end
+        return token
+
+    def accepts(self, token: str) -> bool:
+        """Tell whether this is an access token of ours that has not expired, by our clock and without leeway."""
+        return self.now() < self._issued.get(token, 0)
+
+    def jwks(self) -> dict[str, Any]:
+        """Return the JWK Set."""
+        key = jwt.algorithms.ECAlgorithm.to_jwk(self.key.public_key(), as_dict=True)
+        return {"keys": [{**key, "kid": self.kid, "use": "sig", "alg": "ES256"}]}
+
+    def discovery(self) -> dict[str, Any]:
+        """Return the discovery document."""
+        return {
+            "issuer": self.url,
+            "token_endpoint": f"{self.url}/token",
+            "jwks_uri": f"{self.url}/certs",
+            "token_endpoint_auth_methods_supported": list(self.behaviour.auth_methods),
+            "grant_types_supported": ["refresh_token", "client_credentials"],
+        }
+
+    def answer_token_request(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for a POST to the token endpoint."""
+        form = dict(parse_qsl(body.decode(), keep_blank_values=True))
+        method, authentic = self._authenticate(authorization, form)
+        with self._lock:
+            self.requests.append(TokenRequestSeen(time.time(), method, form))
+        time.sleep(self.behaviour.delay)
+        if not authentic or method not in self.behaviour.auth_methods:
+            return 401, {"error": "invalid_client", "error_description": f"{method} was not accepted"}
+        if form.get("grant_type") not in ("refresh_token", "client_credentials"):
+            return 400, {"error": "unsupported_grant_type"}
+        with self._lock:
+            refresh_token = None
+            if form["grant_type"] == "refresh_token":
+                refresh_token = self._use(form.get("refresh_token", ""))
+                if refresh_token is None:
+                    return 400, {"error": "invalid_grant", "error_description": "Token is not active"}
+            answer: dict[str, Any] = {"access_token": self.issue(), "token_type": "Bearer"}
+        if self.behaviour.expires_in:
+            answer["expires_in"] = self.behaviour.lifetime
+        if refresh_token is not None and self.behaviour.refresh_tokens != "omit":
+            answer["refresh_token"] = refresh_token
+        return 200, answer
+
+    def _use(self, token: str) -> str | None:
+        """Take a refresh token and return the one that is valid from now on; None when this one is not."""
+        session = self._sessions.get(token)
+        if session is None:
+            if token in self._used:
+                # RFC 9700 §4.14.2: two parties have it, so neither may keep the session.
+                self.reuses += 1
+                self._sessions = {t: s for t, s in self._sessions.items() if s != self._used[token]}
+            return None
+        if self.behaviour.refresh_tokens != "rotate":
+            return token
+        del self._sessions[token]
+        self._used[token] = session
+        successor = secrets.token_urlsafe(24)
+        self._sessions[successor] = session
+        return successor
+
+    def _authenticate(self, authorization: str | None, form: Mapping[str, str]) -> tuple[str, bool]:
+        """Return the client authentication method that was used, and whether it holds."""
+        if authorization is not None:
+            client_id, _, secret = base64.b64decode(authorization.removeprefix("Basic ")).decode().partition(":")
+            given = (unquote_plus(client_id), unquote_plus(secret))
+            return "client_secret_basic", given == (self.client_id, self.client_secret)
+        known = form.get("client_id") == self.client_id
+        if "client_assertion" in form:
+            assertion = form["client_assertion"]
+            symmetric = jwt.get_unverified_header(assertion)["alg"].startswith("HS")
+            return ("client_secret_jwt" if symmetric else "private_key_jwt"), known and self._assertion_holds(assertion)
+        if "client_secret" in form:
+            return "client_secret_post", known and form["client_secret"] == self.client_secret
+        return "none", known and self.client_secret is None and self.client_key is None
+
+    def _assertion_holds(self, assertion: str) -> bool:
+        key: Any = self.client_key.public_key() if self.client_key is not None else self.client_secret
+        try:
+            claims = jwt.decode(
+                assertion,
+                key,
+                algorithms=["HS256", "RS256", "ES256", "ES384", "ES512", "EdDSA"],
+                audience=f"{self.url}/token",
+                options={"require": ["exp", "iat", "iss", "sub", "jti"]},
+            )
+        except jwt.PyJWTError:
+            return False
+        return bool(claims["iss"] == claims["sub"] == self.client_id)
+
+    def _handler(self) -> type[Handler]:
+        issuer = self
+
+        class IssuerHandler(Handler):
+            def respond(self) -> None:
+                if issuer.behaviour.fault is not None and issuer.behaviour.fault(self):
+                    return
+                base = urlsplit(issuer.url).path
+                match self.command, urlsplit(self.path).path.removeprefix(base):
+                    case "GET", "/.well-known/openid-configuration":
+                        self.answer(200, issuer.discovery())
+                    case "GET", "/certs":
+                        self.answer(200, issuer.jwks())
+                    case "POST", "/token":
+                        self.answer(*issuer.answer_token_request(self.headers.get("Authorization"), self.read_body()))
+                    case _:
+                        self.answer(404, {"error": "not found"})
+
+        return IssuerHandler
