@@ -85,8 +85,10 @@ class Provider:
         except (CredentialsRejected, IssuerUnavailable) as error:
             # An issuer may repeat in its error what it was sent.
             message = str(error)
-            for secret in filter(None, (refresh_token, self._client.secret)):
-                message = message.replace(secret, "…")
+            for secret in (refresh_token, self._client.secret):
+                # Shorter ones are no secrets, and hiding them would garble the words.
+                if secret is not None and len(secret) >= 4:
+                    message = message.replace(secret, "…")
             error.args = (message,)
             raise
 

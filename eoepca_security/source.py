@@ -169,7 +169,9 @@ class TokenSource:
     async def _next_token(self) -> AccessToken:
         if self._initial is not None:
             try:
-                token = await self._accept(TokenResponse(self._initial), self._now())
+                # It was not issued just now, so only its own `exp` tells when it ends.
+                ends_at = _number(unverified_claims(self._initial).get("exp"))
+                token = await self._accept(self._initial, ends_at or self._now() + DEFAULT_LIFETIME)
             except TokenInvalid as error:
                 logger.warning("the initial access token is not used: %s", error)
                 self._initial = None
@@ -182,16 +184,13 @@ class TokenSource:
         if response.refresh_token is not None and response.refresh_token != self._refresh_token:
             self._refresh_token = response.refresh_token
             self.rotated = True
-        return await self._accept(response, sent_at)
+        return await self._accept(response.access_token, token_end(response, sent_at=sent_at, received_at=self._now()))
 
-    async def _accept(self, response: TokenResponse, sent_at: float) -> AccessToken:
-        received_at = self._now()
-        token = AccessToken(
-            response.access_token, received_at, token_end(response, sent_at=sent_at, received_at=received_at)
-        )
-        if token.ends_at <= received_at:
-            raise TokenInvalid("the token is expired on arrival: compare this machine's clock with the issuer's")
-        await self._bounded(lambda: self._check(response.access_token))
+    async def _accept(self, value: str, ends_at: float) -> AccessToken:
+        token = AccessToken(value, obtained_at=self._now(), ends_at=ends_at)
+        if ends_at <= token.obtained_at:
+            raise TokenInvalid("the token has expired already: compare this machine's clock with the issuer's")
+        await self._bounded(lambda: self._check(value))
         return token
 
     async def _bounded(self, function: Callable[[], T]) -> T:

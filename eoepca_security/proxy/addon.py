@@ -69,7 +69,7 @@ class OIDCAuthProxy:
         self._on_started = on_started or _exit_if_rejected
         self._settings: Settings | None = None
         self._source: TokenSource | None = None
-        self._problems: tuple[str, ...] = ()
+        self._problems: list[str] = []
         self._running = False
 
     def load(self, loader: Loader) -> None:
@@ -80,8 +80,9 @@ class OIDCAuthProxy:
 
     def configure(self, updated: set[str]) -> None:
         """Read the settings anew; what is wrong ends the start, and later is refused so that the old ones stay."""
+        problems = _problems_with_mitmproxy_options()
+        settings = None
         try:
-            _check_mitmproxy_options()
             settings = self._given or read_settings(
                 os.environ,
                 dotenv=read_dotenv(Path.cwd()),
@@ -89,13 +90,12 @@ class OIDCAuthProxy:
                 need_upstream=False,
             )
         except SettingsError as error:
-            if self._running:
-                raise OptionsError("; ".join(error.problems)) from error
-            self._problems = error.problems
-            return
-        self._problems = ()
+            problems += error.problems
+        if problems and self._running:
+            raise OptionsError("; ".join(problems))
+        self._problems = problems
         # A new source would start over with the first refresh token, which may be used up.
-        if settings != self._settings:
+        if settings is not None and settings != self._settings:
             self._settings, self._source = settings, make_source(settings)
 
     def running(self) -> "asyncio.Task[None]":
@@ -152,12 +152,13 @@ class OIDCAuthProxy:
         if not length.isdigit() or int(length) > MAX_UNANSWERED_BODY:
             flow.kill()
             return
-        flow.response = problem.answer(error, retry_after=self._source.retry_after() if self._source else 1.0)
+        retry_after = self._source.retry_after() if self._source else 1.0
+        flow.response = problem.answer(error, method=flow.request.method, retry_after=retry_after)
 
     async def _start(self) -> None:
         # With -s an unknown option is put aside without a word.
-        unknown = tuple(f"oidc: unknown option {name}" for name in ctx.options.deferred if name.startswith("oidc_"))
-        for line in (*self._problems, *unknown):
+        unknown = [f"{name}: there is no such option" for name in ctx.options.deferred if name.startswith("oidc_")]
+        for line in self._problems + unknown:
             logger.error("%s", line)  # mitmproxy ends with exit code 1 when an error is logged while it starts
         if self._problems or unknown or self._source is None or self._settings is None:
             return
@@ -169,7 +170,8 @@ class OIDCAuthProxy:
             token = await self._source.token()
         except TokenError as error:
             failure = error
-            logger.log(ALERT, "OIDC proxy listening at %s -> %s, without a token yet", listener, upstream)
+            if not isinstance(error, CredentialsRejected):
+                logger.log(ALERT, "OIDC proxy listening at %s -> %s, without a token yet", listener, upstream)
         else:
             logger.log(
                 ALERT,
@@ -200,7 +202,7 @@ def _is_protected(mode: ProxyMode) -> bool:
     return isinstance(mode, ReverseMode) and mode.scheme in ("http", "https")
 
 
-def _check_mitmproxy_options() -> None:
+def _problems_with_mitmproxy_options() -> list[str]:
     problems = [
         f"{name}: cannot be used together with the OIDC add-on, {reason}"
         for name, reason in _REFUSED_OPTIONS.items()
@@ -208,8 +210,7 @@ def _check_mitmproxy_options() -> None:
     ]
     if not all(_is_protected(ProxyMode.parse(mode)) for mode in ctx.options.mode):
         problems.append("mode: the OIDC add-on needs --mode reverse:https://service.example (or http://)")
-    if problems:
-        raise SettingsError(*problems)
+    return problems
 
 
 def _addresses() -> tuple[str, str]:

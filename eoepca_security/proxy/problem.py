@@ -17,7 +17,7 @@ _ANSWERS: Final[dict[type[TokenError], tuple[int, str]]] = {
 }
 
 
-def answer(error: TokenError, *, retry_after: float) -> Response:
+def answer(error: TokenError, *, method: str, retry_after: float) -> Response:
     """Return the answer to a request for which there is no token; `retry_after` is in seconds."""
     status, title = _ANSWERS[type(error)]
     body = {"title": title, "status": status, "detail": str(error), "code": error.code}
@@ -28,4 +28,5 @@ def answer(error: TokenError, *, retry_after: float) -> Response:
     }
     if status == 503:
         headers["Retry-After"] = str(math.ceil(retry_after))
-    return Response.make(status, json.dumps(body).encode(), headers)
+    # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
+    return Response.make(status, b"" if method == "HEAD" else json.dumps(body).encode(), headers)

@@ -1,5 +1,6 @@
 """Settings from add-on options, the environment and `.env`: one frozen `Settings`, or all that is wrong at once."""
 
+import io
 import ipaddress
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -115,11 +116,11 @@ class Settings:
 def read_dotenv(folder: Path) -> Mapping[str, str]:
     """Return the variables of `.env` in `folder`, as they stand there; raises SettingsError when it cannot be read."""
     path = folder / ".env"
-    if not path.exists():
-        return {}
     try:
         # Without interpolation: a secret may have a ${ in it.
-        values = dotenv_values(path, interpolate=False)
+        values = dotenv_values(stream=io.StringIO(path.read_text(encoding="utf-8")), interpolate=False)
+    except FileNotFoundError:
+        return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env: cannot be read ({_reason(error)}); mend or remove {path}") from None
     return {name: value for name, value in values.items() if value is not None}

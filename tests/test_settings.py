@@ -1,0 +1,284 @@
+"""Settings: where they come from, and what is said when they are wrong."""
+
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from mitmproxy.options import Options
+
+from eoepca_security.errors import SettingsError
+from eoepca_security.proxy.settings import VARIABLES, read_dotenv, read_settings
+
+GOOD = {
+    "OPEN_ID_CONNECT_URL": "https://issuer.example/realms/r",
+    "OPEN_ID_CONNECT_CLIENT_ID": "client",
+    "OPEN_ID_REFRESH_TOKEN": "refresh",
+    "REMOTE_PROTECTED_DOMAIN": "https://service.example:9200",
+}
+
+
+def problems(environment: Mapping[str, str]) -> tuple[str, ...]:
+    with pytest.raises(SettingsError) as caught:
+        read_settings(environment)
+    return caught.value.problems
+
+
+def test_defaults() -> None:
+    settings = read_settings(GOOD)
+    assert (settings.host, settings.port, settings.grant, settings.client.auth_method) == (
+        "127.0.0.1",
+        8080,
+        "refresh_token",
+        "auto",
+    )
+    assert settings.upstream == "https://service.example:9200"
+    assert (settings.client.secret, settings.audience, settings.scope, settings.ca_file) == (None, None, None, None)
+    assert not settings.tls_no_verify
+    assert settings.warnings == ()
+
+
+def test_secrets_do_not_show() -> None:
+    secrets = {
+        "OPEN_ID_REFRESH_TOKEN": "canary-1",
+        "OPEN_ID_CONNECT_CLIENT_SECRET": "canary-2",
+        "OPEN_ID_AUTH_TOKEN": "canary-3",
+    }
+    assert "canary" not in repr(read_settings(GOOD | secrets))
+
+
+@pytest.mark.parametrize(
+    ("change", "variable", "says"),
+    [
+        ({"OPEN_ID_CONNECT_URL": ""}, "OPEN_ID_CONNECT_URL", "required"),
+        ({"OPEN_ID_CONNECT_URL": "  "}, "OPEN_ID_CONNECT_URL", "required"),
+        ({"OPEN_ID_CONNECT_URL": "issuer.example"}, "OPEN_ID_CONNECT_URL", "https://"),
+        ({"OPEN_ID_CONNECT_URL": "ftp://issuer.example"}, "OPEN_ID_CONNECT_URL", "not a URL"),
+        ({"OPEN_ID_CONNECT_URL": "http://issuer.example"}, "OPEN_ID_CONNECT_URL", "https"),
+        ({"OPEN_ID_CONNECT_URL": "https://u:p@issuer.example"}, "OPEN_ID_CONNECT_URL", "@"),
+        ({"OPEN_ID_CONNECT_URL": "https://issuer.example?x=1"}, "OPEN_ID_CONNECT_URL", "?"),
+        ({"OPEN_ID_CONNECT_URL": "https://issuer.example:x"}, "OPEN_ID_CONNECT_URL", "not a URL"),
+        ({"OPEN_ID_CONNECT_CLIENT_ID": ""}, "OPEN_ID_CONNECT_CLIENT_ID", "required"),
+        ({"OPEN_ID_REFRESH_TOKEN": ""}, "OPEN_ID_REFRESH_TOKEN", "required"),
+        ({"OPEN_ID_REFRESH_TOKEN": "a b"}, "OPEN_ID_REFRESH_TOKEN", "spaces"),
+        ({"OPEN_ID_REFRESH_TOKEN": "a\n"}, "OPEN_ID_REFRESH_TOKEN", "line break"),
+        ({"OPEN_ID_AUTH_TOKEN": "Bearer x"}, "OPEN_ID_AUTH_TOKEN", "spaces"),
+        ({"OPEN_ID_CONNECT_GRANT": "password"}, "OPEN_ID_CONNECT_GRANT", "client_credentials"),
+        ({"OPEN_ID_CONNECT_GRANT": "client_credentials"}, "OPEN_ID_CONNECT_GRANT", "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        ({"OPEN_ID_CONNECT_CLIENT_AUTH": "magic"}, "OPEN_ID_CONNECT_CLIENT_AUTH", "client_secret_post"),
+        ({"OPEN_ID_CONNECT_CLIENT_AUTH": "client_secret_jwt"}, "OPEN_ID_CONNECT_CLIENT_AUTH", "CLIENT_SECRET"),
+        ({"OPEN_ID_CONNECT_CLIENT_AUTH": "private_key_jwt"}, "OPEN_ID_CONNECT_CLIENT_AUTH", "CLIENT_KEY_FILE"),
+        (
+            {"OPEN_ID_CONNECT_CLIENT_AUTH": "none", "OPEN_ID_CONNECT_CLIENT_SECRET": "s"},
+            "OPEN_ID_CONNECT_CLIENT_AUTH",
+            "contradicts",
+        ),
+        ({"OPEN_ID_CONNECT_CLIENT_KEY_FILE": "/nowhere/key"}, "OPEN_ID_CONNECT_CLIENT_KEY_FILE", "No such file"),
+        ({"OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP": "?"}, "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP", "true or false"),
+        ({"TLS_NO_VERIFY": "maybe"}, "TLS_NO_VERIFY", "true or false"),
+        ({"TLS_CA_FILE": "/nowhere/ca"}, "TLS_CA_FILE", "No such file"),
+        ({"REMOTE_PROTECTED_DOMAIN": ""}, "REMOTE_PROTECTED_DOMAIN", "required"),
+        ({"REMOTE_PROTECTED_DOMAIN": "service.example"}, "REMOTE_PROTECTED_DOMAIN", "https://"),
+        ({"REMOTE_PROTECTED_DOMAIN": "https://service.example/api"}, "REMOTE_PROTECTED_DOMAIN", "path"),
+        ({"REMOTE_PROTECTED_DOMAIN": "https://u:p@service.example"}, "REMOTE_PROTECTED_DOMAIN", "host and port only"),
+        ({"REMOTE_PROTECTED_DOMAIN": "https://service.example:99999"}, "REMOTE_PROTECTED_DOMAIN", "not a URL"),
+        ({"REMOTE_PROTECTED_DOMAIN": "https://a b"}, "REMOTE_PROTECTED_DOMAIN", "not a URL"),
+        ({"REMOTE_PROTECTED_DOMAIN": "http://localhost:8080"}, "REMOTE_PROTECTED_DOMAIN", "itself"),
+        ({"PROXY_HOST": "not an address"}, "PROXY_HOST", "127.0.0.1"),
+        ({"PROXY_HOST": "300.1.1.1"}, "PROXY_HOST", "no address"),
+        ({"PROXY_PORT": "eighty"}, "PROXY_PORT", "number"),
+        ({"PROXY_PORT": "65536"}, "PROXY_PORT", "65535"),
+        ({"PROXY_PORT": "-1"}, "PROXY_PORT", "number"),
+    ],
+)
+def test_each_problem_is_one_line_that_names_its_variable(change: dict[str, str], variable: str, says: str) -> None:
+    lines = problems(GOOD | change)
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"{variable}: ")
+    assert says in lines[0]
+    assert "\n" not in lines[0]
+
+
+def test_all_problems_are_told_at_once() -> None:
+    lines = problems({"PROXY_PORT": "x", "TLS_NO_VERIFY": "x"})
+    assert [line.partition(":")[0] for line in lines] == [
+        "OPEN_ID_CONNECT_URL",
+        "OPEN_ID_CONNECT_CLIENT_ID",
+        "OPEN_ID_REFRESH_TOKEN",
+        "TLS_NO_VERIFY",
+        "PROXY_PORT",
+        "REMOTE_PROTECTED_DOMAIN",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True),
+        ("1", True),
+        ("YES", True),
+        ("on", True),
+        ("False", False),
+        ("0", False),
+        ("no", False),
+        ("", False),
+    ],
+)
+def test_booleans(text: str, value: bool) -> None:
+    assert read_settings(GOOD | {"TLS_NO_VERIFY": text}).tls_no_verify is value
+
+
+@pytest.mark.parametrize("url", ["http://localhost:1/realms/r", "http://127.0.0.1", "http://[::1]:8080/x"])
+def test_plain_http_is_accepted_for_an_issuer_on_this_machine(url: str) -> None:
+    assert read_settings(GOOD | {"OPEN_ID_CONNECT_URL": url}).issuer_url == url
+
+
+def test_plain_http_elsewhere_needs_the_setting_with_the_dangerous_name() -> None:
+    environment = GOOD | {
+        "OPEN_ID_CONNECT_URL": "http://keycloak:8080/realms/r",
+        "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP": "true",
+    }
+    assert read_settings(environment).allow_http
+
+
+def test_a_token_over_plain_http_to_another_machine_is_warned_of() -> None:
+    (warning,) = read_settings(GOOD | {"REMOTE_PROTECTED_DOMAIN": "http://opensearch:9200"}).warnings
+    assert "opensearch" in warning
+    assert read_settings(GOOD | {"REMOTE_PROTECTED_DOMAIN": "http://localhost:9200"}).warnings == ()
+
+
+def test_client_credentials_need_no_refresh_token_and_warn_of_one() -> None:
+    environment = GOOD | {"OPEN_ID_CONNECT_GRANT": "client_credentials", "OPEN_ID_CONNECT_CLIENT_SECRET": "s"}
+    settings = read_settings(environment)
+    assert settings.refresh_token is None
+    assert "OPEN_ID_REFRESH_TOKEN" in settings.warnings[0]
+    assert read_settings(environment | {"OPEN_ID_REFRESH_TOKEN": ""}).warnings == ()
+
+
+def test_an_access_token_alone_is_enough_to_begin_with() -> None:
+    assert read_settings(GOOD | {"OPEN_ID_REFRESH_TOKEN": "", "OPEN_ID_AUTH_TOKEN": "t"}).access_token == "t"
+
+
+def test_the_upstream_is_not_asked_for_where_it_is_not_needed() -> None:
+    environment = GOOD | {"REMOTE_PROTECTED_DOMAIN": ""}
+    assert read_settings(environment, need_upstream=False).upstream is None
+
+
+@pytest.mark.parametrize(
+    ("url", "upstream"),
+    [
+        ("https://Service.Example:9200/", "https://service.example:9200"),
+        ("http://[::1]:9200", "http://[::1]:9200"),
+        ("http://my_service:80", "http://my_service:80"),
+    ],
+)
+def test_the_upstream_is_kept_as_scheme_host_and_port(url: str, upstream: str) -> None:
+    assert read_settings(GOOD | {"REMOTE_PROTECTED_DOMAIN": url}).upstream == upstream
+
+
+# --- sources -----------------------------------------------------------------------------------------------------
+
+
+def test_options_come_before_the_environment_and_that_before_dotenv() -> None:
+    name = "OPEN_ID_CONNECT_CLIENT_ID"
+    environment = {key: value for key, value in GOOD.items() if key != name}
+    assert read_settings(environment, dotenv={name: "c"}).client.client_id == "c"
+    assert read_settings(environment | {name: "b"}, dotenv={name: "c"}).client.client_id == "b"
+    options = {"oidc_client_id": "a"}
+    assert read_settings(environment | {name: "b"}, dotenv={name: "c"}, options=options).client.client_id == "a"
+    # An empty string counts as unset, everywhere.
+    assert (
+        read_settings(environment | {name: ""}, dotenv={name: "c"}, options={"oidc_client_id": ""}).client.client_id
+        == "c"
+    )
+
+
+def test_dotenv_is_taken_literally(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        "# a comment\nA='single # quoted'\nexport B=\"double\"\nC=bare # comment\nD='${HOME}'\nE\r\n"
+    )
+    assert read_dotenv(tmp_path) == {"A": "single # quoted", "B": "double", "C": "bare", "D": "${HOME}"}
+    assert read_dotenv(tmp_path / "elsewhere") == {}
+
+
+@pytest.mark.parametrize("content", [b"A=\xff\xfe\n", None])
+def test_a_dotenv_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / ".env"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(SettingsError, match=r"^\.env: "):
+        read_dotenv(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variable", "attribute"),
+    [("OPEN_ID_REFRESH_TOKEN", "refresh_token"), ("OPEN_ID_AUTH_TOKEN", "access_token")],
+)
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_secrets_are_read_from_files(tmp_path: Path, variable: str, attribute: str, end: str) -> None:
+    path = tmp_path / "secret"
+    path.write_bytes(f"from-file{end}".encode())
+    environment = {key: value for key, value in GOOD.items() if key != variable} | {f"{variable}_FILE": str(path)}
+    assert getattr(read_settings(environment), attribute) == "from-file"
+
+
+def test_a_client_secret_keeps_all_but_the_last_newline(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text(" s: %+é \n")
+    environment = GOOD | {"OPEN_ID_CONNECT_CLIENT_SECRET_FILE": str(path)}
+    assert read_settings(environment).client.secret == " s: %+é "
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "is empty"), (b"\n", "is empty"), (b"\xff\xfe", "UTF-8"), (b"x" * 70_000, "64 KiB"), (None, "No such file")],
+)
+def test_a_secret_file_that_cannot_be_used_is_told(tmp_path: Path, content: bytes | None, says: str) -> None:
+    path = tmp_path / "secret"
+    if content is not None:
+        path.write_bytes(content)
+    (line,) = problems(GOOD | {"OPEN_ID_REFRESH_TOKEN": "", "OPEN_ID_REFRESH_TOKEN_FILE": str(path)})
+    assert line.startswith("OPEN_ID_REFRESH_TOKEN_FILE: ")
+    assert says in line
+
+
+def test_a_secret_and_its_file_contradict_each_other(tmp_path: Path) -> None:
+    (line,) = problems(GOOD | {"OPEN_ID_REFRESH_TOKEN_FILE": str(tmp_path / "secret")})
+    assert line.startswith("OPEN_ID_REFRESH_TOKEN: ")
+    assert "unset one" in line
+
+
+def test_the_environments_file_comes_before_dotenvs_value(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    path.write_text("from-file")
+    environment = {key: value for key, value in GOOD.items() if key != "OPEN_ID_REFRESH_TOKEN"}
+    settings = read_settings(
+        environment | {"OPEN_ID_REFRESH_TOKEN_FILE": str(path)}, dotenv={"OPEN_ID_REFRESH_TOKEN": "from-dotenv"}
+    )
+    assert settings.refresh_token == "from-file"
+
+
+def test_files_that_are_no_keys_or_certificates_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "file.pem"
+    path.write_text("nothing of the kind")
+    assert "PEM" in problems(GOOD | {"OPEN_ID_CONNECT_CLIENT_KEY_FILE": str(path)})[0]
+    assert str(path) in problems(GOOD | {"TLS_CA_FILE": str(path)})[0]
+
+
+def test_a_key_and_a_ca_file_are_accepted(tmp_path: Path) -> None:
+    key = tmp_path / "key.pem"
+    key.write_bytes(generate_private_key(SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    ca = Path(ssl.get_default_verify_paths().cafile or pytest.skip("no CA file on this system"))
+    environment = GOOD | {
+        "OPEN_ID_CONNECT_CLIENT_KEY_FILE": str(key),
+        "OPEN_ID_CONNECT_CLIENT_AUTH": "private_key_jwt",
+        "TLS_CA_FILE": str(ca),
+    }
+    settings = read_settings(environment)
+    assert settings.client.key is not None
+    assert settings.ca_file == ca
+
+
+def test_no_option_has_a_name_that_mitmproxy_uses() -> None:
+    assert {variable.option for variable in VARIABLES if variable.option}.isdisjoint(Options().keys())

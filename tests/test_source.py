@@ -1,0 +1,364 @@
+"""When tokens are fetched, with the clock in the test's hand and no network."""
+
+import asyncio
+import base64
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.protocol import TokenResponse
+from eoepca_security.source import DEFAULT_LIFETIME, AccessToken, TokenSource, token_end
+
+START = 1_800_000_000.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = START
+
+    def __call__(self) -> float:
+        return self.time
+
+
+class Issuer:
+    """Gives numbered tokens; `answers`, when there are any, come first."""
+
+    def __init__(self, lifetime: float = 60) -> None:
+        self.lifetime = lifetime
+        self.asked: list[str | None] = []
+        self.answers: list[TokenResponse | Exception] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, refresh_token: str | None) -> TokenResponse:
+        self.asked.append(refresh_token)
+        assert self.gate.wait(10)
+        if self.answers:
+            answer = self.answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+        return TokenResponse(f"token-{len(self.asked)}", expires_in=self.lifetime)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def issuer() -> Issuer:
+    return Issuer()
+
+
+@pytest.fixture
+def source(issuer: Issuer, clock: Clock) -> TokenSource:
+    return TokenSource(issuer, refresh_token="first", now=clock)
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    """Wait for what a background refresh does."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+def jwt_with(**claims: object) -> str:
+    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
+
+
+# --- expiry ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("response", "end"),
+    [
+        (TokenResponse("opaque", expires_in=60), START + 60),
+        (TokenResponse("opaque"), START + DEFAULT_LIFETIME),
+        (TokenResponse(jwt_with(exp=START + 300)), START + 300),
+        (TokenResponse(jwt_with(exp=START + 300, iat=START)), START + 300),
+        # Both are said: the earlier counts.
+        (TokenResponse(jwt_with(exp=START + 300, iat=START), expires_in=60), START + 2 + 60),
+        (TokenResponse(jwt_with(exp=START + 30, iat=START), expires_in=60), START + 30),
+        # The issuer's clock is ahead or behind: only the difference of its claims is used, less the lost fraction.
+        (TokenResponse(jwt_with(exp=START + 65, iat=START + 5)), START + 59),
+        (TokenResponse(jwt_with(exp=START + 55, iat=START - 5)), START + 59),
+        (TokenResponse(jwt_with(exp=START + 65, iat=START + 5), expires_in=60), START + 59),
+        # Claims that are no times.
+        (TokenResponse(jwt_with(exp="soon", iat=START), expires_in=60), START + 60),
+        (TokenResponse(jwt_with(exp=True), expires_in=60), START + 60),
+        (TokenResponse(jwt_with(exp=10**400), expires_in=60), START + 60),
+        (TokenResponse(jwt_with(exp=START + 60, iat="now")), START + 60),
+    ],
+)
+def test_the_end_of_a_token_is_reckoned_rather_too_early_than_too_late(response: TokenResponse, end: float) -> None:
+    assert token_end(response, sent_at=START, received_at=START + 2) == end
+
+
+@pytest.mark.parametrize("lifetime", [1.0, 3.0, 60.0, 300.0, 86_400.0])
+def test_windows_follow_the_lifetime(lifetime: float) -> None:
+    token = AccessToken("t", START, START + lifetime)
+    assert START < token.refresh_at < token.expires_at < token.ends_at
+    assert token.refresh_at - START > 0.79 * lifetime  # or one lifetime would see several refreshes
+    assert token.ends_at - token.expires_at <= 5
+
+
+def test_a_token_does_not_show_itself() -> None:
+    assert "secret" not in repr(AccessToken("secret", START, START + 1))
+
+
+# --- when to refresh ---------------------------------------------------------------------------------------------
+
+
+async def test_a_token_is_used_until_it_is_due(source: TokenSource, issuer: Issuer, clock: Clock) -> None:
+    assert (await source.token()).value == "token-1"
+    clock.time += 47
+    assert (await source.token()).value == "token-1"
+    assert issuer.asked == ["first"]
+
+
+async def test_a_due_token_is_served_while_the_next_one_is_fetched(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    await source.token()
+    clock.time += 50
+    issuer.gate.clear()
+    assert [(await source.token()).value for _ in range(5)] == ["token-1"] * 5
+    await settled(lambda: len(issuer.asked) == 2)
+    issuer.gate.set()
+    await settled(lambda: source._refresh is None)
+    assert (await source.token()).value == "token-2"
+    assert len(issuer.asked) == 2
+
+
+async def test_an_expired_token_is_not_served(source: TokenSource, issuer: Issuer, clock: Clock) -> None:
+    await source.token()
+    clock.time += 56  # the last five seconds are not used: the request has yet to arrive
+    assert (await source.token()).value == "token-2"
+
+
+async def test_a_clock_that_is_set_back_does_not_prolong_a_token(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    await source.token()
+    clock.time -= 3600
+    assert (await source.token()).value == "token-2"
+
+
+async def test_all_who_wait_share_one_refresh(source: TokenSource, issuer: Issuer) -> None:
+    issuer.gate.clear()
+    waiting = [asyncio.create_task(source.token()) for _ in range(100)]
+    await settled(lambda: len(issuer.asked) == 1)
+    issuer.gate.set()
+    assert {token.value for token in await asyncio.gather(*waiting)} == {"token-1"}
+    assert len(issuer.asked) == 1
+
+
+async def test_all_who_wait_share_its_failure(source: TokenSource, issuer: Issuer) -> None:
+    issuer.answers = [CredentialsRejected("no")]
+    failures = await asyncio.gather(*(source.token() for _ in range(50)), return_exceptions=True)
+    assert {str(failure) for failure in failures} == {"no"}
+    assert len(issuer.asked) == 1
+
+
+async def test_one_who_gives_up_does_not_end_the_refresh(source: TokenSource, issuer: Issuer) -> None:
+    issuer.gate.clear()
+    impatient, patient = asyncio.create_task(source.token()), asyncio.create_task(source.token())
+    await settled(lambda: len(issuer.asked) == 1)
+    impatient.cancel()
+    issuer.gate.set()
+    assert (await patient).value == "token-1"
+    assert len(issuer.asked) == 1
+
+
+async def test_waiting_does_not_block_the_event_loop(source: TokenSource, issuer: Issuer) -> None:
+    issuer.gate.clear()
+    waiting = asyncio.create_task(source.token())
+    await settled(lambda: len(issuer.asked) == 1)  # runs in this loop, while the issuer does not answer
+    issuer.gate.set()
+    assert (await waiting).value == "token-1"
+
+
+async def test_nobody_waits_for_ever(source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eoepca_security.source.MAX_WAIT", 0.05)
+    issuer.gate.clear()
+    with pytest.raises(IssuerUnavailable, match="in time"):
+        await source.token()
+    issuer.gate.set()
+    assert (await source.token()).value == "token-1"  # the same refresh, which went on
+    assert len(issuer.asked) == 1
+
+
+async def test_a_refresh_that_never_ends_is_given_up(
+    source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eoepca_security.source._GIVE_UP", 0.05)
+    issuer.gate.clear()
+    with pytest.raises(IssuerUnavailable, match="did not answer"):
+        await source.token()
+    issuer.gate.set()
+
+
+# --- refresh tokens ----------------------------------------------------------------------------------------------
+
+
+async def test_a_rotated_refresh_token_is_used_from_then_on(source: TokenSource, issuer: Issuer, clock: Clock) -> None:
+    issuer.answers = [TokenResponse("a", expires_in=60, refresh_token="second")]
+    for _ in range(3):
+        await source.token()
+        clock.time += 60
+    # No new one came with the later answers, so the second is kept.
+    assert issuer.asked == ["first", "second", "second"]
+    assert source.rotated
+
+
+async def test_the_same_refresh_token_coming_back_is_no_rotation(source: TokenSource, issuer: Issuer) -> None:
+    issuer.answers = [TokenResponse("a", expires_in=60, refresh_token="first")]
+    await source.token()
+    assert not source.rotated
+
+
+async def test_a_rotated_refresh_token_is_kept_when_the_access_token_is_refused(issuer: Issuer, clock: Clock) -> None:
+    def check(token: str) -> None:
+        if token == "bad":
+            raise TokenInvalid("not for us")
+
+    source = TokenSource(issuer, refresh_token="first", check=check, now=clock)
+    issuer.answers = [TokenResponse("bad", expires_in=60, refresh_token="second")]
+    with pytest.raises(TokenInvalid):
+        await source.token()
+    clock.time += 60
+    await source.token()
+    assert issuer.asked == ["first", "second"]
+
+
+# --- the initial access token ------------------------------------------------------------------------------------
+
+
+async def test_an_initial_access_token_is_used_while_it_lives(issuer: Issuer, clock: Clock) -> None:
+    initial = jwt_with(exp=START + 100, iat=START - 200)
+    source = TokenSource(issuer, refresh_token="first", access_token=initial, now=clock)
+    clock.time += 50
+    assert (await source.token()).value == initial
+    clock.time += 60
+    assert (await source.token()).value == "token-1"
+
+
+async def test_an_initial_access_token_that_has_ended_is_not_used(issuer: Issuer, clock: Clock) -> None:
+    source = TokenSource(issuer, access_token=jwt_with(exp=START - 1, iat=START - 61), now=clock)
+    assert (await source.token()).value == "token-1"
+
+
+async def test_an_initial_access_token_has_to_pass_the_check_too(issuer: Issuer, clock: Clock) -> None:
+    failures: list[TokenError] = [IssuerUnavailable("no keys"), TokenInvalid("not for us")]
+
+    def check(token: str) -> None:
+        if token == "initial" and failures:
+            raise failures.pop(0)
+
+    source = TokenSource(issuer, access_token="initial", check=check, now=clock)
+    with pytest.raises(IssuerUnavailable, match="no keys"):  # that says nothing of the token
+        await source.token()
+    clock.time += 1
+    assert (await source.token()).value == "token-1"
+    assert failures == []
+
+
+# --- failures ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_failing_background_refresh_leaves_the_living_token_in_use(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    await source.token()
+    clock.time += 50
+    issuer.answers = [IssuerUnavailable("down")]
+    assert (await source.token()).value == "token-1"
+    await settled(lambda: source._refresh is None)
+    assert (await source.token()).value == "token-1"
+    assert len(issuer.asked) == 2  # the retry is not due yet
+
+
+async def test_the_next_request_waits_for_a_retry_that_is_due_soon(source: TokenSource, issuer: Issuer) -> None:
+    issuer.answers = [IssuerUnavailable("down")]
+    with pytest.raises(IssuerUnavailable, match="down"):
+        await source.token()
+    assert (await source.token()).value == "token-2"
+
+
+async def test_retries_become_rarer_and_requests_in_between_fail_at_once(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.answers = [IssuerUnavailable("down") for _ in range(100)]
+    end = START + 60
+    while clock.time < end:
+        with pytest.raises(IssuerUnavailable, match="down"):
+            await source.token()
+        clock.time += 1.3  # longer than anybody waits for a retry
+    assert 5 <= len(issuer.asked) <= 12
+
+
+async def test_retry_after_is_honoured_up_to_a_bound(source: TokenSource, issuer: Issuer, clock: Clock) -> None:
+    issuer.answers = [IssuerUnavailable("busy", retry_after=20), IssuerUnavailable("busy", retry_after=1e9)]
+    with pytest.raises(IssuerUnavailable):
+        await source.token()
+    assert source.retry_after() == 20
+    clock.time += 18
+    with pytest.raises(IssuerUnavailable):
+        await source.token()
+    assert len(issuer.asked) == 1
+    clock.time += 2
+    with pytest.raises(IssuerUnavailable):
+        await source.token()
+    assert source.retry_after() <= 30
+
+
+async def test_a_rejected_credential_is_tried_again_but_seldom(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.answers = [CredentialsRejected("no") for _ in range(100)]
+    end = START + 3
+    while clock.time < end:
+        with pytest.raises(CredentialsRejected):
+            await source.token()
+        clock.time += 0.5
+    assert len(issuer.asked) <= 4
+
+
+async def test_a_failure_is_logged_once_and_so_is_its_end(
+    source: TokenSource, issuer: Issuer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    issuer.answers = [IssuerUnavailable("down"), IssuerUnavailable("down"), CredentialsRejected("no")]
+    for _ in range(3):
+        with pytest.raises(TokenError):
+            await source.token()
+        clock.time += 5
+    await source.token()
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if "down" in message] == ["no new access token (issuer_unavailable): down"]
+    assert sum("no new access token (credentials_rejected)" in message for message in messages) == 1
+    assert messages[-1] == "the issuer gives tokens again"
+
+
+async def test_an_unexpected_error_is_an_answer_too_and_shows_no_values(
+    source: TokenSource, issuer: Issuer, caplog: pytest.LogCaptureFixture
+) -> None:
+    issuer.answers = [RuntimeError("first")]  # an error whose text has the refresh token in it
+    with pytest.raises(IssuerUnavailable, match="RuntimeError") as failure:
+        await source.token()
+    assert "first" not in str(failure.value)
+    assert "first" not in caplog.text
+    assert (await source.token()).value == "token-2"
+
+
+async def test_a_token_that_is_expired_on_arrival_is_not_served(source: TokenSource, issuer: Issuer) -> None:
+    issuer.answers = [TokenResponse(jwt_with(exp=START, iat=START))]
+    with pytest.raises(TokenInvalid, match="clock"):
+        await source.token()
