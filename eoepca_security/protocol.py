@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
-from urllib.parse import quote_plus, urlsplit
+from urllib.parse import SplitResult, quote_plus, urlsplit
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -56,16 +56,18 @@ _FINAL_ERRORS: Final = frozenset(
     }
 )
 
+_CHECK_CLIENT: Final = (
+    "check OPEN_ID_CONNECT_CLIENT_ID and OPEN_ID_CONNECT_CLIENT_SECRET (unset for a public client), and "
+    "OPEN_ID_CONNECT_CLIENT_AUTH"
+)
 _REMEDIES: Final = {
     "invalid_grant": (
-        "the refresh token is expired, revoked, already used, or belongs to another client: "
-        "log in again and set OPEN_ID_REFRESH_TOKEN to the new one"
+        "the refresh token is expired, revoked or used up, or was given to another client or by another name of the "
+        "issuer: log in again and set OPEN_ID_REFRESH_TOKEN to the new one"
     ),
-    "invalid_client": (
-        "check OPEN_ID_CONNECT_CLIENT_ID and OPEN_ID_CONNECT_CLIENT_SECRET (unset for a public client), "
-        "and OPEN_ID_CONNECT_CLIENT_AUTH"
-    ),
-    "unauthorized_client": "allow the client this grant at the issuer, or set OPEN_ID_CONNECT_GRANT to one it may use",
+    "invalid_client": _CHECK_CLIENT,
+    # Keycloak says this of a wrong secret, too.
+    "unauthorized_client": f"{_CHECK_CLIENT}, or allow the client this OPEN_ID_CONNECT_GRANT at the issuer",
     "unsupported_grant_type": "the issuer does not offer this grant: set OPEN_ID_CONNECT_GRANT to one it offers",
     "invalid_scope": "set OPEN_ID_CONNECT_SCOPE to scopes that the client may ask for, or leave it unset",
 }
@@ -122,22 +124,31 @@ def is_loopback(host: str | None) -> bool:
         return False
 
 
+def split_url(url: str) -> SplitResult:
+    """Split an http(s) URL; raises ValueError where programs could differ about the host it names (RFC 3986 §3.2)."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    # Some versions of urlsplit() pass over what stands around the brackets of an address.
+    if parts.port == 0 or not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", host):
+        raise ValueError("no proper host and port")
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("not http or https")
+    return parts
+
+
 def url_problem(url: str, *, allow_http: bool = False) -> str | None:
     """Say why the issuer must not be spoken to at `url`, or return None when it may.
 
     Tokens and secrets travel there, so it is https, or http on loopback (RFC 6749 §3.2, OpenID Connect Discovery §3).
     """
+    if not re.fullmatch(r"[!-~]{0,2000}", url):
+        return "has spaces or characters outside ASCII, or is far too long"
     try:
-        parts = urlsplit(url)
-        port = parts.port
+        parts = split_url(url)
     except ValueError:
-        return "is not a URL"
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         return "is not a URL: it has to look like https://issuer.example/realms/name"
     if parts.username is not None or parts.password is not None:
         return "carries a user name or password: remove the part before the @"
-    if not re.fullmatch(r"[!-~]{1,2000}", url):
-        return "has spaces or characters outside ASCII, or is far too long"
     if parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_http:
         return "must use https:// (plain http is accepted on localhost only)"
     return None

@@ -28,7 +28,7 @@ PATIENCE: Final = 1.0
 """A retry that is due within this many seconds is waited for; a later one is not, the caller gets the failure."""
 
 _FIRST_RETRY: Final = 0.25
-_FIRST_RETRY_REJECTED: Final = 1.0
+_FIRST_RETRY_REJECTED: Final = 0.5
 _LAST_RETRY: Final = 30.0
 _GIVE_UP: Final = 30.0
 

@@ -3,7 +3,8 @@
 import socket
 import ssl
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -18,9 +19,6 @@ from eoepca_security.errors import IssuerUnavailable
 
 MAX_BODY: Final = 256 * 1024
 """Longest answer that is read, in bytes."""
-
-CONNECT_TIMEOUT: Final = 5.0
-"""How long making a connection to one address may take, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -72,29 +70,32 @@ class HttpTransport:
         request.headers = {"Accept": "application/json", "Accept-Encoding": "identity", **request.headers}
         # requests would overwrite our Authorization header with what ~/.netrc has for the host; an `auth` stops it.
         request.auth = lambda prepared: prepared
-        adapter = _DeadlineAdapter(self._context)
+        adapter = _DeadlineAdapter(self._context, timeout)
         watchdog = threading.Timer(timeout, adapter.cut)
         watchdog.daemon = True
         watchdog.start()
+        answer = None
         try:
             with requests.Session() as session:
                 session.mount("https://", adapter)
                 session.mount("http://", adapter)
-                return self._send(session, request, timeout)
+                answer = self._send(session, request, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            if adapter.was_cut or isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
-                raise IssuerUnavailable(f"{request.url} did not answer within {timeout:g} s") from None
-            raise IssuerUnavailable(f"{request.url} cannot be reached: {_reason(error)}") from None
+            causes = _causes(error)
+            if not (adapter.was_cut or any(isinstance(cause, _TIMEOUTS) for cause in causes)):
+                raise IssuerUnavailable(f"{request.url} cannot be reached: {_reason(causes)}") from None
         finally:
             watchdog.cancel()
             adapter.forget()
+        # A connection that was cut may look like one that ended well.
+        if answer is None or adapter.was_cut:
+            raise IssuerUnavailable(f"{request.url} did not answer within {timeout:g} s")
+        return answer
 
     def _send(self, session: requests.Session, request: requests.Request, timeout: float) -> Answer:
         prepared = session.prepare_request(request)
         settings = session.merge_environment_settings(prepared.url, {}, True, None, None)
-        with session.send(
-            prepared, timeout=(min(CONNECT_TIMEOUT, timeout), timeout), allow_redirects=False, **settings
-        ) as response:
+        with session.send(prepared, timeout=timeout, allow_redirects=False, **settings) as response:
             if response.is_redirect or 300 <= response.status_code < 400:
                 raise IssuerUnavailable(
                     f"{request.url} answered with a redirect ({response.status_code}), which is not followed: "
@@ -102,7 +103,10 @@ class HttpTransport:
                 )
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise IssuerUnavailable(f"{request.url} answered in an encoding that was not asked for")
-            body = response.raw.read(MAX_BODY + 1, decode_content=False)
+            body = b""
+            # Read until nothing comes: only then a body that is shorter than announced is noticed.
+            while len(body) <= MAX_BODY and (part := response.raw.read(MAX_BODY + 1 - len(body), decode_content=False)):
+                body += part
             if len(body) > MAX_BODY:
                 raise IssuerUnavailable(f"{request.url} answered with more than {MAX_BODY // 1024} KiB")
             return Answer(response.status_code, body, response.headers)
@@ -115,8 +119,9 @@ class _DeadlineAdapter(HTTPAdapter):
     offers no bound on the whole exchange; shutting its sockets down is one.
     """
 
-    def __init__(self, context: ssl.SSLContext) -> None:
+    def __init__(self, context: ssl.SSLContext, timeout: float) -> None:
         self._context = context
+        self._deadline = time.monotonic() + timeout
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self.was_cut = False
@@ -136,11 +141,11 @@ class _DeadlineAdapter(HTTPAdapter):
 
         class Plain(HTTPConnection):
             def _new_conn(self) -> socket.socket:
-                return adapter.register(super()._new_conn())
+                return adapter.connect(self.host, self.port)
 
         class Secure(HTTPSConnection):
             def _new_conn(self) -> socket.socket:
-                return adapter.register(super()._new_conn())
+                return adapter.connect(self.host, self.port)
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = Plain
@@ -150,15 +155,33 @@ class _DeadlineAdapter(HTTPAdapter):
 
         manager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
 
-    def register(self, connection: socket.socket) -> socket.socket:
-        """Remember a new connection, or refuse it when time is up."""
+    def connect(self, host: str, port: int) -> socket.socket:
+        """Connect to the first address that answers; each has its share of the time that is left."""
+        addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        failure: OSError = TimeoutError("the exchange's time is up")
+        for index, (family, kind, protocol, _, address) in enumerate(addresses):
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                break
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(left / (len(addresses) - index))
+                connection.connect(address)
+                connection.settimeout(left)
+                self._register(connection)
+            except OSError as error:
+                connection.close()
+                failure = error
+            else:
+                return connection
+        raise failure
+
+    def _register(self, connection: socket.socket) -> None:
         with self._lock:
             if self.was_cut:
-                connection.close()
                 raise TimeoutError("the exchange's time is up")
             # A duplicate stays valid when TLS takes the original over, and shuts down the same connection.
             self._sockets.append(connection.dup())
-        return connection
 
     def cut(self) -> None:
         """End every connection now; whoever reads from one sees its end."""
@@ -178,9 +201,12 @@ class _DeadlineAdapter(HTTPAdapter):
             self._sockets.clear()
 
 
-def _reason(error: Exception) -> str:
-    """Say what went wrong in a few words; the library's own message is a nest of reprs."""
-    causes = []
+_TIMEOUTS: Final = (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an error and what is behind it; the libraries nest them in four different ways."""
+    causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
@@ -189,6 +215,11 @@ def _reason(error: Exception) -> str:
         cause = (
             (reason if isinstance(reason, BaseException) else None) or nested or cause.__cause__ or cause.__context__
         )
+    return causes
+
+
+def _reason(causes: Sequence[BaseException]) -> str:
+    """Say what went wrong in a few words; the libraries' own messages are nests of reprs."""
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return f"its certificate is not trusted ({cause.verify_message}); TLS_CA_FILE adds a CA"
@@ -201,11 +232,11 @@ def _reason(error: Exception) -> str:
     return "the connection failed or ended early"
 
 
-def ca_bundle(ca_file: Path) -> str:
+def ca_bundle(ca_file: Path) -> bytes:
     """Return in PEM form what `trust(ca_file)` trusts, for programs that want a file; raises OSError.
 
     The system's folder of CAs, where it has one beside its file, is not in it.
     """
     system = ssl.get_default_verify_paths().cafile
     files = [Path(requests.utils.DEFAULT_CA_BUNDLE_PATH), ca_file, *([Path(system)] if system else [])]
-    return "\n".join(file.read_text(encoding="utf-8") for file in files)
+    return b"\n".join(file.read_bytes() for file in files)

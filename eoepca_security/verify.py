@@ -29,7 +29,7 @@ _ALGORITHMS_OF_KEY: Final[Mapping[tuple[str, str | None], frozenset[str]]] = {
 ALGORITHMS: Final = frozenset().union(*_ALGORITHMS_OF_KEY.values())
 
 # What Keycloak writes into the claim `typ` of tokens that are not access tokens.
-_OTHER_TOKEN_TYPES: Final = frozenset({"ID", "Refresh", "Offline", "Logout"})
+_OTHER_TOKEN_TYPES: Final = ("ID", "Refresh", "Offline", "Logout")
 
 
 @dataclass(frozen=True)

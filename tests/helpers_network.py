@@ -22,6 +22,7 @@ class RawServer:
         self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._lock = threading.Lock()
         self._open: list[socket.socket] = []
         self.requests: list[bytes] = []
         self.connections = 0
@@ -35,14 +36,17 @@ class RawServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stopping.set()
-        for connection in [self._listener, *self._open]:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
+        with self._lock:
+            self.stopping.set()
+            for connection in [self._listener, *self._open]:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        # Nothing is closed before its thread has ended: its number could become another connection's.
         for thread in self._threads:
             thread.join(PATIENCE)
             assert not thread.is_alive()
+        for connection in [self._listener, *self._open]:
+            connection.close()
 
     def read_request(self, connection: socket.socket) -> None:
         data = b""
@@ -61,22 +65,32 @@ class RawServer:
         self.ended.set()
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
+        while True:
+            try:
                 connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with self._lock:
+                if self.stopping.is_set():
+                    connection.close()
+                    return
                 self.connections += 1
-                self._open.append(connection)
+                self._open.append(connection.dup())
                 thread = threading.Thread(target=self._serve, args=(connection,), daemon=True)
                 self._threads.append(thread)
                 thread.start()
 
     def _serve(self, plain: socket.socket) -> None:
         # What the client makes of a connection that breaks is the client's test; here it only ends the script.
-        with contextlib.suppress(OSError):
-            connection = self._tls.wrap_socket(plain, server_side=True) if self._tls else plain
-            self._open.append(connection)
-            with connection:
+        with contextlib.suppress(OSError), plain, self._secure(plain) as connection:
+            try:
                 self._script(self, connection)
+            finally:
+                # Closing does not hang up while there is the duplicate.
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _secure(self, plain: socket.socket) -> socket.socket:
+        return self._tls.wrap_socket(plain, server_side=True) if self._tls else plain
 
 
 def replies(*pieces: bytes, keep_open: bool = False) -> Callable[[RawServer, socket.socket], None]:

@@ -48,7 +48,7 @@ def test_returns_the_object() -> None:
     ],
 )
 def test_refuses_what_is_not_a_json_object_in_utf_8(data: bytes, unique_keys: bool) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError):  # noqa: PT011  which one of them is all the same
         parse_object(data, unique_keys=unique_keys)
 
 

@@ -76,7 +76,7 @@ class OIDCAuthProxy:
         """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
         for variable in OPTIONS:
             loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")
-        loader.master.options.update(**_PREFERRED_OPTIONS)
+        loader.master.options.update_known(**_PREFERRED_OPTIONS)
 
     def configure(self, updated: set[str]) -> None:
         """Read the settings anew; what is wrong ends the start, and later is refused so that the old ones stay."""

@@ -83,7 +83,7 @@ def _upstream_trust(settings: Settings) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         try:
             # mitmproxy wants a file that holds all.
-            file = stack.enter_context(tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".pem"))
+            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pem"))
             file.write(ca_bundle(settings.ca_file))
             file.flush()
         except OSError as error:

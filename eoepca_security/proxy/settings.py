@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
-from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 
@@ -19,11 +18,13 @@ from eoepca_security.protocol import (
     PrivateKey,
     is_loopback,
     load_private_key,
+    split_url,
     url_problem,
 )
 from eoepca_security.transport import trust
 
 _MAX_FILE: Final = 64 * 1024
+_PORTS: Final = {"http": 80, "https": 443}
 _EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104  compared with, not bound to
 
 T = TypeVar("T")
@@ -334,18 +335,19 @@ class _Reader:
         if not url:
             return url
         try:
-            parts = urlsplit(url)
-            upstream_port = parts.port or {"https": 443}.get(parts.scheme, 80)
+            parts = split_url(url)
         except ValueError:
             self.problem(UPSTREAM, "is not a URL: it has to look like https://service.example:9200")
             return url
-        if parts.scheme not in ("http", "https") or not re.fullmatch(r"[A-Za-z0-9._:-]+", parts.hostname or ""):
-            self.problem(UPSTREAM, "is not a URL: it has to look like https://service.example:9200")
-        elif parts.username is not None or parts.path.strip("/") or parts.query or parts.fragment:
+        if parts.username is not None or parts.path.strip("/") or parts.query or parts.fragment:
             self.problem(
                 UPSTREAM, "takes scheme, host and port only: requests bring their own path, so put it into those"
             )
-        elif is_loopback(parts.hostname) and upstream_port == port and (is_loopback(host) or host in _EVERYWHERE):
+        elif (
+            is_loopback(parts.hostname)
+            and (parts.port or _PORTS[parts.scheme]) == port
+            and (is_loopback(host) or host in _EVERYWHERE)
+        ):
             self.problem(UPSTREAM, f"is the address that the proxy itself listens on: change it or {PORT.env}")
         elif parts.scheme == "http" and not is_loopback(parts.hostname):
             self.warnings.append(

@@ -1,0 +1,203 @@
+"""A Keycloak on loopback: its Java found, its archive fetched, its realms imported, started and stopped by the tests.
+
+Nothing is shared between runs but the downloaded archive: every run unpacks a copy of its own, because Keycloak writes
+into its installation, and keeps its data in memory.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from kc_process import free_port, running
+
+VERSION = "26.7.3"
+JAVA_MAJORS = (25, 21, 17)  # in order of preference: the LTS releases this version runs on
+DOWNLOAD_SECONDS = 600.0
+START_SECONDS = 180.0
+REQUEST_SECONDS = 10.0
+
+REALM = "eoepca"
+ROTATING_REALM = "eoepca-rotating"  # as REALM, but a refresh token may be used once
+REALM_FILE = Path(__file__).with_name("realm-eoepca.json")
+
+
+class KeycloakError(Exception):
+    """Keycloak cannot be had on this machine; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """An OAuth client of the realm file; without a secret it is a public one."""
+
+    client_id: str
+    secret: str | None = None
+
+    def form(self) -> dict[str, str]:
+        """The client's part of a token request's form."""
+        form = {"client_id": self.client_id}
+        if self.secret is not None:
+            form["client_secret"] = self.secret
+        return form
+
+
+CONFIDENTIAL = Client("eoepca-confidential", "test-only-client-secret")
+PUBLIC = Client("eoepca-public")
+USERNAME = "alice"
+PASSWORD = "test-only-password"
+AUDIENCE = "eoepca-service"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a login yields."""
+
+    access_token: str
+    refresh_token: str
+
+
+@dataclass(frozen=True)
+class Keycloak:
+    """A running Keycloak, spoken to as its own clients would, without the code under test."""
+
+    url: str
+
+    def issuer(self, realm: str) -> str:
+        return f"{self.url}/realms/{realm}"
+
+    def login(self, realm: str, client: Client) -> Tokens:
+        """A new session of the test user, by the direct grant."""
+        answer = self._post(realm, "token", client, grant_type="password", username=USERNAME, password=PASSWORD)
+        answer.raise_for_status()
+        body = answer.json()
+        return Tokens(body["access_token"], body["refresh_token"])
+
+    def refresh(self, realm: str, client: Client, refresh_token: str) -> httpx.Response:
+        return self._post(realm, "token", client, grant_type="refresh_token", refresh_token=refresh_token)
+
+    def logout(self, realm: str, client: Client, refresh_token: str) -> None:
+        """End the session at the issuer."""
+        self._post(realm, "logout", client, refresh_token=refresh_token).raise_for_status()
+
+    def answers(self, realm: str) -> bool:
+        """Whether the realm serves its discovery document."""
+        try:
+            answer = httpx.get(f"{self.issuer(realm)}/.well-known/openid-configuration", trust_env=False, timeout=2)
+        except httpx.HTTPError:
+            return False
+        return answer.is_success
+
+    def _post(self, realm: str, endpoint: str, client: Client, **form: str) -> httpx.Response:
+        return httpx.post(
+            f"{self.issuer(realm)}/protocol/openid-connect/{endpoint}",
+            data={**client.form(), **form},
+            trust_env=False,
+            timeout=REQUEST_SECONDS,
+        )
+
+
+@contextmanager
+def running_keycloak(folder: Path) -> Iterator[Keycloak]:
+    """Start Keycloak with the test realms; `folder` takes its installation, removed at the end, and its log."""
+    java_home = find_java_home()
+    archive = fetch_archive(java_home)
+    home = folder / f"keycloak-{VERSION}"
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        write_realms(home / "data" / "import")
+        port = free_port()
+        keycloak = Keycloak(f"http://127.0.0.1:{port}")
+        command = [
+            str(home / "bin" / "kc.sh"),
+            "start-dev",
+            "--db=dev-mem",
+            "--http-host=127.0.0.1",
+            f"--http-port={port}",
+            "--import-realm",
+        ]
+        env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "JAVA_HOME": str(java_home),
+            "JAVA_OPTS_KC_HEAP": "-Xms64m -Xmx512m",
+            # A server that lives for minutes does not earn back what the optimizing compiler costs at its start.
+            "JAVA_OPTS_APPEND": "-XX:TieredStopAtLevel=1 -XX:-UsePerfData",
+        }
+        with running(command, env, home, folder / "keycloak.log") as child:
+            child.wait_until(lambda: keycloak.answers(REALM) and keycloak.answers(ROTATING_REALM), START_SECONDS)
+            yield keycloak
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def write_realms(folder: Path) -> None:
+    """Write the realm file and its rotating twin where Keycloak imports them from."""
+    realm = json.loads(REALM_FILE.read_text())
+    twin = {**realm, "realm": ROTATING_REALM, "revokeRefreshToken": True, "refreshTokenMaxReuse": 0}
+    folder.mkdir(parents=True)
+    for each in (realm, twin):
+        (folder / f"{each['realm']}.json").write_text(json.dumps(each))
+
+
+def fetch_archive(java_home: Path) -> Path:
+    """The distribution's archive in the user's cache, downloaded by Maven when it is not there yet."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eoepca-security" / "keycloak"
+    archive = cache / f"keycloak-quarkus-dist-{VERSION}.tar.gz"
+    if archive.exists():
+        return archive
+    maven = shutil.which("mvn")
+    if maven is None:
+        raise KeycloakError("Maven is needed to download Keycloak: no mvn on PATH")
+    cache.mkdir(parents=True, exist_ok=True)
+    # Renamed only when complete, so that an interrupted download leaves nothing that looks like an archive.
+    with tempfile.TemporaryDirectory(dir=cache) as partial:
+        command = [
+            *(maven, "-q", "-B", "--strict-checksums", "dependency:copy"),
+            f"-Dartifact=org.keycloak:keycloak-quarkus-dist:{VERSION}:tar.gz",
+            f"-DoutputDirectory={partial}",
+        ]
+        env = {**os.environ, "JAVA_HOME": str(java_home)}
+        done = subprocess.run(
+            command, env=env, cwd=partial, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
+        )
+        if done.returncode != 0:
+            raise KeycloakError(f"Maven could not download Keycloak {VERSION}:\n{done.stdout}{done.stderr}")
+        (Path(partial) / archive.name).replace(archive)
+    return archive
+
+
+def find_java_home() -> Path:
+    """JAVA_HOME when Keycloak runs on it, else the most preferred of the installed ones."""
+    chosen = os.environ.get("JAVA_HOME")
+    if chosen and java_major(Path(chosen)) in JAVA_MAJORS:
+        return Path(chosen)
+    candidates = sorted(Path("/usr/lib/jvm").glob("*/"))
+    on_path = shutil.which("java")
+    if on_path:
+        candidates.insert(0, Path(on_path).resolve().parents[1])
+    by_major = {java_major(home): home for home in reversed(candidates)}
+    for major in JAVA_MAJORS:
+        if major in by_major:
+            return by_major[major]
+    raise KeycloakError(f"Keycloak {VERSION} needs Java {', '.join(map(str, JAVA_MAJORS))}: none found")
+
+
+def java_major(home: Path) -> int | None:
+    """The feature release of the Java in `home` (25 for 25.0.3), or None when none runs there."""
+    try:
+        done = subprocess.run(
+            [home / "bin" / "java", "-version"], capture_output=True, text=True, timeout=30, check=False
+        )
+    except OSError:
+        return None
+    version = re.search(r'version "(\d+)', done.stderr)
+    return int(version[1]) if version else None

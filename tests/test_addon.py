@@ -1,0 +1,246 @@
+"""The add-on's hooks, on flows made by hand, in mitmproxy's own test context."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mitmproxy import exceptions
+from mitmproxy.addons.onboarding import Onboarding
+from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.flow import Error
+from mitmproxy.http import HTTPFlow, Response
+from mitmproxy.proxy.mode_specs import ProxyMode
+from mitmproxy.test import taddons, tflow, tutils
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
+from eoepca_security.protocol import Client
+from eoepca_security.proxy.addon import MAX_UNANSWERED_BODY, OIDCAuthProxy, identity
+from eoepca_security.proxy.settings import OPTIONS, Settings
+from eoepca_security.source import AccessToken
+
+SETTINGS = Settings(issuer_url="https://issuer.example", client=Client("client"), refresh_token="r")
+
+
+class StubSource:
+    """Gives one token, or raises what it is told to."""
+
+    def __init__(self, failure: BaseException | None = None) -> None:
+        self.failure = failure
+
+    async def token(self) -> AccessToken:
+        if self.failure is not None:
+            raise self.failure
+        return AccessToken("the-token", 0, 60)
+
+    def retry_after(self) -> float:
+        return 7.0
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in OPTIONS:
+        monkeypatch.delenv(variable.env, raising=False)
+
+
+@pytest.fixture
+async def context() -> Any:
+    with taddons.context(Onboarding(), Proxyserver()) as context:
+        yield context
+
+
+def addon_with(source: StubSource | None, context: Any) -> OIDCAuthProxy:
+    addon = OIDCAuthProxy(SETTINGS)
+    context.master.addons.add(addon)
+    context.options.update(mode=["reverse:https://service.example"])
+    addon._source = source  # type: ignore[assignment]
+    return addon
+
+
+def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
+    flow = tflow.tflow(req=tutils.treq(method=method.encode(), headers=(), content=b""))
+    flow.client_conn.proxy_mode = ProxyMode.parse("reverse:https://service.example")
+    for name, value in headers.items():
+        flow.request.headers[name.replace("_", "-")] = value
+    flow.live = True
+    return flow
+
+
+async def test_the_token_replaces_every_authorization_header(context: Any) -> None:
+    flow = flow_for()
+    flow.request.headers.set_all("authorization", ["Basic x", "Bearer y"])
+    await addon_with(StubSource(), context).requestheaders(flow)
+    assert flow.request.headers.get_all("Authorization") == ["Bearer the-token"]
+    assert flow.response is None
+
+
+async def test_a_request_that_mitmproxy_refused_is_left_alone(context: Any) -> None:
+    flow = flow_for()
+    flow.error = Error("invalid")
+    await addon_with(StubSource(), context).requestheaders(flow)
+    assert "Authorization" not in flow.request.headers
+
+
+async def test_an_answer_that_is_there_already_is_left_alone(context: Any) -> None:
+    flow = flow_for()
+    flow.response = Response.make(204)
+    addon = addon_with(StubSource(IssuerUnavailable("down")), context)
+    await addon.requestheaders(flow)
+    await addon.request(flow)
+    assert flow.response.status_code == 204
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [
+        (IssuerUnavailable("down"), 503, "issuer_unavailable"),
+        (CredentialsRejected("no"), 502, "credentials_rejected"),
+        (RuntimeError("the-token in a message"), 503, "issuer_unavailable"),
+        (TimeoutError(), 503, "issuer_unavailable"),
+    ],
+)
+async def test_whatever_raises_the_client_gets_an_answer_and_the_service_nothing(
+    failure: Exception, status: int, code: str, context: Any
+) -> None:
+    flow = flow_for()
+    await addon_with(StubSource(failure), context).requestheaders(flow)
+    assert flow.response is not None
+    assert (flow.response.status_code, flow.response.headers["X-OIDC-Proxy-Error"]) == (status, code)
+    assert "the-token" not in (flow.response.text or "")
+
+
+async def test_without_a_source_nothing_passes(context: Any) -> None:
+    flow = flow_for()
+    await addon_with(None, context).requestheaders(flow)
+    assert flow.response is not None
+    assert flow.response.status_code == 503
+
+
+@pytest.mark.parametrize("mode", ["regular", "socks5", "reverse:tcp://service.example:1", "upstream:http://proxy:1"])
+async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
+    flow = flow_for()
+    flow.client_conn.proxy_mode = ProxyMode.parse(mode)
+    await addon_with(StubSource(), context).requestheaders(flow)
+    assert flow.response is not None
+    assert "Authorization" not in flow.request.headers
+
+
+async def test_a_fault_in_answering_drops_the_request(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eoepca_security.proxy.problem.answer", lambda *_, **__: 1 / 0)
+    flow = flow_for()
+    await addon_with(StubSource(IssuerUnavailable("down")), context).requestheaders(flow)
+    assert flow.error is not None
+    assert flow.error.msg == Error.KILLED_MESSAGE
+
+
+async def test_a_cancelled_hook_drops_the_request(context: Any) -> None:
+    flow = flow_for()
+    with pytest.raises(asyncio.CancelledError):
+        await addon_with(StubSource(asyncio.CancelledError()), context).requestheaders(flow)
+    assert flow.error is not None
+
+
+@pytest.mark.parametrize("length", [str(MAX_UNANSWERED_BODY + 1), "-5", "1e3", ""])
+async def test_a_body_too_long_to_wait_for_is_not_waited_for(length: str, context: Any) -> None:
+    flow = flow_for("POST", Content_Length=length)
+    await addon_with(StubSource(IssuerUnavailable("down")), context).requestheaders(flow)
+    assert flow.response is None
+    assert flow.error is not None
+
+
+async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(context: Any) -> None:
+    flow = flow_for(Authorization="Bearer older")
+    addon = addon_with(StubSource(), context)
+    await addon.request(flow)
+    assert flow.request.headers["Authorization"] == "Bearer the-token"
+    flow.request.headers["Authorization"] = "Bearer sent already"
+    flow.request.stream = True
+    await addon.request(flow)
+    assert flow.request.headers["Authorization"] == "Bearer sent already"
+
+
+async def test_an_absolute_target_loses_its_host_on_http1_only(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    for version, authority in ((b"HTTP/1.1", ""), (b"HTTP/2.0", "evil.example")):
+        flow = flow_for()
+        flow.request.data.http_version = version
+        flow.request.authority = "evil.example"
+        await addon.requestheaders(flow)
+        assert flow.request.authority == authority
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+async def test_all_options_are_strings_without_values(context: Any) -> None:
+    addon_with(StubSource(), context)
+    for variable in OPTIONS:
+        assert context.options._options[variable.option].typespec is str
+        assert context.options._options[variable.option].default == ""
+
+
+async def test_mitmproxys_options_are_set_to_what_suits(context: Any) -> None:
+    addon_with(StubSource(), context)
+    options = context.options
+    assert (options.connection_strategy, options.rawtcp, options.onboarding) == ("lazy", False, False)
+
+
+@pytest.fixture
+def errors(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+    caplog.set_level(logging.ERROR)
+    messages: list[str] = []
+    yield messages
+    messages += [record.getMessage() for record in caplog.records]
+
+
+async def test_settings_come_from_the_options(context: Any) -> None:
+    addon = OIDCAuthProxy()
+    context.master.addons.add(addon)
+    context.options.update(
+        mode=["reverse:https://service.example"],
+        oidc_url="https://issuer.example",
+        oidc_client_id="client",
+        refresh_token="r",
+        oidc_scope="openid",
+    )
+    assert addon._problems == []
+    assert addon._settings == Settings("https://issuer.example", Client("client"), refresh_token="r", scope="openid")
+
+
+async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context: Any) -> None:
+    addon = OIDCAuthProxy()
+    context.master.addons.add(addon)
+    context.options.update(
+        mode=["reverse:https://service.example"],
+        oidc_url="https://issuer.example",
+        oidc_client_id="client",
+        refresh_token="r",
+    )
+    addon._running = True
+    source = addon._source
+    for change in ({"oidc_url": "ftp://x"}, {"mode": ["regular"]}, {"ignore_hosts": [".*"]}):
+        with pytest.raises(exceptions.OptionsError):
+            context.options.update(**change)
+    assert addon._source is source
+    assert context.options.oidc_url == "https://issuer.example"
+    context.options.update(validate_inbound_headers=False)
+    assert addon._source is source  # with its rotated refresh token
+    context.options.update(oidc_scope="openid")
+    assert addon._source is not source
+
+
+@pytest.mark.parametrize(
+    ("claims", "text"),
+    [
+        ("eyJwcmVmZXJyZWRfdXNlcm5hbWUiOiJhbGljZSIsInN1YiI6InUtMSJ9", "alice (sub u-1)"),
+        ("eyJzdWIiOiJ1LTEifQ", "u-1"),
+        ("eyJwcmVmZXJyZWRfdXNlcm5hbWUiOiJhbGljZSJ9", "alice"),
+        ("eyJzdWIiOiJhXG5iIn0", "a\N{REPLACEMENT CHARACTER}b"),
+        ("e30", "someone (the token does not say)"),
+    ],
+)
+def test_identity(claims: str, text: str) -> None:
+    assert identity(AccessToken(f"e30.{claims}.c2ln", 0, 60)) == text

@@ -1,0 +1,147 @@
+"""A real TokenSource and a real network against an issuer that does everything wrong: the right code, in time."""
+
+import contextlib
+import gzip
+import time
+from collections.abc import Callable
+
+import pytest
+from conftest import settings_for
+
+from eoepca_security.errors import TokenError
+from eoepca_security.local_server import Handler
+from eoepca_security.proxy.settings import read_settings
+from eoepca_security.proxy.wiring import make_source
+from eoepca_security.testing import FakeIssuer
+
+Fault = Callable[[Handler], bool]
+
+
+@pytest.fixture(autouse=True)
+def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eoepca_security.provider.DISCOVERY_TIMEOUT", 0.7)
+    monkeypatch.setattr("eoepca_security.provider.TOKEN_TIMEOUT", 0.7)
+
+
+def says(status: int, body: object, **headers: str) -> Fault:
+    def fault(handler: Handler) -> bool:
+        handler.read_body()
+        handler.answer(status, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        return True
+
+    return fault
+
+
+def raw(data: bytes, pause: float = 0) -> Fault:
+    """Send bytes, one at a time when there is a `pause`, and hang up."""
+
+    def fault(handler: Handler) -> bool:
+        handler.read_body()
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            for piece in [data] if not pause else [data[i : i + 1] for i in range(len(data))]:
+                handler.wfile.write(piece)
+                time.sleep(pause)
+        return True
+
+    return fault
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+ANYWHERE = {
+    "HTML": (says(200, b"<html>hello</html>"), "issuer_unavailable"),
+    "empty": (says(200, b""), "issuer_unavailable"),
+    "a list": (says(200, []), "issuer_unavailable"),
+    "null": (says(200, None), "issuer_unavailable"),
+    "3 MB": (says(200, b'{"access_token": "' + b"x" * 3_000_000 + b'"}'), "issuer_unavailable"),
+    "deep JSON": (says(200, b"[" * 100_000), "issuer_unavailable"),
+    "deep JSON object": (says(200, b'{"a":' * 40_000 + b"1" + b"}" * 40_000), "issuer_unavailable"),
+    "not UTF-8": (says(200, b'{"access_token": "\xff"}'), "issuer_unavailable"),
+    "NaN": (says(200, b'{"access_token": "t", "expires_in": NaN}'), "issuer_unavailable"),
+    "404": (says(404, {"error": "Realm does not exist"}), "issuer_unavailable"),
+    "403 HTML": (says(403, b"<html>blocked</html>"), "issuer_unavailable"),
+    "400 HTML": (says(400, b"<html>bad</html>"), "issuer_unavailable"),
+    "429": (says(429, {}, Retry_After="1"), "issuer_unavailable"),
+    "500": (says(500, b"oops"), "issuer_unavailable"),
+    "503": (says(503, {}, Retry_After="Mon, 01 Jan 2035 00:00:00 GMT"), "issuer_unavailable"),
+    "redirect": (says(302, b"", Location="http://127.0.0.1:1/"), "issuer_unavailable"),
+    "redirect that keeps the method": (says(307, b"", Location="http://127.0.0.1:1/"), "issuer_unavailable"),
+    "gzip bomb": (says(200, gzip.compress(b" " * 10_000_000), Content_Encoding="gzip"), "issuer_unavailable"),
+    "cut off": (raw(HEAD + b'Content-Length: 500\r\n\r\n{"access_token":'), "issuer_unavailable"),
+    "cut off in the headers": (raw(HEAD[:30]), "issuer_unavailable"),
+    "hangs up": (raw(b""), "issuer_unavailable"),
+    "not HTTP": (raw(b"SSH-2.0-OpenSSH\r\n"), "issuer_unavailable"),
+    "silent": (raw(b" ", pause=2), "issuer_unavailable"),
+    "drips its headers": (raw(HEAD, pause=0.05), "issuer_unavailable"),
+    "drips its body": (raw(HEAD + b"Content-Length: 900\r\n\r\n" + b" " * 900, pause=0.02), "issuer_unavailable"),
+}
+
+AT_THE_TOKEN_ENDPOINT = {
+    "access token null": (says(200, {"access_token": None}), "token_invalid"),
+    "no access token": (says(200, {}), "token_invalid"),
+    "access token with a line break": (says(200, {"access_token": "a\r\nX-Evil: 1"}), "token_invalid"),
+    "other token type": (says(200, {"access_token": "t", "token_type": "DPoP"}), "token_invalid"),
+    "invalid_grant": (says(400, {"error": "invalid_grant"}), "credentials_rejected"),
+    "invalid_client": (says(401, {"error": "invalid_client"}), "credentials_rejected"),
+    "unauthorized_client": (says(400, {"error": "unauthorized_client"}), "credentials_rejected"),
+    "unknown error": (says(400, {"error": "out_of_coffee"}), "issuer_unavailable"),
+    "no error": (says(400, {}), "issuer_unavailable"),
+    "error is no string": (says(400, {"error": ["invalid_grant"]}), "issuer_unavailable"),
+    "temporarily_unavailable": (says(400, {"error": "temporarily_unavailable"}), "issuer_unavailable"),
+    "server error with an OAuth body": (says(500, {"error": "invalid_grant"}), "issuer_unavailable"),
+}
+
+CASES = [
+    *(pytest.param("GET", fault, code, id=f"discovery: {name}") for name, (fault, code) in ANYWHERE.items()),
+    *(
+        pytest.param("POST", fault, code, id=f"token endpoint: {name}")
+        for name, (fault, code) in (ANYWHERE | AT_THE_TOKEN_ENDPOINT).items()
+        if name != "404"
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "fault", "code"), CASES)
+async def test_a_faulty_answer_has_its_code_and_the_next_request_tries_again(
+    method: str, fault: Fault, code: str
+) -> None:
+    with FakeIssuer() as issuer:
+        issuer.behaviour.fault = lambda handler: handler.command == method and fault(handler)
+        source = make_source(read_settings(settings_for(issuer), need_upstream=False))
+        started = time.monotonic()
+        with pytest.raises(TokenError) as failure:
+            await source.token()
+        assert time.monotonic() - started < 4
+        assert failure.value.code == code
+        assert issuer.refresh_token not in str(failure.value)
+        assert len(str(failure.value)) < 600
+        assert "\n" not in str(failure.value)
+
+        issuer.behaviour.fault = None
+        assert issuer.accepts((await source.token()).value)
+
+
+async def test_an_issuer_that_speaks_for_another_is_not_believed() -> None:
+    with FakeIssuer() as issuer:
+        document = issuer.discovery() | {"issuer": "https://other.example"}
+        issuer.behaviour.fault = says(200, document)
+        source = make_source(read_settings(settings_for(issuer), need_upstream=False))
+        with pytest.raises(TokenError, match="another issuer"):
+            await source.token()
+        assert issuer.requests == []
+
+
+async def test_the_discovery_documents_url_works_as_well() -> None:
+    with FakeIssuer() as issuer:
+        url = f"{issuer.url}/.well-known/openid-configuration"
+        source = make_source(read_settings(settings_for(issuer, OPEN_ID_CONNECT_URL=url), need_upstream=False))
+        assert issuer.accepts((await source.token()).value)
+
+
+async def test_an_opaque_token_has_no_audience_to_check() -> None:
+    with FakeIssuer() as issuer:
+        issuer.behaviour.opaque = True
+        settings = settings_for(issuer, OPEN_ID_CONNECT_AUDIENCE="service")
+        source = make_source(read_settings(settings, need_upstream=False))
+        assert issuer.accepts((await source.token()).value)

@@ -1,0 +1,113 @@
+"""The command line, called in this process: what it prints and how it ends."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from conftest import settings_for
+
+from eoepca_security.proxy.launcher import main
+from eoepca_security.proxy.settings import VARIABLES
+from eoepca_security.testing import Behaviour, FakeIssuer
+
+
+@pytest.fixture(autouse=True)
+def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.env, raising=False)
+        monkeypatch.delenv(f"{variable.env}_FILE", raising=False)
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, issuer: FakeIssuer, **more: str) -> None:
+    for name, value in settings_for(issuer, **more).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_token_prints_an_access_token_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer() as issuer:
+        set_environment(monkeypatch, issuer)
+        assert main(["token"]) == 0
+        out, err = capsys.readouterr()
+        assert issuer.accepts(out.removesuffix("\n"))
+        assert err == ""
+
+
+def test_token_with_client_credentials(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeIssuer(client_secret="s") as issuer:
+        set_environment(monkeypatch, issuer, OPEN_ID_CONNECT_GRANT="client_credentials", OPEN_ID_REFRESH_TOKEN="")
+        assert main(["token"]) == 0
+        assert issuer.accepts(capsys.readouterr().out.removesuffix("\n"))
+        assert issuer.requests[0].form["grant_type"] == "client_credentials"
+
+
+def test_token_warns_when_the_refresh_token_is_used_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer(Behaviour(refresh_tokens="rotate")) as issuer:
+        set_environment(monkeypatch, issuer)
+        assert main(["token"]) == 0
+        assert "replaced the refresh token" in capsys.readouterr().err
+
+
+def test_a_token_that_cannot_be_had_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer() as issuer:
+        issuer.end_sessions()
+        set_environment(monkeypatch, issuer)
+        assert main(["token"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "credentials_rejected" in err
+        assert "OPEN_ID_REFRESH_TOKEN" in err
+        assert issuer.refresh_token not in err
+
+
+def test_a_token_for_another_audience_is_not_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer(Behaviour(audience="service")) as issuer:
+        set_environment(monkeypatch, issuer, OPEN_ID_CONNECT_AUDIENCE="service")
+        assert main(["token"]) == 0
+        capsys.readouterr()
+        set_environment(monkeypatch, issuer, OPEN_ID_CONNECT_AUDIENCE="another")
+        assert main(["token"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "token_invalid" in err
+        assert "OPEN_ID_CONNECT_AUDIENCE" in err
+
+
+@pytest.mark.parametrize("verb", [[], ["serve"], ["token"]])
+def test_wrong_settings_end_with_2_and_a_line_each(verb: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(verb) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    named = [line.partition(":")[0] for line in err.splitlines()]
+    expected = ["OPEN_ID_CONNECT_URL", "OPEN_ID_CONNECT_CLIENT_ID", "OPEN_ID_REFRESH_TOKEN"]
+    assert named == expected + ([] if verb == ["token"] else ["REMOTE_PROTECTED_DOMAIN"])
+
+
+def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--", "--set", "oidc_url=ftp://x", "--set=oidc_client_id=c", "--set", "unrelated=1"]
+    assert main(arguments) == 2
+    named = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert named == ["OPEN_ID_CONNECT_URL", "OPEN_ID_REFRESH_TOKEN", "REMOTE_PROTECTED_DOMAIN"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["bogus"], ["--bogus"], ["serve", "extra"], ["token", "--", "--set", "x=y"], ["demo", "--", "-q"]]
+)
+def test_wrong_arguments_end_with_2(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "Usage: run-mitmproxy.py" in capsys.readouterr().err
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("serve", "token", "demo", "Examples:"):
+        assert word in out

@@ -1,0 +1,776 @@
+import base64
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote_plus
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa, x25519
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.protocol import (
+    ASSERTION_LIFETIME,
+    Client,
+    PrivateKey,
+    ProviderMetadata,
+    TokenRequest,
+    TokenResponse,
+    build_token_request,
+    choose_auth_method,
+    discovery_url,
+    is_loopback,
+    load_private_key,
+    printable,
+    read_metadata,
+    read_token_response,
+    url_problem,
+)
+
+ISSUER = "https://issuer.example/realms/test"
+DOCUMENT_URL = ISSUER + "/.well-known/openid-configuration"
+NOW = 1_750_000_000.75
+SECRET = "a-secret-that-nobody-may-see-0123456789"
+
+DISCOVERY = {
+    "issuer": ISSUER,
+    "token_endpoint": ISSUER + "/token",
+    "jwks_uri": ISSUER + "/certs",
+    "token_endpoint_auth_methods_supported": ["private_key_jwt", "client_secret_post"],
+    "token_endpoint_auth_signing_alg_values_supported": ["PS256", "ES256"],
+}
+METADATA = ProviderMetadata(ISSUER, ISSUER + "/token")
+
+
+@functools.cache
+def rsa_key() -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, 2048)
+
+
+def metadata(*auth_methods: str, algs: tuple[str, ...] = ()) -> ProviderMetadata:
+    return ProviderMetadata(ISSUER, ISSUER + "/token", None, auth_methods, algs)
+
+
+def document(**changes: Any) -> bytes:
+    return json.dumps({k: v for k, v in {**DISCOVERY, **changes}.items() if v is not ...}).encode()
+
+
+# --- URLs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [ISSUER, ISSUER + "/", ISSUER + "//", DOCUMENT_URL, DOCUMENT_URL + "/"])
+def test_issuer_and_document_lead_to_the_same_discovery_url(given: str) -> None:
+    assert discovery_url(given) == DOCUMENT_URL
+
+
+def test_an_issuer_without_path_has_its_discovery_document_at_the_root() -> None:
+    assert discovery_url("https://issuer.example/") == "https://issuer.example/.well-known/openid-configuration"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://issuer.example",
+        "https://issuer.example:8443/realms/a%20b?x=y",
+        "https://10.0.0.1/realms/test",
+        "https://[2001:db8::1]/realms/test",
+        "http://localhost/realms/test",
+        "http://LOCALHOST:8080",
+        "http://127.0.0.1:8080/realms/test",
+        "http://127.0.0.2",
+        "http://[::1]:8080/realms/test",
+    ],
+)
+def test_the_issuer_may_be_spoken_to_over_https_and_on_loopback(url: str) -> None:
+    assert url_problem(url) is None
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "issuer.example",
+        "10.0.0.1",
+        "0.0.0.0",
+        "[::]",
+        "[2001:db8::1]",
+        "localhost.evil.example",
+        "evil-localhost",
+        "localhost.",
+        "127.0.0.1.evil.example",
+        "0x7f.1",
+        "0x7f000001",
+        "2130706433",
+        "0177.0.0.1",
+        "127.1",
+        "localhost%2eevil.example",
+        "localhost\\.evil.example",
+        "localhost;evil.example",
+    ],
+)
+def test_plain_http_beyond_loopback_is_refused_unless_allowed(host: str) -> None:
+    url = f"http://{host}/realms/test"
+
+    assert "https://" in (url_problem(url) or "")
+    assert url_problem(url, allow_http=True) is None
+
+
+@pytest.mark.parametrize("allow_http", [False, True])
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("", "not a URL"),
+        ("issuer.example", "not a URL"),
+        ("//issuer.example", "not a URL"),
+        ("https://", "not a URL"),
+        ("https:///realms/test", "not a URL"),
+        ("https://:8443/", "not a URL"),
+        ("ftp://issuer.example", "not a URL"),
+        ("file:///etc/passwd", "not a URL"),
+        ("javascript:alert(1)", "not a URL"),
+        ("https://issuer.example:0", "not a URL"),
+        ("https://issuer.example:port", "not a URL"),
+        ("https://issuer.example:99999", "not a URL"),
+        ("https://[::1", "not a URL"),
+        ("https://user@issuer.example", "user name or password"),
+        ("https://user:password@issuer.example", "user name or password"),
+        ("https://:password@issuer.example", "user name or password"),
+        ("https://@issuer.example", "user name or password"),
+        ("http://localhost@evil.example", "user name or password"),
+        ("http://localhost\\@evil.example", "user name or password"),
+        ("https://issuer.example/realms/a b", "spaces"),
+        (" https://issuer.example", "spaces"),
+        ("https://issuer.example\n", "spaces"),
+        ("https://issuer.example/\r\nX: y", "spaces"),
+        ("https://issuer.example/\t", "spaces"),
+        ("https://issuer.exämple/", "spaces"),
+        ("http://loc\N{SOFT HYPHEN}alhost/", "spaces"),
+        ("https://issuer.example/" + "a" * 2000, "too long"),
+    ],
+)
+def test_what_is_no_clean_http_url_is_refused(url: str, problem: str, allow_http: bool) -> None:
+    assert problem in (url_problem(url, allow_http=allow_http) or "")
+
+
+# BUG (urlsplit on some patch releases takes "::1" for the host and drops what follows the bracket)
+@pytest.mark.parametrize("url", ["http://[::1].evil.example/", "http://[::1]evil.example/"])
+def test_text_after_an_address_in_brackets_is_refused(url: str) -> None:
+    assert url_problem(url) is not None
+
+
+@pytest.mark.parametrize("host", [None, "", "localhost.evil.example", "10.0.0.1", "::", "2130706433", "0.0.0.0"])
+def test_other_hosts_are_not_loopback(host: str | None) -> None:
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost", "127.0.0.1", "127.255.255.254", "::1"])
+def test_this_machine_is_loopback(host: str) -> None:
+    assert is_loopback(host)
+
+
+# --- discovery ----------------------------------------------------------------------------------------------------
+
+
+def test_reads_a_discovery_document() -> None:
+    assert read_metadata(200, document(), url=DOCUMENT_URL) == ProviderMetadata(
+        issuer=ISSUER,
+        token_endpoint=ISSUER + "/token",
+        jwks_uri=ISSUER + "/certs",
+        auth_methods=("private_key_jwt", "client_secret_post"),
+        auth_signing_algs=("PS256", "ES256"),
+    )
+
+
+@pytest.mark.parametrize("absent", [..., None, [], "client_secret_post", [1, None]])
+def test_no_list_of_authentication_methods_means_basic(absent: object) -> None:
+    body = document(token_endpoint_auth_methods_supported=absent, token_endpoint_auth_signing_alg_values_supported=...)
+
+    answer = read_metadata(200, body, url=DOCUMENT_URL)
+
+    assert (answer.auth_methods, answer.auth_signing_algs) == (("client_secret_basic",), ())
+
+
+@pytest.mark.parametrize("absent", [..., None])
+def test_an_issuer_may_publish_no_keys(absent: object) -> None:
+    assert read_metadata(200, document(jwks_uri=absent), url=DOCUMENT_URL).jwks_uri is None
+
+
+@pytest.mark.parametrize(
+    ("status", "hint"),
+    [(404, "/realms/<name>"), (403, "/realms/<name>"), (500, "later"), (503, "later"), (204, "later")],
+)
+def test_a_failing_discovery_names_its_status_and_what_to_look_at(status: int, hint: str) -> None:
+    with pytest.raises(IssuerUnavailable, match=f"answered {status}.*{hint}.*OPEN_ID_CONNECT_URL"):
+        read_metadata(status, document(), url=DOCUMENT_URL)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>Sign in</html>", b"[]", b"null", b'{"issuer": NaN}', b"\xff", b"[" * 100_000],
+    ids=["empty", "HTML", "list", "null", "NaN", "not UTF-8", "deep"],
+)
+def test_what_is_no_json_object_is_no_discovery_document(body: bytes) -> None:
+    with pytest.raises(IssuerUnavailable, match="is not a discovery document"):
+        read_metadata(200, body, url=DOCUMENT_URL)
+
+
+@pytest.mark.parametrize("url", [DOCUMENT_URL, discovery_url(ISSUER + "/")])
+@pytest.mark.parametrize("issuer", [ISSUER, ISSUER + "/"])
+def test_a_trailing_slash_of_the_issuer_may_differ_and_its_own_spelling_is_kept(url: str, issuer: str) -> None:
+    assert read_metadata(200, document(issuer=issuer), url=url).issuer == issuer
+
+
+@pytest.mark.parametrize(
+    "issuer",
+    [
+        "https://issuer.example/realms/other",
+        "https://issuer.example/realms",
+        "https://issuer.example/realms/test2",
+        "https://issuer.example/realms/tes",
+        "https://issuer.example",
+        "https://ISSUER.example/realms/test",
+        "http://issuer.example/realms/test",
+        "https://evil.example/realms/test",
+        DOCUMENT_URL,
+        "",
+        ...,
+        None,
+        1,
+        [ISSUER],
+    ],
+)
+def test_a_document_of_another_issuer_is_refused(issuer: object) -> None:
+    with pytest.raises(IssuerUnavailable, match="speaks for another issuer"):
+        read_metadata(200, document(issuer=issuer), url=DOCUMENT_URL)
+
+
+def test_the_name_of_another_issuer_is_shown_without_its_control_characters() -> None:
+    with pytest.raises(IssuerUnavailable) as caught:
+        read_metadata(200, document(issuer="evil\r\n\x1b[31m" + "x" * 5000), url=DOCUMENT_URL)
+
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["token_endpoint", "jwks_uri"])
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("http://issuer.example/token", "https://"),
+        ("https://user:password@issuer.example/token", "user name"),
+        ("/realms/test/token", "not a URL"),
+        ("", "not a URL"),
+        ("https://issuer.example/a b", "spaces"),
+        (1, "not a string"),
+        (["https://issuer.example/token"], "not a string"),
+        (False, "not a string"),
+    ],
+)
+def test_an_endpoint_that_must_not_be_spoken_to_is_refused_by_name(name: str, value: object, problem: str) -> None:
+    with pytest.raises(IssuerUnavailable, match=f"{name} .*{problem}"):
+        read_metadata(200, document(**{name: value}), url=DOCUMENT_URL)
+
+
+@pytest.mark.parametrize("absent", [..., None])
+def test_a_document_without_token_endpoint_is_refused(absent: object) -> None:
+    with pytest.raises(IssuerUnavailable, match="names no token_endpoint"):
+        read_metadata(200, document(token_endpoint=absent), url=DOCUMENT_URL)
+
+
+def test_endpoints_over_plain_http_are_taken_when_allowed() -> None:
+    url = "http://issuer.internal/.well-known/openid-configuration"
+    body = document(issuer="http://issuer.internal", token_endpoint="http://issuer.internal/t", jwks_uri=...)
+
+    assert read_metadata(200, body, url=url, allow_http=True).token_endpoint == "http://issuer.internal/t"
+
+
+# --- client authentication ----------------------------------------------------------------------------------------
+
+WITH_SECRET = Client("client", SECRET)
+WITH_KEY = Client("client", key=ed25519.Ed25519PrivateKey.generate())
+WITH_BOTH = Client("client", SECRET, key=ed25519.Ed25519PrivateKey.generate())
+
+
+@pytest.mark.parametrize(
+    ("client", "offered", "chosen"),
+    [
+        (Client("client"), ("client_secret_basic",), "none"),
+        (Client("client"), ("none",), "none"),
+        (WITH_SECRET, ("client_secret_jwt", "client_secret_post", "client_secret_basic"), "client_secret_basic"),
+        (WITH_SECRET, ("client_secret_jwt", "client_secret_post"), "client_secret_post"),
+        (WITH_SECRET, ("private_key_jwt", "client_secret_jwt"), "client_secret_jwt"),
+        (WITH_KEY, ("client_secret_basic", "private_key_jwt"), "private_key_jwt"),
+        (WITH_BOTH, ("client_secret_basic", "private_key_jwt"), "private_key_jwt"),
+        (WITH_BOTH, ("client_secret_post",), "client_secret_post"),
+    ],
+)
+def test_auto_takes_the_best_method_that_is_offered_and_possible(
+    client: Client, offered: tuple[str, ...], chosen: str
+) -> None:
+    assert choose_auth_method(client, metadata(*offered)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("client", "offered"),
+    [
+        (WITH_SECRET, ("private_key_jwt", "tls_client_auth")),
+        (WITH_SECRET, ("none",)),
+        (WITH_KEY, ("client_secret_basic", "client_secret_post")),
+        (WITH_BOTH, ("tls_client_auth",)),
+    ],
+)
+def test_auto_refuses_when_nothing_offered_is_possible_and_names_the_remedy(
+    client: Client, offered: tuple[str, ...]
+) -> None:
+    with pytest.raises(CredentialsRejected, match=f"{', '.join(offered)}.*OPEN_ID_CONNECT_CLIENT_AUTH"):
+        choose_auth_method(client, metadata(*offered))
+
+
+@pytest.mark.parametrize(
+    "method", ["client_secret_basic", "client_secret_post", "client_secret_jwt", "private_key_jwt", "none"]
+)
+def test_a_method_that_is_set_is_used_whatever_the_issuer_offers(method: str) -> None:
+    assert choose_auth_method(Client("client", SECRET, method), metadata("tls_client_auth")) == method
+
+
+# --- token request ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", [None, "openid profile"])
+def test_a_refresh_request_carries_the_refresh_token_and_scope(scope: str | None) -> None:
+    request = build_token_request(Client("client"), METADATA, now=NOW, refresh_token="r-1", scope=scope)
+
+    expected = {"grant_type": "refresh_token", "refresh_token": "r-1", "client_id": "client"}
+    assert request.url == METADATA.token_endpoint
+    assert request.form == (expected if scope is None else {**expected, "scope": scope})
+    assert request.headers == {}
+
+
+@pytest.mark.parametrize("scope", [None, "openid profile"])
+def test_a_client_credentials_request_carries_scope_and_no_refresh_token(scope: str | None) -> None:
+    request = build_token_request(WITH_SECRET, metadata("client_secret_post"), now=NOW, scope=scope)
+
+    expected = {"grant_type": "client_credentials", "client_id": "client", "client_secret": SECRET}
+    assert request.form == (expected if scope is None else {**expected, "scope": scope})
+    assert request.headers == {}
+
+
+@pytest.mark.parametrize(
+    ("client_id", "secret"),
+    [
+        ("client", "secret"),
+        ("cl:ient", "sec:ret"),
+        ("cl%3Aient", "100%"),
+        ("a+b", "c+d"),
+        ("with space", " both ends "),
+        ("über-client", "größe€🌍"),
+        ("https://client.example/id", "a&b=c~d"),
+    ],
+)
+def test_basic_decodes_back_at_a_server_that_form_decodes(client_id: str, secret: str) -> None:
+    request = build_token_request(
+        Client(client_id, secret, "client_secret_basic"), METADATA, now=NOW, refresh_token="r-1"
+    )
+
+    scheme, _, encoded = request.headers["Authorization"].partition(" ")
+    pair = base64.b64decode(encoded, validate=True).decode("ascii")
+    assert scheme == "Basic"
+    assert pair.count(":") == 1
+    assert [unquote_plus(part) for part in pair.split(":")] == [client_id, secret]
+    assert request.form == {"grant_type": "refresh_token", "refresh_token": "r-1"}
+
+
+def assertion_of(client: Client, *algs: str) -> str:
+    request = build_token_request(client, metadata(algs=algs), now=NOW, refresh_token="r-1")
+    assert request.headers == {}
+    assert {name: value for name, value in request.form.items() if name != "client_assertion"} == {
+        "grant_type": "refresh_token",
+        "refresh_token": "r-1",
+        "client_id": client.client_id,
+        "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+    }
+    return request.form["client_assertion"]
+
+
+def claims_of(assertion: str, key: Any, algorithm: str) -> dict[str, Any]:
+    header = jwt.get_unverified_header(assertion)
+    assert header == {"alg": algorithm, "typ": "JWT"}
+    options: Any = {"verify_exp": False, "verify_iat": False, "require": ["iss", "sub", "aud", "jti", "iat", "exp"]}
+    claims: dict[str, Any] = jwt.decode(
+        assertion, key, algorithms=[algorithm], audience=METADATA.token_endpoint, options=options
+    )
+    return claims
+
+
+@pytest.mark.parametrize(
+    ("make_key", "offered", "algorithm"),
+    [
+        (rsa_key, (), "RS256"),
+        (rsa_key, ("RS256", "PS256"), "RS256"),
+        (rsa_key, ("PS256", "ES256"), "PS256"),
+        (rsa_key, ("PS512", "RS384"), "RS384"),
+        (rsa_key, ("ES256", "HS256"), "RS256"),
+        (lambda: ec.generate_private_key(ec.SECP256R1()), (), "ES256"),
+        (lambda: ec.generate_private_key(ec.SECP384R1()), ("RS256", "ES256"), "ES384"),
+        (lambda: ec.generate_private_key(ec.SECP521R1()), ("ES512",), "ES512"),
+        (ed25519.Ed25519PrivateKey.generate, ("RS256",), "EdDSA"),
+    ],
+)
+def test_a_key_signs_assertions_with_an_algorithm_of_its_own_that_the_issuer_prefers(
+    make_key: Callable[[], PrivateKey], offered: tuple[str, ...], algorithm: str
+) -> None:
+    key = make_key()
+
+    claims = claims_of(
+        assertion_of(Client("client", None, "private_key_jwt", key), *offered), key.public_key(), algorithm
+    )
+
+    del claims["jti"]
+    assert claims == {
+        "iss": "client",
+        "sub": "client",
+        "aud": METADATA.token_endpoint,
+        "iat": int(NOW),
+        "exp": int(NOW) + ASSERTION_LIFETIME,
+    }
+
+
+@pytest.mark.parametrize(
+    ("secret", "offered", "algorithm"),
+    [
+        (SECRET * 2, (), "HS256"),
+        (SECRET * 2, ("RS256", "HS512"), "HS512"),
+        (SECRET * 2, ("HS384",), "HS384"),
+        ("größe" * 20, (), "HS256"),
+    ],
+)
+def test_a_secret_signs_assertions(secret: str, offered: tuple[str, ...], algorithm: str) -> None:
+    assertion = assertion_of(Client("client", secret, "client_secret_jwt"), *offered)
+
+    assert claims_of(assertion, secret, algorithm)["iss"] == "client"
+    assert secret not in assertion
+
+
+@pytest.mark.parametrize("secret", ["short", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----", "ssh-rsa A"])
+def test_any_secret_that_an_issuer_gives_signs_assertions_without_warning(secret: str) -> None:
+    assertion = assertion_of(Client("client", secret, "client_secret_jwt"))
+
+    signed, _, signature = assertion.rpartition(".")
+    algorithm = jwt.get_algorithm_by_name("HS256")
+    assert algorithm.verify(signed.encode(), secret.encode(), base64.urlsafe_b64decode(signature + "=="))
+
+
+def test_every_assertion_has_a_jti_of_its_own() -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    client = Client("client", None, "private_key_jwt", key)
+
+    seen = {claims_of(assertion_of(client), key.public_key(), "EdDSA")["jti"] for _ in range(50)}
+
+    assert len(seen) == 50
+    assert min(map(len, seen)) >= 16
+
+
+# --- token response -----------------------------------------------------------------------------------------------
+
+
+def token_body(**changes: Any) -> bytes:
+    members = {"access_token": "a.b.c", "token_type": "Bearer", **changes}
+    return json.dumps({k: v for k, v in members.items() if v is not ...}).encode()
+
+
+def test_reads_a_token_response() -> None:
+    answer = read_token_response(200, token_body(expires_in=300, refresh_token="r-2"))
+
+    assert answer == TokenResponse("a.b.c", 300, "r-2")
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 599])
+@pytest.mark.parametrize("body", [b"", b'{"error": "invalid_grant"}', token_body()], ids=["empty", "error", "token"])
+def test_an_issuer_that_fails_is_unavailable_and_says_when_to_come_back(status: int, body: bytes) -> None:
+    with pytest.raises(IssuerUnavailable, match=str(status)) as caught:
+        read_token_response(status, body, retry_after=17)
+
+    assert caught.value.retry_after == 17
+
+
+@pytest.mark.parametrize("status", [200, 201, 302, 400, 401, 403, 404])
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"<html>Sign in</html>", b"[]", b'"text"', b"null", b'{"error": NaN}', b"\xff", b'{"access_token": "a'],
+    ids=["empty", "HTML", "list", "string", "null", "NaN", "not UTF-8", "cut off"],
+)
+def test_an_issuer_that_does_not_speak_json_is_unavailable(status: int, body: bytes) -> None:
+    with pytest.raises(IssuerUnavailable, match=f"{status}, not with the JSON") as caught:
+        read_token_response(status, body)
+
+    assert caught.value.retry_after is None
+
+
+@pytest.mark.parametrize("status", [400, 401, 403])
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        ("invalid_grant", "OPEN_ID_REFRESH_TOKEN"),
+        ("invalid_client", "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        ("unauthorized_client", "OPEN_ID_CONNECT_GRANT"),
+        ("unsupported_grant_type", "OPEN_ID_CONNECT_GRANT"),
+        ("invalid_scope", "OPEN_ID_CONNECT_SCOPE"),
+        ("invalid_request", "settings"),
+        ("invalid_target", "settings"),
+        ("access_denied", "settings"),
+    ],
+)
+def test_a_no_that_repetition_does_not_change_rejects_the_credentials(status: int, error: str, remedy: str) -> None:
+    body = json.dumps({"error": error, "error_description": "Not this time"}).encode()
+
+    with pytest.raises(CredentialsRejected, match=f"{error}: Not this time.*{remedy}"):
+        read_token_response(status, body)
+
+
+@pytest.mark.parametrize("status", [201, 302, 400, 401, 404])
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"error": "server_error"},
+        {"error": "temporarily_unavailable"},
+        {"error": "something_new"},
+        {"error": "INVALID_GRANT"},
+        {"error": None},
+        {"error": 1},
+        {"error": ["invalid_grant"]},
+        {"error": {"code": "invalid_grant"}},
+        {},
+        {"access_token": "a.b.c", "token_type": "Bearer"},
+    ],
+)
+def test_an_answer_that_is_no_clear_no_is_worth_another_try(status: int, members: dict[str, Any]) -> None:
+    with pytest.raises(IssuerUnavailable, match=str(status)):
+        read_token_response(status, json.dumps(members).encode())
+
+
+@pytest.mark.parametrize("description", ["", None, 1, ["x"], {}])
+def test_an_odd_error_description_is_left_out(description: object) -> None:
+    body = json.dumps({"error": "invalid_grant", "error_description": description}).encode()
+
+    with pytest.raises(CredentialsRejected, match=r"^the issuer answered invalid_grant; "):
+        read_token_response(400, body)
+
+
+@pytest.mark.parametrize("hostile", ["\r\nX: y", "\x00", "\x1b[31m", "\N{RIGHT-TO-LEFT OVERRIDE}", "\ud800", "\x85"])
+def test_error_texts_are_shown_on_one_line_without_control_characters(hostile: str) -> None:
+    description = json.dumps({"error": "invalid_grant", "error_description": f"a{hostile}b"}).encode()
+    code = json.dumps({"error": f"a{hostile}b"}).encode()
+
+    for body in (description, code):
+        with pytest.raises(TokenError) as caught:
+            read_token_response(400, body)
+        assert str(caught.value).isprintable()
+
+
+def test_a_long_error_text_is_cut() -> None:
+    for error in ({"error": "x" * 100_000}, {"error": "invalid_grant", "error_description": "x" * 100_000}):
+        with pytest.raises(TokenError, match=r"x{200}…") as caught:
+            read_token_response(400, json.dumps(error).encode())
+        assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "access_token",
+    [
+        ...,
+        None,
+        "",
+        1,
+        True,
+        ["a.b.c"],
+        {},
+        "a b",
+        " a",
+        "a\n",
+        "a\r\nX: y",
+        "a\tb",
+        "a\x00b",
+        "a\x7f",
+        "größe",
+        "a\xa0",
+    ],
+)
+def test_a_success_without_a_usable_access_token_is_invalid(access_token: object) -> None:
+    with pytest.raises(TokenInvalid, match="without a usable access_token"):
+        read_token_response(200, token_body(access_token=access_token))
+
+
+@pytest.mark.parametrize("token_type", ["Bearer", "bearer", "BEARER", ...])
+def test_bearer_tokens_are_taken(token_type: object) -> None:
+    assert read_token_response(200, token_body(token_type=token_type)).access_token == "a.b.c"
+
+
+@pytest.mark.parametrize("token_type", ["DPoP", "mac", "", "Bearer ", None, 1, ["Bearer"], {}])
+def test_tokens_that_are_not_bearer_tokens_are_invalid(token_type: object) -> None:
+    with pytest.raises(TokenInvalid, match="only Bearer"):
+        read_token_response(200, token_body(token_type=token_type))
+
+
+@pytest.mark.parametrize(
+    ("written", "lifetime"),
+    [
+        ("300", 300.0),
+        ("0.5", 0.5),
+        ('"3600"', 3600.0),
+        ('"12.5"', 12.5),
+        ("1e3", 1000.0),
+        ("99999999999", 99999999999.0),
+    ],
+)
+def test_a_lifetime_may_be_a_number_or_its_text(written: str, lifetime: float) -> None:
+    body = f'{{"access_token": "a", "expires_in": {written}}}'.encode()
+
+    assert read_token_response(200, body).expires_in == lifetime
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "0",
+        "-1",
+        "-0.5",
+        "true",
+        "false",
+        "null",
+        "[300]",
+        "{}",
+        '""',
+        '"soon"',
+        '"NaN"',
+        '"Infinity"',
+        '"-1"',
+        "1e999",
+        "9" * 400,
+    ],
+)
+def test_a_lifetime_that_is_no_positive_number_counts_as_not_said(written: str) -> None:
+    body = f'{{"access_token": "a", "expires_in": {written}}}'.encode()
+
+    assert read_token_response(200, body).expires_in is None
+
+
+@pytest.mark.parametrize("refresh_token", [..., None, "", 1, True, ["r-2"], {}])
+def test_an_odd_refresh_token_counts_as_none(refresh_token: object) -> None:
+    assert read_token_response(200, token_body(refresh_token=refresh_token)).refresh_token is None
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Client("client", SECRET),
+        TokenRequest("https://issuer.example/token", {"client_secret": SECRET}, {"Authorization": SECRET}),
+        TokenResponse(SECRET, 60, SECRET),
+    ],
+)
+def test_secrets_are_not_shown(value: object) -> None:
+    assert SECRET not in repr(value)
+    assert SECRET not in str(value)
+
+
+def test_a_client_does_not_show_its_key() -> None:
+    assert "key" not in repr(WITH_KEY).lower()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("plain", "plain"),
+        ("größe 🌍", "größe 🌍"),
+        ("a\nb\x1bc", "a\N{REPLACEMENT CHARACTER}b\N{REPLACEMENT CHARACTER}c"),
+        (None, "None"),
+        (["a\n"], "['a\\n']"),
+        ("x" * 10, "x" * 10),
+        ("x" * 11, "x" * 10 + "…"),
+        (["x" * 100], "['" + "x" * 8 + "…"),
+    ],
+)
+def test_text_from_strangers_fits_on_a_log_line(value: object, shown: str) -> None:
+    assert printable(value, 20 if len(shown) > 11 else 10) == shown
+
+
+# --- private keys -------------------------------------------------------------------------------------------------
+
+
+def pem(key: Any, password: bytes | None = None, form: PrivateFormat = PrivateFormat.PKCS8) -> bytes:
+    encryption = BestAvailableEncryption(password) if password else NoEncryption()
+    return bytes(key.private_bytes(Encoding.PEM, form, encryption))
+
+
+@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+@pytest.mark.parametrize(
+    "make_key",
+    [
+        rsa_key,
+        lambda: ec.generate_private_key(ec.SECP256R1()),
+        lambda: ec.generate_private_key(ec.SECP384R1()),
+        lambda: ec.generate_private_key(ec.SECP521R1()),
+    ],
+)
+def test_loads_private_keys(make_key: Callable[[], PrivateKey], form: PrivateFormat) -> None:
+    key = make_key()
+
+    assert load_private_key(pem(key, form=form)).public_key() == key.public_key()
+
+
+def test_loads_an_ed25519_key() -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+
+    assert load_private_key(b"# a comment before it\n" + pem(key)).public_key() == key.public_key()
+
+
+@pytest.mark.parametrize("form", [PrivateFormat.PKCS8, PrivateFormat.TraditionalOpenSSL])
+def test_an_encrypted_key_is_refused_with_the_remedy(form: PrivateFormat) -> None:
+    with pytest.raises(ValueError, match="encrypted with a password: store it without one"):
+        load_private_key(pem(rsa_key(), b"password", form))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"garbage",
+        b"\xff\x00",
+        b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+        b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
+        rsa_key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
+        rsa_key().private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
+    ],
+    ids=["empty", "garbage", "bytes", "empty PEM", "certificate", "public key", "DER"],
+)
+def test_what_is_no_private_key_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match="not a private key in PEM form"):
+        load_private_key(data)
+
+
+@pytest.mark.parametrize(
+    "make_key",
+    [
+        lambda: dsa.generate_private_key(1024),
+        x25519.X25519PrivateKey.generate,
+        ed448.Ed448PrivateKey.generate,
+    ],
+    ids=["DSA", "X25519", "Ed448"],
+)
+def test_a_key_of_a_kind_that_signs_no_jwt_here_is_refused(make_key: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="has to be RSA, EC or Ed25519"):
+        load_private_key(pem(make_key()))
+
+
+def test_a_curve_without_an_algorithm_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"secp256k1.*P-256, P-384 or P-521"):
+        load_private_key(pem(ec.generate_private_key(ec.SECP256K1())))
