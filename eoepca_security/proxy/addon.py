@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from mitmproxy import ctx
-from mitmproxy.addonmanager import Loader
+from mitmproxy.addonmanager import Loader, traverse
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.exceptions import OptionsError
 from mitmproxy.http import HTTPFlow
 from mitmproxy.log import ALERT
+from mitmproxy.master import Master
 from mitmproxy.proxy.mode_specs import ProxyMode, ReverseMode
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
@@ -105,6 +106,13 @@ class OIDCAuthProxy:
         """
         self._running = True
         return asyncio.get_running_loop().create_task(self._start())
+
+    def done(self) -> None:
+        """End mitmproxy when it has lost the add-on: a script that is edited badly is unloaded, and requests go on."""
+        master = ctx.master
+        if self._running and not master.should_exit.is_set():
+            # A script that is edited well is loaded anew before the loop comes to this.
+            master.event_loop.call_soon(_exit_if_unprotected, master)
 
     async def requestheaders(self, flow: HTTPFlow) -> None:
         """Authorize the request before any of it leaves."""
@@ -196,6 +204,12 @@ def identity(token: AccessToken) -> str:
 def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:
     if isinstance(failure, CredentialsRejected):
         logger.error("%s: %s", failure.code, failure)
+
+
+def _exit_if_unprotected(master: Master) -> None:
+    if not any(isinstance(addon, OIDCAuthProxy) for addon in traverse(master.addons.chain)):
+        logger.error("the OIDC add-on was unloaded: ending, as requests would be forwarded without tokens")
+        master.shutdown()
 
 
 def _is_protected(mode: ProxyMode) -> bool:

@@ -1,6 +1,7 @@
 """The proxy as a process, under both of its entry points, before a service that knows good tokens from bad ones."""
 
 import concurrent.futures
+import os
 import signal
 import socket
 import subprocess
@@ -8,11 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, settings_for
+from conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, run_process, settings_for
 
 from eoepca_security.local_server import Handler
 from eoepca_security.testing import Behaviour, FakeIssuer
@@ -285,6 +287,26 @@ def test_the_launcher_ends_with_0_when_told_to(start: StartProxy, stop_signal: s
         proxy.process.send_signal(stop_signal)
         assert proxy.wait_until_ended() == 0
         assert "Traceback" not in proxy.output
+
+
+def test_an_addon_that_is_edited_goes_on_and_one_that_is_edited_badly_ends_the_proxy(
+    base_environment: dict[str, str], tmp_path: Path, client: httpx.Client
+) -> None:
+    script = tmp_path / "addon.py"
+    good = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + (ROOT / "mitmproxy-oidc-addon.py").read_text()
+    script.write_text(good)
+    with FakeIssuer() as issuer, Service(issuer) as service:
+        mitmdump = str(Path(sys.executable).parent / "mitmdump")
+        command = [mitmdump, "-s", str(script), "--mode", f"reverse:{service.url}@127.0.0.1:0"]
+        process = run_process(command, base_environment | settings_for(issuer), tmp_path)
+        proxy = ProxyProcess(process).wait_until_started()
+        os.utime(script, (time.time() + 5, time.time() + 5))
+        eventually(lambda: proxy.output.count("OIDC proxy listening") == 2)
+        assert client.get(proxy.url).status_code == 200
+        script.write_text("this is no Python")
+        os.utime(script, (time.time() + 10, time.time() + 10))
+        proxy.wait_until_ended()
+        assert all(seen.authorized for seen in service.seen)
 
 
 def test_a_port_in_use_is_told(start: StartProxy) -> None:
