@@ -1,6 +1,8 @@
 """A small HTTP server on a free loopback port, in a thread: for the embedded issuer, the demo and tests."""
 
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,12 +30,21 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         """Write nothing: what asks is on the same machine and tells its own story."""
 
+    def handle_one_request(self) -> None:
+        """Serve the next request of this connection."""
+        self._body: bytes | None = None
+        super().handle_one_request()
+
     def read_body(self) -> bytes:
         """Return the request's body, of at most 1 MiB."""
-        return self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 1024 * 1024))
+        if self._body is None:
+            self._body = self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 1024 * 1024))
+        return self._body
 
     def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         """Send `body`, as it is when it is bytes and as JSON otherwise."""
+        # What is not read would be taken for the connection's next request.
+        self.read_body()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
@@ -47,6 +58,24 @@ class Handler(BaseHTTPRequestHandler):
 class _Quiet(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._open: set[Any] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def close_connections(self) -> None:
+        """End the connections that clients keep open."""
+        for connection in tuple(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: object) -> None:
         """Say nothing when a client goes away in the middle."""
@@ -78,3 +107,4 @@ class LocalServer:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._server.close_connections()

@@ -9,10 +9,10 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
-from urllib.parse import SplitResult, quote_plus, urlsplit
+from urllib.parse import SplitResult, quote, quote_plus, urlsplit
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -101,6 +101,13 @@ class TokenRequest:
     url: str
     form: Mapping[str, str] = field(repr=False)
     headers: Mapping[str, str] = field(repr=False)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What is secret in it, as it is sent."""
+        names = ("refresh_token", "client_secret", "client_assertion")
+        credentials = self.headers.get("Authorization", "").rpartition(" ")[2]
+        return (credentials, *(self.form[name] for name in names if name in self.form))
 
 
 @dataclass(frozen=True)
@@ -256,8 +263,10 @@ def build_token_request(
     return TokenRequest(metadata.token_endpoint, form, headers)
 
 
-def read_token_response(status: int, body: bytes, *, retry_after: float | None = None) -> TokenResponse:
-    """Read the token endpoint's answer.
+def read_token_response(
+    status: int, body: bytes, *, retry_after: float | None = None, secrets: Collection[str] = ()
+) -> TokenResponse:
+    """Read the token endpoint's answer; `secrets` are not repeated in errors, should the issuer do so.
 
     Raises CredentialsRejected, TokenInvalid (a success without a usable `access_token`) or IssuerUnavailable
     (everything else).
@@ -271,7 +280,7 @@ def read_token_response(status: int, body: bytes, *, retry_after: float | None =
             f"the token endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
         ) from None
     if status != 200:
-        _raise_token_error(status, answer)
+        _raise_token_error(status, answer, secrets)
     access_token = answer.get("access_token")
     # Visible ASCII: anything else would end the header line that the token goes into, or its word (RFC 6750 §2.1).
     if not isinstance(access_token, str) or not re.fullmatch(r"[!-~]+", access_token):
@@ -348,14 +357,24 @@ def _segment(members: Mapping[str, object]) -> str:
     return base64.urlsafe_b64encode(json.dumps(members).encode()).rstrip(b"=").decode()
 
 
-def _raise_token_error(status: int, answer: Mapping[str, object]) -> NoReturn:
-    error = answer.get("error")
-    if not isinstance(error, str) or error not in _FINAL_ERRORS:
-        raise IssuerUnavailable(f"the token endpoint answered {status} ({printable(error)})")
-    said = answer.get("error_description")
-    description = f": {printable(said)}" if isinstance(said, str) and said else ""
+def _raise_token_error(status: int, answer: Mapping[str, object], secrets: Collection[str]) -> NoReturn:
+    error, said = (_without_secrets(answer.get(name), secrets) for name in ("error", "error_description"))
+    if error not in _FINAL_ERRORS:
+        raise IssuerUnavailable(f"the token endpoint answered {status} ({error or 'without an error code'})")
     remedy = _REMEDIES.get(error, "check the client's settings at the issuer against yours")
-    raise CredentialsRejected(f"the issuer answered {error}{description}; {remedy}")
+    raise CredentialsRejected(f"the issuer answered {error}{said and ': '}{said}; {remedy}")
+
+
+def _without_secrets(text: object, secrets: Collection[str]) -> str:
+    """Return an issuer's text for people; some repeat in their errors what they were sent, or part of it."""
+    if not isinstance(text, str):
+        return ""
+    for secret in secrets:
+        # Shorter ones are no secrets, and hiding them would garble the words.
+        if len(secret) >= 4:
+            for form in (secret, quote_plus(secret), quote(secret, safe="")):
+                text = text.replace(form, "…")
+    return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
 
 
 def _first_words(error: ValueError) -> str:

@@ -7,9 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
+from eoepca_security.errors import IssuerUnavailable, TokenInvalid
 from eoepca_security.protocol import (
     Client,
     ProviderMetadata,
@@ -80,17 +81,12 @@ class Provider:
             self._client, self.metadata(), now=self._now(), refresh_token=refresh_token, scope=self._scope
         )
         answer = self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
-        try:
-            return read_token_response(answer.status, answer.body, retry_after=_retry_after(answer))
-        except (CredentialsRejected, IssuerUnavailable) as error:
-            # An issuer may repeat in its error what it was sent.
-            message = str(error)
-            for secret in (refresh_token, self._client.secret):
-                # Shorter ones are no secrets, and hiding them would garble the words.
-                if secret is not None and len(secret) >= 4:
-                    message = message.replace(secret, "…")
-            error.args = (message,)
-            raise
+        return read_token_response(
+            answer.status,
+            answer.body,
+            retry_after=_retry_after(answer),
+            secrets=(*request.secrets, self._client.secret or ""),
+        )
 
     def verify(self, token: str, audience: str) -> Mapping[str, Any]:
         """Return the verified claims of an access token for `audience`; raises TokenInvalid or IssuerUnavailable."""
@@ -141,22 +137,40 @@ class _Cached(Generic[T]):
         self._value: T | None = None
         self._fetched_at = 0.0
         self._attempted_at = 0.0
+        self._fetching: Future[T] | None = None
 
     def get(self, *, max_age: float | None = None) -> T:
-        """Return the document, not older than `max_age` seconds (its usual lifetime) if that can be had."""
+        """Return the document, not older than `max_age` seconds (its usual lifetime) if that can be had.
+
+        Callers that come during a fetch share its result and its error; those that an old document serves do not wait.
+        """
         with self._lock:
-            now = self._now()
-            if self._value is None:
-                self._value = self._fetch()
-                self._fetched_at = self._attempted_at = now
-            elif now - self._fetched_at >= (max_age or self._lifetime) and now - self._attempted_at >= RETRY_INTERVAL:
+            now, value = self._now(), self._value
+            if value is not None and 0 <= now - self._fetched_at < (max_age or self._lifetime):
+                return value
+            if value is not None and 0 <= now - self._attempted_at < RETRY_INTERVAL and self._fetching is None:
+                return value
+            fetching = self._fetching
+            if fetching is None:
+                mine = self._fetching = Future[T]()
                 self._attempted_at = now
-                try:
-                    self._value = self._fetch()
-                    self._fetched_at = now
-                except IssuerUnavailable as error:
-                    logger.info("using the issuer's earlier answer: %s", error)
-            return self._value
+        if fetching is not None:
+            return value if value is not None and max_age is None else fetching.result()
+        try:
+            fetched = self._fetch()
+        except BaseException as error:
+            with self._lock:
+                self._fetching = None
+            if value is not None and isinstance(error, IssuerUnavailable):
+                logger.info("using the issuer's earlier answer: %s", error)
+                mine.set_result(value)
+                return value
+            mine.set_exception(error)
+            raise
+        with self._lock:
+            self._value, self._fetched_at, self._fetching = fetched, now, None
+        mine.set_result(fetched)
+        return fetched
 
 
 def _retry_after(answer: Answer) -> float | None:

@@ -168,6 +168,7 @@ class _DeadlineAdapter(HTTPAdapter):
                 connection.settimeout(left / (len(addresses) - index))
                 connection.connect(address)
                 connection.settimeout(left)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self._register(connection)
             except OSError as error:
                 connection.close()

@@ -60,6 +60,13 @@ def jwk(alg: str, which: int = 0, /, **changes: Any) -> dict[str, Any]:
     return {k: v for k, v in {**made, "kid": "k-1", **changes}.items() if v is not ...}
 
 
+def private_jwk(alg: str) -> dict[str, Any]:
+    algorithm: Any = jwt.get_algorithm_by_name(alg)
+    made: dict[str, Any] = algorithm.to_jwk(private_key(alg), as_dict=True) | {"key_ops": ["sign", "verify"]}
+    assert made["d"]
+    return made
+
+
 def signing_key(alg: str, which: int = 0, /, **changes: Any) -> SigningKey:
     (key,) = read_keys({"keys": [jwk(alg, which, **changes)]})
     return key
@@ -146,6 +153,7 @@ def test_times_within_the_leeway_are_accepted(changes: dict[str, Any]) -> None:
 
 
 def test_the_leeway_is_the_policys() -> None:
+    assert Policy("issuer", "audience").leeway == 10
     strict = Policy(POLICY.issuer, POLICY.audience, leeway=0)
     expired, early = token(exp=int(NOW)), token(nbf=int(NOW) + 1)
 
@@ -165,7 +173,7 @@ def test_a_token_of_the_greatest_size_is_accepted_and_a_longer_one_refused() -> 
 
     largest, longer = (sign_bytes(*sizes[size]) for size in (MAX_TOKEN_SIZE, MAX_TOKEN_SIZE + 1))
 
-    assert (len(largest), len(longer)) == (MAX_TOKEN_SIZE, MAX_TOKEN_SIZE + 1)
+    assert (len(largest), len(longer)) == (16 * 1024, 16 * 1024 + 1)
     assert check(largest)["sub"] == "u-1"
     refuse(longer, "longer than 16 KiB")
 
@@ -499,6 +507,15 @@ def test_a_token_expires_at_the_very_second() -> None:
         verify(exact, key, POLICY, now=int(NOW) + 10)
 
 
+@pytest.mark.parametrize("name", ["nbf", "iat"])
+def test_a_token_is_from_the_future_until_the_very_second(name: str) -> None:
+    key, exact = signing_key("ES256"), token(**{name: int(NOW)})
+
+    assert verify(exact, key, POLICY, now=int(NOW) - 10)["sub"] == "u-1"
+    with pytest.raises(TokenInvalid, match="from the future"):
+        verify(exact, key, POLICY, now=int(NOW) - 10.25)
+
+
 @pytest.mark.parametrize("name", ["exp", "nbf", "iat"])
 @pytest.mark.parametrize("value", [None, "1750000060", 1750000060.0, 1750000060.5, True, [1750000060], {}])
 def test_a_time_that_is_no_integer_is_refused(name: str, value: Any) -> None:
@@ -559,9 +576,10 @@ def test_a_key_may_be_used_with_the_algorithms_of_its_kind(
 
 
 UNUSABLE: list[Any] = [
-    pytest.param(jwk("RS256", d="AQAB"), id="private RSA key"),
-    pytest.param(jwk("ES256", d="AQAB"), id="private EC key"),
-    pytest.param(jwk("EdDSA", d=None), id="private member without value"),
+    pytest.param(private_jwk("RS256"), id="private RSA key"),
+    pytest.param(private_jwk("ES256"), id="private EC key"),
+    pytest.param(private_jwk("EdDSA"), id="private Ed25519 key"),
+    pytest.param(jwk("ES256", d=None), id="private member without value"),
     pytest.param({"kty": "oct", "k": encode(b"x" * 64), "kid": "k-1"}, id="shared secret"),
     pytest.param({"kty": "oct", "k": encode(b"x" * 64), "kid": "k-1", "alg": "HS256"}, id="HS256 secret"),
     pytest.param({"kty": "oct", "k": encode(b"x" * 64), "kid": "k-1", "alg": "RS256"}, id="secret that says RS256"),
@@ -638,6 +656,10 @@ def test_the_key_is_chosen_by_kid_and_algorithm() -> None:
     assert select_key(keys, Header("ES256", "K-1")) is None
     assert select_key(keys, Header("ES256", "")) is None
     assert select_key((), Header("ES256", None)) is None
+
+
+def test_a_key_is_shown_without_its_numbers() -> None:
+    assert repr(signing_key("ES256")) == "SigningKey(kid='k-1', algorithms=frozenset({'ES256'}))"
 
 
 def test_without_kid_the_only_key_for_the_algorithm_is_chosen() -> None:
