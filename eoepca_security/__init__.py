@@ -13,7 +13,8 @@ from eoepca_security.errors import (
 )
 from eoepca_security.protocol import Client
 from eoepca_security.provider import Provider
-from eoepca_security.source import AccessToken, TokenSource
+from eoepca_security.session import AccessToken
+from eoepca_security.source import TokenSource
 from eoepca_security.transport import HttpTransport, trust
 
 __all__ = [

@@ -4,6 +4,7 @@
 
     SecurityError
     ├── SettingsError          a setting is wrong, missing or contradictory
+    ├── StoreError             the session cannot be kept on disk
     └── TokenError             there is no access token to give; has a `code` of the public interface
         ├── IssuerUnavailable      the issuer did not answer, or not sensibly; trying again may help
         ├── CredentialsRejected    the issuer answered "no"; a person has to act
@@ -27,6 +28,10 @@ class SettingsError(SecurityError):
         self.problems = problems
 
 
+class StoreError(SecurityError):
+    """The token store cannot be read or written; the session can go on in memory."""
+
+
 class TokenError(SecurityError):
     """There is no usable access token, for the reason that the subclass names."""
 
@@ -36,14 +41,16 @@ class TokenError(SecurityError):
 class IssuerUnavailable(TokenError):
     """The issuer is unreachable, slow, failing, or not speaking its protocol.
 
-    `retry_after` is what the issuer asked for, in seconds, or None.
+    `retry_after` is what the issuer asked for, in seconds, or None. `was_sent` says that the request had left and its
+    answer was lost, so that it may have been served.
     """
 
     code = "issuer_unavailable"
 
-    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+    def __init__(self, message: str, *, retry_after: float | None = None, was_sent: bool = False) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.was_sent = was_sent
 
 
 class CredentialsRejected(TokenError):

@@ -117,6 +117,8 @@ class TokenResponse:
     access_token: str = field(repr=False)
     expires_in: float | None = None
     refresh_token: str | None = field(default=None, repr=False)
+    refresh_expires_in: float | None = None
+    """Keycloak's: how long the refresh token lives. None where there is no end, as for offline sessions."""
 
 
 def is_loopback(host: str | None) -> bool:
@@ -293,6 +295,7 @@ def read_token_response(
         access_token=access_token,
         expires_in=_seconds(answer.get("expires_in")),
         refresh_token=refresh_token if isinstance(refresh_token, str) and refresh_token else None,
+        refresh_expires_in=_seconds(answer.get("refresh_expires_in")),
     )
 
 

@@ -11,21 +11,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final, TypeVar, cast
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
+from eoepca_security.session import DEFAULT_LIFETIME, AccessToken, RefreshSession, Store, number
 from eoepca_security.verify import unverified_claims
-
-DEFAULT_LIFETIME: Final = 60.0
-"""Seconds that a token is taken to live when neither the issuer nor the token says: short is safe, and costs little."""
 
 MAX_WAIT: Final = 13.0
 """Longest time that a caller waits for a token, in seconds; the public promise is 15."""
 
 PATIENCE: Final = 1.0
 """A retry that is due within this many seconds is waited for; a later one is not, the caller gets the failure."""
+
+FORCED_INTERVAL: Final = 120.0
+"""Seconds between two refreshes that a refusal of the service causes: a service that refuses everybody must not make us
+hammer the issuer."""
+
+LAST_WAIT: Final = 5.0
+"""Longest time that the end of the process waits for a refresh, in seconds."""
 
 _FIRST_RETRY: Final = 0.25
 _FIRST_RETRY_REJECTED: Final = 0.5
@@ -37,48 +41,13 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AccessToken:
-    """An access token and its times, in epoch seconds of this machine's clock."""
-
-    value: str = field(repr=False)
-    obtained_at: float
-    ends_at: float
-
-    @property
-    def expires_at(self) -> float:
-        """When it must not be sent any more: a little before its end, because sending takes time too."""
-        return self.ends_at - min(0.1 * (self.ends_at - self.obtained_at), 5.0)
-
-    @property
-    def refresh_at(self) -> float:
-        """When the next one is fetched: a fifth of the lifetime before its end, a minute for long ones."""
-        return self.ends_at - min(0.2 * (self.ends_at - self.obtained_at), 60.0)
-
-
-def token_end(response: TokenResponse, *, sent_at: float, received_at: float) -> float:
-    """Return when the token in `response` ends, in epoch seconds of our clock, rather too early than too late.
-
-    `expires_in` counts from some moment between sending and receiving. A JWT's `exp` is on the issuer's clock, which is
-    taken to agree with ours if its `iat` lies between the two; else only the difference of the two claims is used.
-    """
-    claims = unverified_claims(response.access_token)
-    exp, issued_at = _number(claims.get("exp")), _number(claims.get("iat"))
-    if exp is None:
-        return sent_at + (response.expires_in or DEFAULT_LIFETIME)
-    if issued_at is not None and not sent_at - 1.25 <= issued_at <= received_at + 0.25:
-        # `iat` has lost its fraction of a second, so up to one second of the lifetime may be gone.
-        exp = sent_at + exp - issued_at - 1
-    return min(exp, received_at + response.expires_in) if response.expires_in else exp
-
-
 class TokenSource:
     """Anything that needs an access token asks here; one request to the issuer serves all who wait.
 
     `request_token` gets a token response for a refresh token, or for the client itself when there is none; it may
-    block, and runs in a thread of its own. `check` is called with each new access token, there too, and raises
-    TokenError when it must not be used. `access_token` is used first, while it lives. `now` is epoch seconds. One
-    instance belongs to one event loop.
+    block, and runs in a thread of its own. `store` keeps the session across restarts and shares it between processes.
+    `check` is called with each new access token, in the thread too, and raises TokenError when it must not be used.
+    `access_token` is used first, while it lives. `now` is epoch seconds. One instance belongs to one event loop.
     """
 
     def __init__(
@@ -87,21 +56,22 @@ class TokenSource:
         *,
         refresh_token: str | None = None,
         access_token: str | None = None,
+        store: Store | None = None,
         check: Callable[[str], object] | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._request_token = request_token
-        self._refresh_token = refresh_token
+        self._session = RefreshSession(request_token, refresh_token, store=store, now=now)
         self._initial = access_token
         self._check = check or (lambda _token: None)
         self._now = now
         self._token: AccessToken | None = None
+        self._refresh_at = 0.0
         self._refresh: asyncio.Task[TokenError | None] | None = None
         self._failure: TokenError | None = None
         self._failures = 0
         self._retry_at = 0.0
-        self.rotated = False
-        """Whether the issuer has replaced the refresh token that this source began with."""
+        self._forced_at = -FORCED_INTERVAL
+        self._keep_alive: asyncio.TimerHandle | None = None
 
     async def token(self) -> AccessToken:
         """Return an access token that is good to send now.
@@ -114,12 +84,15 @@ class TokenSource:
         token = self._token
         # A clock that was set back says nothing about how old the token is.
         if token is not None and token.obtained_at <= now + 1 and now < token.expires_at:
-            if now >= token.refresh_at and now >= self._retry_at:
+            if now >= self._refresh_at and now >= self._retry_at:
                 self._ensure_refresh(0)
             return token
         delay = self._retry_at - now
         if self._refresh is None and self._failure is not None and delay > PATIENCE:
-            raise self._failure
+            # Somebody logged in meanwhile, so what was rejected is not what would be sent now.
+            if not (isinstance(self._failure, CredentialsRejected) and self._session.has_news()):
+                raise self._failure.with_traceback(None)  # or it would collect the traceback of every request
+            delay = 0
         refresh = self._ensure_refresh(max(0.0, delay))
         # The task is shielded: it belongs to all who wait, so one of them giving up must not end it.
         done, _ = await asyncio.wait({refresh}, timeout=MAX_WAIT)
@@ -127,10 +100,36 @@ class TokenSource:
             raise IssuerUnavailable("the issuer did not give a token in time; still waiting for it")
         failure = refresh.result()
         if failure is not None:
-            raise failure
+            raise failure.with_traceback(None)
         if self._token is None:
             raise IssuerUnavailable("there is no token")
         return self._token
+
+    async def replace(self, refused: str) -> AccessToken | None:
+        """Return another access token than the one that the service refused though it should be good.
+
+        None when there is none to be had now: at most one refresh is made for this in `FORCED_INTERVAL` seconds. Raises
+        as `token` does.
+        """
+        now = self._now()
+        if self._token is None or self._token.value == refused:
+            if self._refresh is None:
+                if 0 <= now - self._forced_at < FORCED_INTERVAL or now < self._retry_at:
+                    return None
+                self._forced_at = now
+            await asyncio.wait({self._ensure_refresh(0)}, timeout=MAX_WAIT)
+        token = await self.token()
+        return token if token.value != refused else None
+
+    async def finish(self) -> None:
+        """Wait a moment for a refresh that is under way: its answer may hold the only valid refresh token."""
+        if self._refresh is not None:
+            await asyncio.wait({self._refresh}, timeout=LAST_WAIT)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the issuer has replaced the refresh token that this source began with."""
+        return self._session.rotated
 
     def retry_after(self) -> float:
         """Return in how many seconds it is worth asking again after a failure, at least 1."""
@@ -146,7 +145,9 @@ class TokenSource:
         try:
             # With eager tasks this coroutine would run before the task is stored and cleared.
             await asyncio.sleep(delay)
+            started_at = self._now()
             self._token = await self._next_token()
+            self._refresh_at = refresh_time(self._token, latency=self._now() - started_at)
         except TokenError as error:
             self._note_failure(error)
             return error
@@ -165,33 +166,41 @@ class TokenSource:
             return None
         finally:
             self._refresh = None
+            self._keep_session_alive()
+
+    def _keep_session_alive(self) -> None:
+        """See to it that a session that ends when it is not used is used, even when nobody asks for a token."""
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
+        now, ends_at = self._now(), self._session.ends_at
+        if ends_at is None or ends_at <= now or isinstance(self._failure, CredentialsRejected):
+            return
+        delay = 0.7 * (ends_at - now) if self._failure is None else self._retry_at - now
+        self._keep_alive = asyncio.get_running_loop().call_later(max(delay, 1.0), self._ensure_refresh, 0)
 
     async def _next_token(self) -> AccessToken:
         if self._initial is not None:
+            now = self._now()
+            # It was not issued just now, so only its own `exp` tells when it ends.
+            ends_at = number(unverified_claims(self._initial).get("exp")) or now + DEFAULT_LIFETIME
+            token = AccessToken(self._initial, now, ends_at)
             try:
-                # It was not issued just now, so only its own `exp` tells when it ends.
-                ends_at = _number(unverified_claims(self._initial).get("exp"))
-                token = await self._accept(self._initial, ends_at or self._now() + DEFAULT_LIFETIME)
+                await self._verify(token)
             except TokenInvalid as error:
                 logger.warning("the initial access token is not used: %s", error)
                 self._initial = None
             else:
                 self._initial = None
                 return token
-        sent_at = self._now()
-        response = await self._bounded(lambda: self._request_token(self._refresh_token))
-        # First of all: from here on the issuer may accept only the new one (RFC 9700 §4.14.2).
-        if response.refresh_token is not None and response.refresh_token != self._refresh_token:
-            self._refresh_token = response.refresh_token
-            self.rotated = True
-        return await self._accept(response.access_token, token_end(response, sent_at=sent_at, received_at=self._now()))
-
-    async def _accept(self, value: str, ends_at: float) -> AccessToken:
-        token = AccessToken(value, obtained_at=self._now(), ends_at=ends_at)
-        if ends_at <= token.obtained_at:
-            raise TokenInvalid("the token has expired already: compare this machine's clock with the issuer's")
-        await self._bounded(lambda: self._check(value))
+        stale = self._token.value if self._token is not None else None
+        token = await self._bounded(lambda: self._session.renew(stale))
+        await self._verify(token)
         return token
+
+    async def _verify(self, token: AccessToken) -> None:
+        if token.ends_at <= self._now():
+            raise TokenInvalid("the token has expired already: compare this machine's clock with the issuer's")
+        await self._bounded(lambda: self._check(token.value))
 
     async def _bounded(self, function: Callable[[], T]) -> T:
         """Run a blocking function, giving up on it where even its own time limits fail (a name server that hangs)."""
@@ -209,6 +218,17 @@ class TokenSource:
         if isinstance(error, IssuerUnavailable) and error.retry_after is not None:
             delay = max(delay, min(error.retry_after, _LAST_RETRY))
         self._failure, self._failures, self._retry_at = error, min(self._failures + 1, 10), self._now() + delay
+
+
+def refresh_time(token: AccessToken, *, latency: float) -> float:
+    """Return when to fetch the next token so that it is there before this one expires, in epoch seconds.
+
+    That is near the end of a lifetime, so that one sees about one refresh; earlier by as long as the issuer takes
+    (`latency`, in seconds), and by a little chance, so that processes with the same token do not ask together.
+    """
+    lifetime = token.ends_at - token.obtained_at
+    ahead = token.ends_at - token.expires_at + 1.1 * latency + 0.03 * lifetime * random.random()  # noqa: S311
+    return token.ends_at - max(min(ahead, 0.5 * lifetime), min(0.15 * lifetime, 60.0))
 
 
 async def in_thread(function: Callable[[], T]) -> T:
@@ -239,9 +259,3 @@ async def in_thread(function: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="token-request", daemon=True).start()
     return await future
-
-
-def _number(value: object) -> float | None:
-    return (
-        float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15 else None
-    )

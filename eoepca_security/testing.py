@@ -38,6 +38,8 @@ class Behaviour:
     """Access tokens are random strings rather than JWTs."""
     expires_in: bool = True
     """Whether the answer says how long the token lives."""
+    refresh_expires_in: float | None = None
+    """What the answer says of the refresh token's own lifetime; it is not enforced."""
     clock_offset: float = 0
     """How far the issuer's clock is ahead of this machine's."""
     delay: float = 0
@@ -120,6 +122,10 @@ class FakeIssuer:
         with self._lock:
             self._sessions.clear()
 
+    def forget_access_tokens(self) -> None:
+        """Make `accepts` refuse all access tokens so far, as a service does when they were revoked."""
+        self._issued.clear()
+
     def sign(self, claims: Mapping[str, Any], headers: Mapping[str, Any] | None = None) -> str:
         """Return a JWT with exactly these claims, signed with the issuer's key."""
         return jwt.encode(dict(claims), self.key, algorithm="ES256", headers={"kid": self.kid, **(headers or {})})
@@ -184,6 +190,8 @@ class FakeIssuer:
             answer: dict[str, Any] = {"access_token": self.issue(), "token_type": "Bearer"}
         if self.behaviour.expires_in:
             answer["expires_in"] = self.behaviour.lifetime
+        if self.behaviour.refresh_expires_in is not None:
+            answer["refresh_expires_in"] = self.behaviour.refresh_expires_in
         if refresh_token is not None and self.behaviour.refresh_tokens != "omit":
             answer["refresh_token"] = refresh_token
         return 200, answer

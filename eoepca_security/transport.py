@@ -83,13 +83,17 @@ class HttpTransport:
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             causes = _causes(error)
             if not (adapter.was_cut or any(isinstance(cause, _TIMEOUTS) for cause in causes)):
-                raise IssuerUnavailable(f"{request.url} cannot be reached: {_reason(causes)}") from None
+                raise IssuerUnavailable(
+                    f"{request.url} cannot be reached: {_reason(causes)}", was_sent=adapter.was_connected
+                ) from None
         finally:
             watchdog.cancel()
             adapter.forget()
         # A connection that was cut may look like one that ended well.
         if answer is None or adapter.was_cut:
-            raise IssuerUnavailable(f"{request.url} did not answer within {timeout:g} s")
+            raise IssuerUnavailable(
+                f"{request.url} did not answer within {timeout:g} s", was_sent=adapter.was_connected
+            )
         return answer
 
     def _send(self, session: requests.Session, request: requests.Request, timeout: float) -> Answer:
@@ -124,6 +128,7 @@ class _DeadlineAdapter(HTTPAdapter):
         self._deadline = time.monotonic() + timeout
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
+        self.was_connected = False
         self.was_cut = False
         super().__init__()
 
@@ -183,6 +188,7 @@ class _DeadlineAdapter(HTTPAdapter):
                 raise TimeoutError("the exchange's time is up")
             # A duplicate stays valid when TLS takes the original over, and shuts down the same connection.
             self._sockets.append(connection.dup())
+            self.was_connected = True
 
     def cut(self) -> None:
         """End every connection now; whoever reads from one sees its end."""

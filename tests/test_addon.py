@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
-from eoepca_security.proxy.addon import MAX_UNANSWERED_BODY, OIDCAuthProxy, identity
+from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy, identity
 from eoepca_security.proxy.settings import OPTIONS, Settings
-from eoepca_security.source import AccessToken
+from eoepca_security.session import AccessToken
 
 SETTINGS = Settings(issuer_url="https://issuer.example", client=Client("client"), refresh_token="r")
 
@@ -44,6 +44,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for variable in OPTIONS:
         monkeypatch.delenv(variable.env, raising=False)
+    monkeypatch.setenv("OPEN_ID_TOKEN_STORE", "none")
 
 
 @pytest.fixture
@@ -128,27 +129,34 @@ async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
     assert "Authorization" not in flow.request.headers
 
 
-async def test_a_fault_in_answering_drops_the_request(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fault_in_answering_still_gives_an_answer(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eoepca_security.proxy.problem.answer", lambda *_, **__: 1 / 0)
     flow = flow_for()
-    await addon_with(StubSource(IssuerUnavailable("down")), context).requestheaders(flow)
-    assert flow.error is not None
-    assert flow.error.msg == Error.KILLED_MESSAGE
+    with pytest.raises(ZeroDivisionError):  # which mitmproxy logs, and goes on with the flow as it is
+        await addon_with(StubSource(IssuerUnavailable("down")), context).requestheaders(flow)
+    assert flow.response is not None
+    assert flow.response.status_code == 503
+    assert flow.response.headers["X-OIDC-Proxy-Error"] == "issuer_unavailable"
 
 
-async def test_a_cancelled_hook_drops_the_request(context: Any) -> None:
+async def test_a_cancelled_hook_leaves_an_answer(context: Any) -> None:
     flow = flow_for()
     with pytest.raises(asyncio.CancelledError):
         await addon_with(StubSource(asyncio.CancelledError()), context).requestheaders(flow)
-    assert flow.error is not None
+    assert flow.response is not None
 
 
-@pytest.mark.parametrize("length", [str(MAX_UNANSWERED_BODY + 1), "-5", "1e3", ""])
-async def test_a_body_too_long_to_wait_for_is_not_waited_for(length: str, context: Any) -> None:
-    flow = flow_for("POST", Content_Length=length)
-    await addon_with(StubSource(IssuerUnavailable("down")), context).requestheaders(flow)
-    assert flow.response is None
-    assert flow.error is not None
+async def test_a_request_that_is_being_decided_about_has_an_answer_already(context: Any) -> None:
+    class Slow(StubSource):
+        async def token(self) -> AccessToken:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    flow = flow_for()
+    deciding = asyncio.create_task(addon_with(Slow(), context).requestheaders(flow))
+    await asyncio.sleep(0)
+    assert flow.response is not None
+    deciding.cancel()
 
 
 async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(context: Any) -> None:
@@ -244,3 +252,42 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
 )
 def test_identity(claims: str, text: str) -> None:
     assert identity(AccessToken(f"e30.{claims}.c2ln", 0, 60)) == text
+
+
+# --- a service that refuses the token ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda flow: setattr(flow, "is_replay", "request"),
+        lambda flow: setattr(flow.request, "stream", True),
+        lambda flow: setattr(flow.response, "stream", True),
+        lambda flow: setattr(flow.request, "content", b"x" * (MAX_REPLAYED_BODY + 1)),
+        lambda flow: setattr(flow.response, "status_code", 403),
+    ],
+)
+async def test_what_cannot_be_sent_again_is_not(change: Callable[[HTTPFlow], None], context: Any) -> None:
+    flow = flow_for()
+    flow.response = Response.make(401)
+    change(flow)
+    answer = flow.response
+    # Whose source would raise AttributeError if it were asked for another token.
+    await addon_with(StubSource(), context).response(flow)
+    assert flow.response is answer
+
+
+async def test_without_another_token_the_services_answer_stands(context: Any, caplog: pytest.LogCaptureFixture) -> None:
+    addon = addon_with(StubSource(), context)
+    for outcome in (None, IssuerUnavailable("down"), RuntimeError("the-token")):
+
+        async def replace(_: str, outcome: BaseException | None = outcome) -> None:
+            if outcome is not None:
+                raise outcome
+
+        addon._source.replace = replace  # type: ignore[union-attr,method-assign]
+        flow = flow_for()
+        flow.response = answer = Response.make(401)
+        await addon.response(flow)
+        assert flow.response is answer
+    assert "the-token" not in caplog.text

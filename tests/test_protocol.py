@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.protocol import (
-    ASSERTION_LIFETIME,
+    CLIENT_AUTH_METHODS,
+    GRANTS,
     Client,
     PrivateKey,
     ProviderMetadata,
@@ -363,6 +364,13 @@ def test_a_method_that_is_set_is_used_whatever_the_issuer_offers(method: str) ->
     assert choose_auth_method(Client("client", SECRET, method), metadata("tls_client_auth")) == method
 
 
+def test_the_names_of_methods_and_grants_are_those_of_the_settings() -> None:
+    methods = {"client_secret_basic", "client_secret_post", "client_secret_jwt", "private_key_jwt", "none"}
+
+    assert set(CLIENT_AUTH_METHODS) == {"auto"} | methods
+    assert set(GRANTS) == {"refresh_token", "client_credentials"}
+
+
 # --- token request ------------------------------------------------------------------------------------------------
 
 
@@ -439,6 +447,9 @@ def claims_of(assertion: str, key: Any, algorithm: str) -> dict[str, Any]:
         (rsa_key, ("RS256", "PS256"), "RS256"),
         (rsa_key, ("PS256", "ES256"), "PS256"),
         (rsa_key, ("PS512", "RS384"), "RS384"),
+        (rsa_key, ("RS512",), "RS512"),
+        (rsa_key, ("PS384",), "PS384"),
+        (rsa_key, ("PS512",), "PS512"),
         (rsa_key, ("ES256", "HS256"), "RS256"),
         (lambda: ec.generate_private_key(ec.SECP256R1()), (), "ES256"),
         (lambda: ec.generate_private_key(ec.SECP384R1()), ("RS256", "ES256"), "ES384"),
@@ -461,7 +472,7 @@ def test_a_key_signs_assertions_with_an_algorithm_of_its_own_that_the_issuer_pre
         "sub": "client",
         "aud": METADATA.token_endpoint,
         "iat": int(NOW),
-        "exp": int(NOW) + ASSERTION_LIFETIME,
+        "exp": int(NOW) + 60,
     }
 
 
@@ -770,11 +781,12 @@ def test_an_encrypted_key_is_refused_with_the_remedy(form: PrivateFormat) -> Non
         b"garbage",
         b"\xff\x00",
         b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+        b"-----BEGIN PRIVATE KEY-----\nMA8CAQAwBQYDKgMEBAMEAQA=\n-----END PRIVATE KEY-----\n",
         b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n",
         rsa_key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
         rsa_key().private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()),
     ],
-    ids=["empty", "garbage", "bytes", "empty PEM", "certificate", "public key", "DER"],
+    ids=["empty", "garbage", "bytes", "empty PEM", "unknown kind", "certificate", "public key", "DER"],
 )
 def test_what_is_no_private_key_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a private key in PEM form"):

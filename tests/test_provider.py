@@ -130,6 +130,18 @@ def test_earlier_metadata_serves_on_while_the_issuer_fails(
     assert provider.metadata() == first
 
 
+def test_a_failed_renewal_is_logged(
+    provider: Provider, transport: FakeTransport, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    provider.metadata()
+    transport.replies[DISCOVERY] = down()
+    clock.time += METADATA_LIFETIME
+    with caplog.at_level("INFO"):
+        provider.metadata()
+
+    assert "the connection was refused" in caplog.text
+
+
 def test_failed_renewals_are_some_time_apart_and_a_later_one_heals(
     provider: Provider, transport: FakeTransport, clock: Clock
 ) -> None:

@@ -11,12 +11,15 @@ from mitmproxy.options import Options
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.settings import VARIABLES, read_dotenv, read_settings
+from eoepca_security.session import Stored
+from eoepca_security.store import TokenStore
 
 GOOD = {
     "OPEN_ID_CONNECT_URL": "https://issuer.example/realms/r",
     "OPEN_ID_CONNECT_CLIENT_ID": "client",
     "OPEN_ID_REFRESH_TOKEN": "refresh",
     "REMOTE_PROTECTED_DOMAIN": "https://service.example:9200",
+    "OPEN_ID_TOKEN_STORE": "none",
 }
 
 
@@ -282,3 +285,37 @@ def test_a_key_and_a_ca_file_are_accepted(tmp_path: Path) -> None:
 
 def test_no_option_has_a_name_that_mitmproxy_uses() -> None:
     assert {variable.option for variable in VARIABLES if variable.option}.isdisjoint(Options().keys())
+
+
+# --- the token store ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"OPEN_ID_TOKEN_STORE": "/data/tokens", "HOME": "/home/u"}, "/data/tokens"),
+        ({"OPEN_ID_TOKEN_STORE": "~/tokens", "HOME": "/home/u"}, "/home/u/tokens"),
+        ({"OPEN_ID_TOKEN_STORE": "", "HOME": "/home/u"}, "/home/u/.local/state/eoepca-security"),
+        ({"OPEN_ID_TOKEN_STORE": "", "HOME": "/home/u", "XDG_STATE_HOME": "/state"}, "/state/eoepca-security"),
+    ],
+)
+def test_the_token_store_is_where_programs_keep_their_state(environment: dict[str, str], folder: str) -> None:
+    assert read_settings(GOOD | environment).token_store == Path(folder)
+
+
+def test_the_token_store_can_be_switched_off() -> None:
+    assert read_settings(GOOD | {"OPEN_ID_TOKEN_STORE": "none", "HOME": "/home/u"}).token_store is None
+
+
+def test_without_a_home_the_session_is_kept_in_memory_and_that_is_said() -> None:
+    settings = read_settings(GOOD | {"OPEN_ID_TOKEN_STORE": ""})
+    assert settings.token_store is None
+    assert "OPEN_ID_TOKEN_STORE" in settings.warnings[0]
+
+
+def test_a_session_in_the_store_makes_a_refresh_token_optional(tmp_path: Path) -> None:
+    environment = GOOD | {"OPEN_ID_REFRESH_TOKEN": "", "OPEN_ID_TOKEN_STORE": str(tmp_path)}
+    assert problems(environment)[0].startswith("OPEN_ID_REFRESH_TOKEN: ")
+    store = TokenStore(tmp_path, issuer_url=GOOD["OPEN_ID_CONNECT_URL"], client_id="client", origin=None)
+    store.write(Stored("r", "a", 0.0, 60.0))
+    assert read_settings(environment).refresh_token is None

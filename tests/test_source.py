@@ -12,7 +12,8 @@ import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
-from eoepca_security.source import DEFAULT_LIFETIME, AccessToken, TokenSource, token_end
+from eoepca_security.session import AccessToken
+from eoepca_security.source import FORCED_INTERVAL, TokenSource, refresh_time
 
 START = 1_800_000_000.0
 
@@ -63,7 +64,7 @@ def source(issuer: Issuer, clock: Clock) -> TokenSource:
 
 async def settled(condition: Callable[[], bool]) -> None:
     """Wait for what a background refresh does."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
@@ -73,44 +74,24 @@ def jwt_with(**claims: object) -> str:
     return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
 
 
-# --- expiry ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("response", "end"),
-    [
-        (TokenResponse("opaque", expires_in=60), START + 60),
-        (TokenResponse("opaque"), START + DEFAULT_LIFETIME),
-        (TokenResponse(jwt_with(exp=START + 300)), START + 300),
-        (TokenResponse(jwt_with(exp=START + 300, iat=START)), START + 300),
-        # Both are said: the earlier counts.
-        (TokenResponse(jwt_with(exp=START + 300, iat=START), expires_in=60), START + 2 + 60),
-        (TokenResponse(jwt_with(exp=START + 30, iat=START), expires_in=60), START + 30),
-        # The issuer's clock is ahead or behind: only the difference of its claims is used, less the lost fraction.
-        (TokenResponse(jwt_with(exp=START + 65, iat=START + 5)), START + 59),
-        (TokenResponse(jwt_with(exp=START + 55, iat=START - 5)), START + 59),
-        (TokenResponse(jwt_with(exp=START + 65, iat=START + 5), expires_in=60), START + 59),
-        # Claims that are no times.
-        (TokenResponse(jwt_with(exp="soon", iat=START), expires_in=60), START + 60),
-        (TokenResponse(jwt_with(exp=True), expires_in=60), START + 60),
-        (TokenResponse(jwt_with(exp=10**400), expires_in=60), START + 60),
-        (TokenResponse(jwt_with(exp=START + 60, iat="now")), START + 60),
-    ],
-)
-def test_the_end_of_a_token_is_reckoned_rather_too_early_than_too_late(response: TokenResponse, end: float) -> None:
-    assert token_end(response, sent_at=START, received_at=START + 2) == end
+# --- windows -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lifetime", [1.0, 3.0, 60.0, 300.0, 86_400.0])
-def test_windows_follow_the_lifetime(lifetime: float) -> None:
+@pytest.mark.parametrize("chance", [0.0, 0.999])
+def test_windows_follow_the_lifetime(lifetime: float, chance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.random", lambda: chance)
     token = AccessToken("t", START, START + lifetime)
-    assert START < token.refresh_at < token.expires_at < token.ends_at
-    assert token.refresh_at - START > 0.79 * lifetime  # or one lifetime would see several refreshes
+    refresh_at = refresh_time(token, latency=0)
+    assert refresh_at < token.expires_at < token.ends_at
+    assert refresh_at - START > 0.84 * lifetime  # or one lifetime would see several refreshes
     assert token.ends_at - token.expires_at <= 5
 
 
-def test_a_token_does_not_show_itself() -> None:
-    assert "secret" not in repr(AccessToken("secret", START, START + 1))
+def test_a_slow_issuer_is_asked_earlier_but_not_all_the_time() -> None:
+    token = AccessToken("t", START, START + 6)
+    assert token.expires_at - refresh_time(token, latency=1.5) > 1.5
+    assert refresh_time(token, latency=100) == START + 3
 
 
 # --- when to refresh ---------------------------------------------------------------------------------------------
@@ -118,7 +99,7 @@ def test_a_token_does_not_show_itself() -> None:
 
 async def test_a_token_is_used_until_it_is_due(source: TokenSource, issuer: Issuer, clock: Clock) -> None:
     assert (await source.token()).value == "token-1"
-    clock.time += 47
+    clock.time += 49
     assert (await source.token()).value == "token-1"
     assert issuer.asked == ["first"]
 
@@ -127,7 +108,7 @@ async def test_a_due_token_is_served_while_the_next_one_is_fetched(
     source: TokenSource, issuer: Issuer, clock: Clock
 ) -> None:
     await source.token()
-    clock.time += 50
+    clock.time += 53
     issuer.gate.clear()
     assert [(await source.token()).value for _ in range(5)] == ["token-1"] * 5
     await settled(lambda: len(issuer.asked) == 2)
@@ -277,7 +258,7 @@ async def test_a_failing_background_refresh_leaves_the_living_token_in_use(
     source: TokenSource, issuer: Issuer, clock: Clock
 ) -> None:
     await source.token()
-    clock.time += 50
+    clock.time += 53
     issuer.answers = [IssuerUnavailable("down")]
     assert (await source.token()).value == "token-1"
     await settled(lambda: source._refresh is None)
@@ -362,3 +343,55 @@ async def test_a_token_that_is_expired_on_arrival_is_not_served(source: TokenSou
     issuer.answers = [TokenResponse(jwt_with(exp=START, iat=START))]
     with pytest.raises(TokenInvalid, match="clock"):
         await source.token()
+
+
+# --- a service that refuses a token ------------------------------------------------------------------------------
+
+
+async def test_a_refused_token_is_replaced_at_most_once_in_a_while(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.lifetime = 10_000
+    first = (await source.token()).value
+    replaced = await asyncio.gather(*(source.replace(first) for _ in range(20)))
+    assert {token.value for token in replaced if token is not None} == {"token-2"}
+    assert None not in replaced
+    assert len(issuer.asked) == 2
+    # Somebody is late with a refusal of the first: there is a newer one already.
+    assert (await source.replace(first)) == replaced[0]
+    # And the newer one is refused, too.
+    assert await source.replace("token-2") is None
+    clock.time += FORCED_INTERVAL
+    token = await source.replace("token-2")
+    assert token is not None
+    assert token.value == "token-3"
+    assert len(issuer.asked) == 3
+
+
+async def test_a_token_that_cannot_be_replaced_stays_in_use(source: TokenSource, issuer: Issuer, clock: Clock) -> None:
+    await source.token()
+    issuer.answers = [IssuerUnavailable("down")]
+    assert await source.replace("token-1") is None
+    assert (await source.token()).value == "token-1"
+
+
+# --- an idle session ---------------------------------------------------------------------------------------------
+
+
+async def test_an_idle_session_is_kept_alive_and_no_more_than_that(issuer: Issuer) -> None:
+    # On the real clock, as the loop's timers are.
+    def answer(number: int) -> TokenResponse:
+        return TokenResponse(f"t-{number}", expires_in=0.5, refresh_token=f"r-{number}", refresh_expires_in=2)
+
+    issuer.answers = [answer(1), IssuerUnavailable("a hiccup"), answer(2), TokenResponse("t-3", expires_in=0.5)]
+    source = TokenSource(issuer, refresh_token="first")
+    await source.token()
+    started = time.monotonic()
+    # Nobody asks: after 70 % of the session's life comes the refresh that fails, its retry, and after as long again
+    # one that says nothing of an end, so there is nothing to keep alive any more.
+    await settled(lambda: len(issuer.asked) == 4)
+    assert issuer.asked == ["first", "r-1", "r-1", "r-2"]
+    assert time.monotonic() - started > 2.5
+    await asyncio.sleep(0)
+    assert source._keep_alive is not None
+    assert source._keep_alive.cancelled()

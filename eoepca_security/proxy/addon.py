@@ -14,6 +14,7 @@ from typing import Final
 
 from mitmproxy import ctx
 from mitmproxy.addonmanager import Loader, traverse
+from mitmproxy.addons.clientplayback import ReplayHandler
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.exceptions import OptionsError
 from mitmproxy.http import HTTPFlow
@@ -26,11 +27,12 @@ from eoepca_security.protocol import printable
 from eoepca_security.proxy import problem
 from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.wiring import make_source
-from eoepca_security.source import AccessToken, TokenSource
+from eoepca_security.session import AccessToken
+from eoepca_security.source import TokenSource
 from eoepca_security.verify import unverified_claims
 
-MAX_UNANSWERED_BODY: Final = 1024 * 1024
-"""Longest request body, in bytes, that is read only to answer with an error; mitmproxy answers after it, not before."""
+MAX_REPLAYED_BODY: Final = 1024 * 1024
+"""Longest request body, in bytes, that is sent again when the service refuses the token."""
 
 # mitmproxy's own options that would undo what this add-on is for.
 _REFUSED_OPTIONS: Final = {
@@ -107,12 +109,16 @@ class OIDCAuthProxy:
         self._running = True
         return asyncio.get_running_loop().create_task(self._start())
 
-    def done(self) -> None:
-        """End mitmproxy when it has lost the add-on: a script that is edited badly is unloaded, and requests go on."""
+    def done(self) -> "asyncio.Task[None] | None":
+        """Give a refresh that is under way a moment to end, and end mitmproxy when it is the add-on alone that ends.
+
+        A script that is edited badly is unloaded, and requests would go on without tokens.
+        """
         master = ctx.master
         if self._running and not master.should_exit.is_set():
             # A script that is edited well is loaded anew before the loop comes to this.
             master.event_loop.call_soon(_exit_if_unprotected, master)
+        return asyncio.get_running_loop().create_task(self._source.finish()) if self._source is not None else None
 
     async def requestheaders(self, flow: HTTPFlow) -> None:
         """Authorize the request before any of it leaves."""
@@ -125,23 +131,42 @@ class OIDCAuthProxy:
         if flow.error is None and flow.response is None and not flow.request.stream:
             await self._authorize(flow)
 
-    async def _authorize(self, flow: HTTPFlow) -> None:
+    async def response(self, flow: HTTPFlow) -> None:
+        """Ask the service again, once and with another token, when it refuses this one."""
+        if flow.response is None or flow.response.status_code != 401 or flow.is_replay or self._source is None:
+            return
+        if flow.request.stream or flow.response.stream or len(flow.request.raw_content or b"") > MAX_REPLAYED_BODY:
+            return
         try:
-            try:
-                token = await self._token(flow)
-            except TokenError as error:
-                self._refuse(flow, error)
-            else:
-                flow.request.headers["Authorization"] = f"Bearer {token.value}"
-                if not (flow.request.is_http2 or flow.request.is_http3):
-                    # An absolute target (RFC 9112 §3.2.2) would be forwarded with the token, and names any host.
-                    flow.request.authority = ""
-        except BaseException as error:
-            # Whatever it was: without a token nothing leaves.
-            flow.kill()
-            if not isinstance(error, Exception):
-                raise
-            logger.warning("a request was dropped because of an unexpected %s", type(error).__name__)
+            refused = flow.request.headers.get("Authorization", "").removeprefix("Bearer ")
+            if await self._source.replace(refused) is None:
+                return
+            again = flow.copy()
+            again.response = again.error = None
+            again.is_replay = "request"
+            # Runs all hooks, so the request is authorized anew.
+            await ReplayHandler(again, ctx.options).replay()
+            flow.response = again.response or flow.response
+        except TokenError as error:
+            logger.info("the service refused the token, and there is no other: %s", error)
+        except Exception as error:  # noqa: BLE001  the client still has the service's own answer
+            logger.warning("a refused request was not repeated because of an unexpected %s", type(error).__name__)
+
+    async def _authorize(self, flow: HTTPFlow) -> None:
+        # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
+        # the connection open when it kills a request whose body is still arriving, and its client hangs.
+        flow.response = problem.LAST_RESORT.copy()
+        try:
+            token = await self._token(flow)
+        except TokenError as error:
+            retry_after = self._source.retry_after() if self._source else 1.0
+            flow.response = problem.answer(error, method=flow.request.method, retry_after=retry_after)
+        else:
+            flow.request.headers["Authorization"] = f"Bearer {token.value}"
+            if not (flow.request.is_http2 or flow.request.is_http3):
+                # An absolute target (RFC 9112 §3.2.2) would be forwarded with the token, and names any host.
+                flow.request.authority = ""
+            flow.response = None
 
     async def _token(self, flow: HTTPFlow) -> AccessToken:
         if self._source is None:
@@ -154,14 +179,6 @@ class OIDCAuthProxy:
             raise
         except Exception as error:
             raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
-
-    def _refuse(self, flow: HTTPFlow, error: TokenError) -> None:
-        length = flow.request.headers.get("Content-Length", "0")
-        if not length.isdigit() or int(length) > MAX_UNANSWERED_BODY:
-            flow.kill()
-            return
-        retry_after = self._source.retry_after() if self._source else 1.0
-        flow.response = problem.answer(error, method=flow.request.method, retry_after=retry_after)
 
     async def _start(self) -> None:
         # With -s an unknown option is put aside without a word.

@@ -16,16 +16,17 @@ _ANSWERS: Final[dict[type[TokenError], tuple[int, str]]] = {
     TokenInvalid: (502, "The identity provider's token cannot be used"),
 }
 
+_HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
+
+LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUnavailable.code, "Retry-After": "1"})
+"""The answer for the time in which there is no better one, and when making a better one fails."""
+
 
 def answer(error: TokenError, *, method: str, retry_after: float) -> Response:
     """Return the answer to a request for which there is no token; `retry_after` is in seconds."""
     status, title = _ANSWERS[type(error)]
     body = {"title": title, "status": status, "detail": str(error), "code": error.code}
-    headers = {
-        "Content-Type": "application/problem+json",
-        "Cache-Control": "no-store",
-        ERROR_HEADER: error.code,
-    }
+    headers = _HEADERS | {ERROR_HEADER: error.code}
     if status == 503:
         headers["Retry-After"] = str(math.ceil(retry_after))
     # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).

@@ -21,6 +21,7 @@ from eoepca_security.protocol import (
     split_url,
     url_problem,
 )
+from eoepca_security.store import TokenStore
 from eoepca_security.transport import trust
 
 _MAX_FILE: Final = 64 * 1024
@@ -67,6 +68,11 @@ ALLOW_HTTP = Variable(
     "oidc_dangerously_allow_http",
     "Talk to the issuer over plain http beyond localhost: everyone on the way can take the session over.",
 )
+TOKEN_STORE = Variable(
+    "OPEN_ID_TOKEN_STORE",
+    "oidc_token_store",
+    "Folder that keeps rotated refresh tokens across restarts, or none for memory only.",
+)
 CA_FILE = Variable("TLS_CA_FILE", None, "CA certificates to trust besides the system's, for issuer and service.")
 UPSTREAM = Variable("REMOTE_PROTECTED_DOMAIN", None, "The protected service, e.g. https://service.example:9200.")
 TLS_NO_VERIFY = Variable("TLS_NO_VERIFY", None, "Do not verify the protected service's certificate.")
@@ -85,6 +91,7 @@ VARIABLES: Final = (
     AUDIENCE,
     SCOPE,
     ALLOW_HTTP,
+    TOKEN_STORE,
     CA_FILE,
     UPSTREAM,
     TLS_NO_VERIFY,
@@ -107,6 +114,7 @@ class Settings:
     scope: str | None = None
     allow_http: bool = False
     ca_file: Path | None = None
+    token_store: Path | None = None
     upstream: str | None = None
     tls_no_verify: bool = False
     host: str = "127.0.0.1"
@@ -145,13 +153,19 @@ def read_settings(
     grant = reader.choice(GRANT, GRANTS)
     refresh_token = reader.token(REFRESH_TOKEN)
     access_token = reader.token(ACCESS_TOKEN)
+    token_store = reader.token_store()
     if grant == "client_credentials":
         if client.secret is None and client.key is None:
             reader.problem(GRANT, f"client_credentials needs {CLIENT_SECRET.env} or {CLIENT_KEY_FILE.env}")
         if refresh_token is not None:
             reader.warnings.append(f"{REFRESH_TOKEN.env} is not used: {GRANT.env} is client_credentials")
             refresh_token = None
-    elif refresh_token is None and access_token is None and reader.is_unset(REFRESH_TOKEN, ACCESS_TOKEN):
+    elif (
+        refresh_token is None
+        and access_token is None
+        and reader.is_unset(REFRESH_TOKEN, ACCESS_TOKEN)
+        and not _has_session(token_store, issuer_url, client.client_id)
+    ):
         reader.problem(
             REFRESH_TOKEN, f"is required: the refresh token of a login, or {GRANT.env}=client_credentials with a secret"
         )
@@ -169,6 +183,7 @@ def read_settings(
         scope=reader.text(SCOPE),
         allow_http=allow_http,
         ca_file=ca_file,
+        token_store=token_store,
         upstream=upstream,
         tls_no_verify=tls_no_verify,
         host=host,
@@ -178,6 +193,12 @@ def read_settings(
     if reader.problems:
         raise SettingsError(*reader.problems)
     return settings
+
+
+def _has_session(folder: Path | None, issuer_url: str, client_id: str) -> bool:
+    if folder is None:
+        return False
+    return TokenStore(folder, issuer_url=issuer_url, client_id=client_id, origin=None).changed_at() != 0
 
 
 class _Reader:
@@ -313,6 +334,22 @@ class _Reader:
             self._unreadable.add(variable)
             self.problem(variable, f"{path} cannot be used: {_reason(error)}")
             return None
+
+    def token_store(self) -> Path | None:
+        """Return the folder, by default where programs keep their state (XDG Base Directory Specification)."""
+        environ = self._layers[0]
+        home = environ.get("HOME")
+        value = self.text(TOKEN_STORE)
+        if value == "none":
+            return None
+        if value is not None:
+            return Path(value.replace("~", home, 1) if home and value.startswith("~/") else value)
+        if state := environ.get("XDG_STATE_HOME"):
+            return Path(state, "eoepca-security")
+        if home:
+            return Path(home, ".local", "state", "eoepca-security")
+        self.warnings.append(f"{TOKEN_STORE.env} is unset and there is no HOME: the session is kept in memory only")
+        return None
 
     def host(self) -> str:
         value = (self.text(HOST) or "127.0.0.1").removeprefix("[").removesuffix("]")

@@ -5,6 +5,7 @@ from eoepca_security.protocol import TokenResponse
 from eoepca_security.provider import Provider
 from eoepca_security.proxy.settings import AUDIENCE, REFRESH_TOKEN, Settings
 from eoepca_security.source import TokenSource
+from eoepca_security.store import TokenStore
 from eoepca_security.transport import HttpTransport, trust
 from eoepca_security.verify import looks_like_jwt
 
@@ -35,6 +36,18 @@ def make_source(settings: Settings) -> TokenSource:
                 "(Keycloak: the client needs an audience mapper)"
             ) from None
 
+    store = None
+    if settings.token_store is not None and settings.grant == "refresh_token":
+        store = TokenStore(
+            settings.token_store,
+            issuer_url=settings.issuer_url,
+            client_id=settings.client.client_id,
+            origin=settings.refresh_token,
+        )
     return TokenSource(
-        request_token, refresh_token=settings.refresh_token, access_token=settings.access_token, check=check
+        request_token,
+        refresh_token=settings.refresh_token,
+        access_token=settings.access_token,
+        store=store,
+        check=check,
     )

@@ -161,10 +161,8 @@ def test_without_a_token_the_proxy_answers_itself_and_heals(tokenless: Setup, cl
     )
     assert b" 503 " in raw
 
-    started = time.monotonic()
-    with pytest.raises(httpx.HTTPError):
-        client.post(tokenless.url, content=b"x" * 3_000_000)
-    assert time.monotonic() - started < 15
+    for _ in range(5):
+        assert client.post(tokenless.url, content=b"x" * 3_000_000).status_code == 503
 
     tokenless.issuer.behaviour.fault = None
     eventually(lambda: client.get(tokenless.url).status_code == 200, timeout=40)

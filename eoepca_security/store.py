@@ -1,0 +1,152 @@
+"""TokenStore: the session on disk, so that neither a restart nor a second process loses a rotated refresh token.
+
+A folder that only its owner can enter holds a JSON file for each session, and a lock file beside it. A session is on
+the disk before its tokens are used: a process that is killed loses at most an answer that was still on its way.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from eoepca_security.errors import IssuerUnavailable, StoreError
+from eoepca_security.session import Stored
+from eoepca_security.strict_json import parse_object
+
+VERSION: Final = 1
+MAX_FILE: Final = 256 * 1024
+"""Longest file that is read, in bytes."""
+
+LOCK_TIMEOUT: Final = 12.0
+"""How long to wait for another process that holds the lock while it asks the issuer, in seconds."""
+
+_TYPES: Final[dict[str, Any]] = {
+    "refresh_token": str,
+    "access_token": str,
+    "obtained_at": float,
+    "ends_at": float,
+    "session_ends_at": float | None,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class TokenStore:
+    """The session of one client at one issuer, in `folder`.
+
+    `origin` is the refresh token from the settings, or None where there is none: what is kept is the session that it
+    grew into, so that another one there begins a session of its own. What cannot be read or written raises StoreError,
+    and is never overwritten: the caller goes on in memory.
+    """
+
+    def __init__(self, folder: Path, *, issuer_url: str, client_id: str, origin: str | None) -> None:
+        identity = "\n".join((issuer_url.rstrip("/"), client_id, origin or ""))
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self._folder = folder
+        self._file = folder / f"{name}.json"
+        self._lock_file = folder / f"{name}.lock"
+        self._owner = {"issuer": issuer_url.rstrip("/"), "client_id": client_id}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the session for one process; the lock of a dead process is free.
+
+        Raises StoreError when there can be no lock, IssuerUnavailable when another process holds it too long.
+        """
+        try:
+            self._prepare_folder()
+            lock = FileLock(self._lock_file, timeout=LOCK_TIMEOUT, mode=0o600)
+            lock.acquire()
+        except Timeout:
+            raise IssuerUnavailable(f"another process has held {self._lock_file} for {LOCK_TIMEOUT:g} s") from None
+        except OSError as error:
+            raise StoreError(f"{self._lock_file} cannot be locked ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def changed_at(self) -> int:
+        """Return what changes whenever another process writes the session; 0 when there is none."""
+        try:
+            return self._file.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def read(self) -> Stored | None:
+        """Return the session, or None when there is none yet; raises StoreError."""
+        try:
+            descriptor = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"{self._file} cannot be read ({error.strerror})") from None
+        try:
+            self._check_mode(descriptor)
+            return self._parse(os.read(descriptor, MAX_FILE + 1))
+        finally:
+            os.close(descriptor)
+
+    def write(self, session: Stored) -> None:
+        """Replace the session, all or nothing, and return when it is on the disk; raises StoreError."""
+        members = {"version": VERSION, **self._owner, **asdict(session)}
+        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._prepare_folder()
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(json.dumps(members).encode())
+                file.flush()
+                os.fsync(descriptor)
+            temporary.replace(self._file)
+            self._sync_folder()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise StoreError(f"{self._file} cannot be written ({error.strerror})") from None
+
+    def _prepare_folder(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _check_mode(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{self._file} is not a file: remove it")
+        if status.st_uid != os.geteuid():
+            raise StoreError(
+                f"{self._file} belongs to another user (uid {status.st_uid}): remove it, or run as that user"
+            )
+        if status.st_mode & 0o077:
+            logger.warning("%s could be read by others: its mode is 0600 now; consider a new login", self._file)
+            os.fchmod(descriptor, 0o600)
+
+    def _parse(self, data: bytes) -> Stored:
+        try:
+            members = parse_object(data if len(data) <= MAX_FILE else b"")
+        except ValueError:
+            raise StoreError(f"{self._file} is damaged: remove it") from None
+        if members.get("version") != VERSION:
+            raise StoreError(f"{self._file} is of another version of this program: use that one, or remove it")
+        if {name: members.get(name) for name in self._owner} != self._owner:
+            raise StoreError(f"{self._file} is of another issuer or client: remove it")
+        values: dict[str, Any] = {name: members.get(name) for name in _TYPES}
+        if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or "" in values.values():
+            raise StoreError(f"{self._file} is damaged: remove it")
+        return Stored(**values)

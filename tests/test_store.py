@@ -1,0 +1,222 @@
+"""The session on disk: what is written, and what happens when the disk is not as it should be."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from eoepca_security.errors import IssuerUnavailable, StoreError
+from eoepca_security.session import Stored
+from eoepca_security.store import TokenStore
+
+SESSION = Stored("refresh-canary", "access-canary", 1000.0, 1060.0, 2800.0)
+
+
+def store_in(folder: Path, client_id: str = "client", origin: str | None = "first") -> TokenStore:
+    return TokenStore(folder, issuer_url="https://issuer.example", client_id=client_id, origin=origin)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "eoepca-security"
+
+
+@pytest.fixture
+def file(folder: Path) -> Path:
+    """A file with a session in it."""
+    store_in(folder).write(SESSION)
+    (path,) = folder.glob("*.json")
+    return path
+
+
+def test_what_is_written_is_read_back(folder: Path) -> None:
+    store = store_in(folder)
+    assert store.read() is None
+    store.write(SESSION)
+    assert store.read() == SESSION
+    assert store_in(folder).read() == SESSION
+
+
+def test_each_session_has_a_file_of_its_own(folder: Path) -> None:
+    store_in(folder).write(SESSION)
+    assert store_in(folder, client_id="other").read() is None
+    # A different token in the settings begins a session of its own.
+    assert store_in(folder, origin="second").read() is None
+    assert store_in(folder, origin=None).read() is None
+
+
+def test_only_the_owner_can_look(folder: Path) -> None:
+    old = os.umask(0)
+    try:
+        store = store_in(folder)
+        with store.locked():
+            store.write(SESSION)
+    finally:
+        os.umask(old)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+
+
+def test_no_name_tells_a_token_and_no_temporary_file_stays(folder: Path, file: Path) -> None:
+    names = [path.name for path in folder.iterdir()]
+    assert names == [file.name]
+    assert "canary" not in repr(SESSION)
+
+
+def test_a_change_is_noticed(folder: Path) -> None:
+    store = store_in(folder)
+    assert store.changed_at() == 0
+    store.write(SESSION)
+    before = store.changed_at()
+    assert before != 0
+    os.utime(next(folder.glob("*.json")), ns=(before + 1, before + 1))
+    assert store.changed_at() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "damaged"),
+        (b'{"version": 1, "refresh_tok', "damaged"),
+        (b"[]", "damaged"),
+        (b"\xff\xfe", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b" " * 300_000 + b"{}", "damaged"),
+        (b'{"version": 2}', "version"),
+        (b"{}", "version"),
+        (b'{"version": 1}', "another issuer"),
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_told_and_left_alone(file: Path, content: bytes, says: str) -> None:
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match=says):
+        store_in(file.parent).read()
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("refresh_token", ""),
+        ("refresh_token", None),
+        ("access_token", 5),
+        ("ends_at", "soon"),
+        ("obtained_at", None),
+        ("session_ends_at", "never"),
+    ],
+)
+def test_a_file_with_a_wrong_value_is_told(file: Path, member: str, value: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | {member: value}))
+    with pytest.raises(StoreError, match="damaged"):
+        store_in(file.parent).read()
+
+
+def test_a_file_that_others_can_read_is_closed_to_them(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file.chmod(0o644)
+    assert store_in(file.parent).read() == SESSION
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert "could be read by others" in caplog.text
+
+
+def test_a_file_of_somebody_else_is_not_believed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: file.stat().st_uid + 1)
+    with pytest.raises(StoreError, match="another user"):
+        store_in(file.parent).read()
+
+
+def test_a_folder_a_link_or_a_pipe_in_the_place_of_the_file_is_told(file: Path, tmp_path: Path) -> None:
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(StoreError):
+        store_in(file.parent).read()
+    with pytest.raises(StoreError):
+        store_in(file.parent).write(SESSION)
+    file.rmdir()
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError):
+        store_in(file.parent).read()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(StoreError, match="not a file"):
+        store_in(file.parent).read()
+
+
+def test_a_store_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("a file")
+    store = store_in(tmp_path / "occupied")
+    with pytest.raises(StoreError, match="cannot be written"):
+        store.write(SESSION)
+    with pytest.raises(StoreError, match="cannot be locked"), store.locked():
+        pass
+
+
+def test_a_full_disk_leaves_the_old_session(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(StoreError, match="No space left"):
+        store_in(file.parent).write(Stored("new", "new", 0.0, 1.0))
+    assert store_in(file.parent).read() == SESSION
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_temporary_file_of_a_dead_process_is_in_nobodys_way(file: Path) -> None:
+    file.with_suffix(f".{os.getpid()}.tmp").write_text("half of a ses")
+    store_in(file.parent).write(SESSION)
+    assert store_in(file.parent).read() == SESSION
+
+
+# --- the lock ----------------------------------------------------------------------------------------------------
+
+
+def test_the_lock_is_held_by_one_at_a_time(folder: Path) -> None:
+    inside, most = 0, 0
+    guard = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with store_in(folder).locked():
+                with guard:
+                    inside += 1
+                    most = max(most, inside)
+                with guard:
+                    inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from eoepca_security.store import TokenStore
+with TokenStore(Path(sys.argv[1]), issuer_url="https://issuer.example", client_id="client", origin="first").locked():
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_process_that_holds_the_lock_too_long_is_told_of_and_a_dead_one_does_not_block(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eoepca_security.store.LOCK_TIMEOUT", 0.2)
+    command = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(IssuerUnavailable, match="another process"), store_in(folder).locked():
+            pass
+        holder.kill()
+        holder.wait()
+        with store_in(folder).locked():
+            pass
