@@ -3,6 +3,9 @@
 
 import sys
 
-from eoepca_security.proxy.launcher import main
+try:
+    from eoepca_security.proxy.launcher import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is not installed: run this with `uv run --no-dev --extra proxy run-mitmproxy.py`")
 
 sys.exit(main())

@@ -60,6 +60,13 @@ class CredentialsRejected(TokenError):
 
 
 class TokenInvalid(TokenError):
-    """A token fails a check: shape, signature, issuer, audience or time."""
+    """A token fails a check: shape, signature, issuer, audience or time.
+
+    `claim` is the claim that is wrong, where one is.
+    """
 
     code = "token_invalid"
+
+    def __init__(self, message: str, *, claim: str | None = None) -> None:
+        super().__init__(message)
+        self.claim = claim

@@ -63,7 +63,7 @@ _CHECK_CLIENT: Final = (
 _REMEDIES: Final = {
     "invalid_grant": (
         "the refresh token is expired, revoked or used up, or was given to another client or by another name of the "
-        "issuer: log in again and set OPEN_ID_REFRESH_TOKEN to the new one"
+        "issuer: log in again, set OPEN_ID_REFRESH_TOKEN to the new one, and restart"
     ),
     "invalid_client": _CHECK_CLIENT,
     # Keycloak says this of a wrong secret, too.
@@ -159,7 +159,7 @@ def url_problem(url: str, *, allow_http: bool = False) -> str | None:
     if parts.username is not None or parts.password is not None:
         return "carries a user name or password: remove the part before the @"
     if parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_http:
-        return "must use https:// (plain http is accepted on localhost only)"
+        return "must use https:// (plain http is for localhost, or OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP)"
     return None
 
 

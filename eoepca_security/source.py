@@ -161,7 +161,7 @@ class TokenSource:
             return failure
         else:
             if self._failure is not None:
-                logger.info("the issuer gives tokens again")
+                logger.warning("the issuer gives tokens again")
             self._failure, self._failures, self._retry_at = None, 0, 0.0
             return None
         finally:

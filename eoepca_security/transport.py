@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
+from urllib.parse import urlsplit
 
 import requests
 import urllib3
@@ -16,6 +17,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eoepca_security.errors import IssuerUnavailable
+from eoepca_security.protocol import is_loopback
 
 MAX_BODY: Final = 256 * 1024
 """Longest answer that is read, in bytes."""
@@ -84,7 +86,8 @@ class HttpTransport:
             causes = _causes(error)
             if not (adapter.was_cut or any(isinstance(cause, _TIMEOUTS) for cause in causes)):
                 raise IssuerUnavailable(
-                    f"{request.url} cannot be reached: {_reason(causes)}", was_sent=adapter.was_connected
+                    f"{request.url} cannot be reached{_by_proxy(adapter)}: {_reason(causes)}",
+                    was_sent=adapter.was_connected,
                 ) from None
         finally:
             watchdog.cancel()
@@ -92,13 +95,18 @@ class HttpTransport:
         # A connection that was cut may look like one that ended well.
         if answer is None or adapter.was_cut:
             raise IssuerUnavailable(
-                f"{request.url} did not answer within {timeout:g} s", was_sent=adapter.was_connected
+                f"{request.url} did not answer within {timeout:g} s{_by_proxy(adapter)}", was_sent=adapter.was_connected
             )
         return answer
 
+    def _environment(self, session: requests.Session, url: str) -> dict[str, Any]:
+        """Return what the environment says of proxies and CAs; this machine itself is behind no proxy."""
+        settings = dict(session.merge_environment_settings(url, {}, True, None, None))
+        return settings | {"proxies": {}} if is_loopback(urlsplit(url).hostname) else settings
+
     def _send(self, session: requests.Session, request: requests.Request, timeout: float) -> Answer:
         prepared = session.prepare_request(request)
-        settings = session.merge_environment_settings(prepared.url, {}, True, None, None)
+        settings = self._environment(session, str(prepared.url))
         with session.send(prepared, timeout=timeout, allow_redirects=False, **settings) as response:
             if response.is_redirect or 300 <= response.status_code < 400:
                 raise IssuerUnavailable(
@@ -128,6 +136,7 @@ class _DeadlineAdapter(HTTPAdapter):
         self._deadline = time.monotonic() + timeout
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
+        self.used_proxy = False
         self.was_connected = False
         self.was_cut = False
         super().__init__()
@@ -137,6 +146,7 @@ class _DeadlineAdapter(HTTPAdapter):
         self._watch(self.poolmanager)
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        self.used_proxy = True
         manager = super().proxy_manager_for(proxy, **kwargs, ssl_context=self._context)
         self._watch(manager)
         return manager
@@ -223,6 +233,10 @@ def _causes(error: BaseException) -> list[BaseException]:
             (reason if isinstance(reason, BaseException) else None) or nested or cause.__cause__ or cause.__context__
         )
     return causes
+
+
+def _by_proxy(adapter: _DeadlineAdapter) -> str:
+    return " (through the proxy that HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names)" if adapter.used_proxy else ""
 
 
 def _reason(causes: Sequence[BaseException]) -> str:

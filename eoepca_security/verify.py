@@ -154,9 +154,9 @@ def _check_claims(claims: Mapping[str, Any], policy: Policy, now: float) -> None
 def _check_audience(audience: object, expected: str) -> None:
     audiences = [audience] if isinstance(audience, str) else audience
     if not isinstance(audiences, list) or not all(isinstance(item, str) for item in audiences):
-        raise TokenInvalid(f"the token has no audience; it needs {expected}")
+        raise TokenInvalid(f"the token has no audience; it needs {expected}", claim="aud")
     if expected not in audiences:
-        raise TokenInvalid(f"the token is not for the audience {expected}")
+        raise TokenInvalid(f"the token is not for the audience {expected}", claim="aud")
 
 
 def _check_times(claims: Mapping[str, Any], leeway: float, now: float) -> None:
@@ -164,7 +164,7 @@ def _check_times(claims: Mapping[str, Any], leeway: float, now: float) -> None:
         if (name == "exp" or name in claims) and type(claims.get(name)) is not int:
             raise TokenInvalid(f"the token's {name} is not an integer")
     if claims["exp"] <= now - leeway:
-        raise TokenInvalid("the token is expired")
+        raise TokenInvalid("the token is expired: compare this machine's clock with the issuer's")
     if max(claims.get("nbf", 0), claims.get("iat", 0)) > now + leeway:
         raise TokenInvalid("the token is from the future: compare this machine's clock with the issuer's")
 

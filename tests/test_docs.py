@@ -11,8 +11,8 @@ from eoepca_security.proxy.settings import VARIABLES
 
 def test_env_example_explains_every_variable_and_no_other() -> None:
     text = (ROOT / ".env.example").read_text()
-    blocks = re.findall(r"^((?:#.*\n)+)((?:[A-Z_]+=.*\n)+)", text, re.MULTILINE)
-    explained = {name for _, lines in blocks for name in re.findall(r"^([A-Z_]+)=", lines, re.MULTILINE)}
+    blocks = re.findall(r"^((?:# .*\n|#\n)+)((?:#?[A-Z_]+=.*\n)+)", text, re.MULTILINE)
+    explained = {name for _, lines in blocks for name in re.findall(r"^#?([A-Z_]+)=", lines, re.MULTILINE)}
     assert explained == {variable.env for variable in VARIABLES}
     for comment, lines in blocks:
         is_secret = any(variable.secret and f"{variable.env}=" in lines for variable in VARIABLES)
@@ -21,7 +21,9 @@ def test_env_example_explains_every_variable_and_no_other() -> None:
 
 def test_env_example_shows_the_defaults() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
-    values = dict(line.split("=", 1) for line in lines if re.match(r"[A-Z_]+=.", line))
+    values = dict(line.removeprefix("#").split("=", 1) for line in lines if re.match(r"#[A-Z_]+=", line))
+    # Comments, so that a container's own values stand when a copy of the file is its environment.
+    assert not any(re.match(r"[A-Z_]+=.", line) for line in lines)
     assert values == {
         "OPEN_ID_CONNECT_CLIENT_AUTH": "auto",
         "OPEN_ID_CONNECT_GRANT": "refresh_token",

@@ -696,6 +696,13 @@ def test_a_lifetime_that_is_no_positive_number_counts_as_not_said(written: str) 
     assert read_token_response(200, body).expires_in is None
 
 
+@pytest.mark.parametrize(
+    ("said", "lifetime"), [(1800, 1800), ("1800", 1800), (0, None), (None, None), (..., None), (True, None)]
+)
+def test_the_refresh_tokens_own_lifetime_is_read_where_it_has_an_end(said: object, lifetime: float | None) -> None:
+    assert read_token_response(200, token_body(refresh_expires_in=said)).refresh_expires_in == lifetime
+
+
 @pytest.mark.parametrize("refresh_token", [..., None, "", 1, True, ["r-2"], {}])
 def test_an_odd_refresh_token_counts_as_none(refresh_token: object) -> None:
     assert read_token_response(200, token_body(refresh_token=refresh_token)).refresh_token is None

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 from mitmproxy import ctx
 from mitmproxy.addonmanager import Loader, traverse
@@ -21,9 +22,10 @@ from mitmproxy.http import HTTPFlow
 from mitmproxy.log import ALERT
 from mitmproxy.master import Master
 from mitmproxy.proxy.mode_specs import ProxyMode, ReverseMode
+from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
-from eoepca_security.protocol import printable
+from eoepca_security.protocol import is_loopback, printable
 from eoepca_security.proxy import problem
 from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.wiring import make_source
@@ -152,6 +154,10 @@ class OIDCAuthProxy:
         except Exception as error:  # noqa: BLE001  the client still has the service's own answer
             logger.warning("a refused request was not repeated because of an unexpected %s", type(error).__name__)
 
+    def server_connect_error(self, data: ServerConnectionHookData) -> None:
+        """Say what keeps requests from the service; the client gets mitmproxy's 502."""
+        logger.warning("the protected service cannot be reached: %s", printable(data.server.error))
+
     async def _authorize(self, flow: HTTPFlow) -> None:
         # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
         # the connection open when it kills a request whose body is still arriving, and its client hangs.
@@ -190,6 +196,8 @@ class OIDCAuthProxy:
         for line in self._settings.warnings:
             logger.warning("%s", line)
         listener, upstream = _addresses()
+        if not is_loopback(urlsplit(listener).hostname):
+            logger.warning("whatever can reach %s acts with this identity: listen on 127.0.0.1 if you can", listener)
         failure: TokenError | None = None
         try:
             token = await self._source.token()

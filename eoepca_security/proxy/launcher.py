@@ -4,9 +4,11 @@ Exit codes: 0; 1 for a fault while running; 2 for settings or arguments that are
 """
 
 import asyncio
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @click.group(invoke_without_command=True, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="eoepca-security")
 @click.pass_context
 def cli(context: click.Context) -> int:
     """Put OIDC access tokens into the requests of tools that cannot log in."""
@@ -75,10 +78,14 @@ def serve(extra: Sequence[str]) -> int:
 def token(extra: Sequence[str]) -> int:
     """Print a fresh access token, and nothing else, on standard output."""
     _refuse(extra, "token")
+    # The error that main() prints is enough.
+    logging.getLogger("eoepca_security.source").setLevel(logging.ERROR)
     settings = _settings((), need_upstream=False)
+    if settings.refresh_token is not None or settings.grant != "refresh_token":
+        settings = replace(settings, access_token=None)  # a fresh one is asked for
     source = make_source(settings)
     click.echo(asyncio.run(source.token()).value)
-    if source.rotated:
+    if source.rotated and settings.token_store is None:
         click.echo(
             "warning: the issuer replaced the refresh token, so the one in the settings may be used up now: "
             "a running proxy keeps the new one, this command does not",
@@ -91,7 +98,7 @@ def token(extra: Sequence[str]) -> int:
 @click.option("--once", is_flag=True, help="Exit after the demonstration instead of staying up.")
 @click.pass_obj
 def demo(extra: Sequence[str], *, once: bool) -> int:
-    """Show the proxy at work between an embedded issuer and an embedded service."""
+    """See it work, without any setup."""
     from eoepca_security.proxy.demo import run  # noqa: PLC0415  as in serve
 
     _refuse(extra, "demo")

@@ -1,21 +1,25 @@
 """Running mitmdump in this process, with our add-on as an instance in it."""
 
 import argparse
+import asyncio
 import contextlib
+import os
+import socket
 import ssl
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from mitmproxy.options import Options
+from mitmproxy.options import CONF_DIR, Options
 from mitmproxy.tools import cmdline
 from mitmproxy.tools import main as mitmproxy_main
 from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
 from eoepca_security.proxy.addon import OIDCAuthProxy
-from eoepca_security.proxy.settings import CA_FILE, UPSTREAM, Settings
+from eoepca_security.proxy.settings import CA_FILE, HOST, PORT, UPSTREAM, Settings
 from eoepca_security.transport import ca_bundle
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
@@ -34,6 +38,10 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
     class Master(DumpMaster):
         def __init__(self, options: Options) -> None:
             super().__init__(options)
+            # Ours rather than mitmproxy's defaults, which arguments and its config file may change: our start-up line
+            # and what goes wrong, not a line for every connection and request.
+            options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
+            self.event_loop.set_exception_handler(_ignore_cancelled)
             # At the end of the chain: whatever other add-ons do to a request, ours has the last word.
             self.addons.add(OIDCAuthProxy(settings, self._started))
 
@@ -46,12 +54,13 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             elif on_started is not None:
                 on_started(self, listener, failure)
 
-    with _upstream_trust(settings) as trust_arguments:
+    if problem := _cannot_listen(settings.host, settings.port):
+        print(f"{PORT.env}: {problem}", file=sys.stderr)  # noqa: T201  as below
+        return 1
+    with _upstream_trust(settings) as trust_arguments, _writable_confdir() as confdir:
         arguments = [
             *("--mode", f"reverse:{settings.upstream}"),
             *("--listen-host", settings.host, "--listen-port", str(settings.port)),
-            # Our start-up line and what goes wrong, not a line for every connection and request.
-            *("--set", "termlog_verbosity=alert", "--set", "flow_detail=0"),
             *(["--ssl-insecure"] if settings.tls_no_verify else []),
             *trust_arguments,
             *extra,
@@ -63,6 +72,38 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
         except KeyboardInterrupt:
             return 0
     return exit_code
+
+
+def _cannot_listen(host: str, port: int) -> str | None:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.create_server(address[:2], family=family):
+            return None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {HOST.env}"
+
+
+@contextlib.contextmanager
+def _writable_confdir() -> Iterator[str]:
+    """Give the folder in which mitmproxy keeps the CA that it makes: its usual one, or one for now in its place."""
+    usual = Path(CONF_DIR).expanduser()
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        writable = os.access(usual, os.W_OK)
+    except (OSError, RuntimeError):
+        writable = False
+    if writable:
+        yield CONF_DIR
+        return
+    with tempfile.TemporaryDirectory(prefix="mitmproxy-") as folder:
+        yield folder
+
+
+def _ignore_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Keep early patch releases of Python 3.11 and 3.12 from reporting connections that end with the program."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 def _filters(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Settings from add-on options, the environment and `.env`: one frozen `Settings`, or all that is wrong at once."""
 
+import difflib
 import io
 import ipaddress
 import re
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.protocol import (
@@ -126,13 +127,16 @@ def read_dotenv(folder: Path) -> Mapping[str, str]:
     """Return the variables of `.env` in `folder`, as they stand there; raises SettingsError when it cannot be read."""
     path = folder / ".env"
     try:
-        # Without interpolation: a secret may have a ${ in it.
-        values = dotenv_values(stream=io.StringIO(path.read_text(encoding="utf-8")), interpolate=False)
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env: cannot be read ({_reason(error)}); mend or remove {path}") from None
-    return {name: value for name, value in values.items() if value is not None}
+    # Parsed only: without the interpolation that would follow, as a secret may have a ${ in it.
+    bindings = list(parse_stream(io.StringIO(text)))
+    if faults := [binding.original.line for binding in bindings if binding.error]:
+        raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: mend or remove it" for line in faults))
+    return {binding.key: binding.value for binding in bindings if binding.key and binding.value is not None}
 
 
 def read_settings(
@@ -170,9 +174,14 @@ def read_settings(
             REFRESH_TOKEN, f"is required: the refresh token of a login, or {GRANT.env}=client_credentials with a secret"
         )
     ca_file = reader.ca_file()
+    if grant == "refresh_token" and refresh_token is None and access_token is not None and token_store is None:
+        reader.warnings.append(f"{REFRESH_TOKEN.env} is not set: this works until {ACCESS_TOKEN.env} ends, no longer")
     tls_no_verify = reader.boolean(TLS_NO_VERIFY)
+    if tls_no_verify:
+        reader.warnings.append(f"{TLS_NO_VERIFY.env} is on: whoever is between here and the service can read the token")
     host, port = reader.host(), reader.port()
     upstream = reader.upstream(host, port) if need_upstream else None
+    reader.warn_of_unknown_names()
     settings = Settings(
         issuer_url=issuer_url,
         client=client,
@@ -246,6 +255,18 @@ class _Reader:
             return None
         return value
 
+    def warn_of_unknown_names(self) -> None:
+        """Warn of names that look like ours but are not: a setting that is misspelt is silently not in force."""
+        known = {variable.env for variable in VARIABLES} | {f"{v.env}_FILE" for v in VARIABLES if v.secret}
+        environ, dotenv = self._layers
+        ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_PROTECTED_")
+        names = {name for name in environ if name.startswith(ours[:2])} | {n for n in dotenv if n.startswith(ours)}
+        for name in sorted(names - known):
+            close = difflib.get_close_matches(name, known, 1)
+            self.warnings.append(
+                f"{name} is not a setting" + (f": is {close[0]} meant?" if close else " of this program")
+            )
+
     def is_unset(self, *variables: Variable) -> bool:
         """Tell whether none of these was even tried, so that `is required` is said only then."""
         return self._unreadable.isdisjoint(variables)
@@ -268,9 +289,14 @@ class _Reader:
 
     def token(self, variable: Variable) -> str | None:
         value = self.secret(variable)
-        if value is not None and not re.fullmatch(r"[!-~]+", value):
+        if value is not None and not re.fullmatch(r"[!-~]+", value.strip("'\"")):
             self._unreadable.add(variable)
             self.problem(variable, "has spaces or characters outside ASCII: copy the token alone, without quotes")
+            return None
+        if value is not None and value[0] in "'\"":
+            # Docker's --env-file and Kubernetes take them literally.
+            self._unreadable.add(variable)
+            self.problem(variable, "begins with a quotation mark: copy the token alone, without quotes")
             return None
         return value
 

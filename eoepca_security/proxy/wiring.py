@@ -31,6 +31,8 @@ def make_source(settings: Settings) -> TokenSource:
         try:
             provider.verify(token, settings.audience)
         except TokenInvalid as error:
+            if error.claim != "aud":
+                raise
             raise TokenInvalid(
                 f"{error}; compare {AUDIENCE.env} with the client's settings at the issuer "
                 "(Keycloak: the client needs an audience mapper)"
