@@ -38,12 +38,14 @@ class Handler(BaseHTTPRequestHandler):
     def read_body(self) -> bytes:
         """Return the request's body, of at most 1 MiB."""
         if self._body is None:
-            self._body = self.rfile.read(min(int(self.headers.get("Content-Length") or 0), 1024 * 1024))
+            length = int(self.headers.get("Content-Length") or 0)
+            self._body = self.rfile.read(min(length, 1024 * 1024))
+            # What is left of it would be taken for the next request.
+            self.close_connection = self.close_connection or length > len(self._body)
         return self._body
 
     def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         """Send `body`, as it is when it is bytes and as JSON otherwise."""
-        # What is not read would be taken for the connection's next request.
         self.read_body()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)

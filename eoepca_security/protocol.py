@@ -361,9 +361,11 @@ def _segment(members: Mapping[str, object]) -> str:
 
 
 def _raise_token_error(status: int, answer: Mapping[str, object], secrets: Collection[str]) -> NoReturn:
-    error, said = (_without_secrets(answer.get(name), secrets) for name in ("error", "error_description"))
-    if error not in _FINAL_ERRORS:
-        raise IssuerUnavailable(f"the token endpoint answered {status} ({error or 'without an error code'})")
+    error = answer.get("error")
+    if not isinstance(error, str) or error not in _FINAL_ERRORS:
+        code = _without_secrets(error, secrets) or "without an error code"
+        raise IssuerUnavailable(f"the token endpoint answered {status} ({code})")
+    said = _without_secrets(answer.get("error_description"), secrets)
     remedy = _REMEDIES.get(error, "check the client's settings at the issuer against yours")
     raise CredentialsRejected(f"the issuer answered {error}{said and ': '}{said}; {remedy}")
 

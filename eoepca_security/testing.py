@@ -236,10 +236,9 @@ class FakeIssuer:
             head, payload, signature = assertion.split(".")
             algorithm = jwt.get_unverified_header(assertion)["alg"]
             symmetric = algorithm.startswith("HS")
-            key: Any = (self.client_secret or "").encode()
-            if not symmetric and self.client_key is not None:
-                key = self.client_key.public_key()
-            genuine = jwt.get_algorithm_by_name(algorithm).verify(
+            credential = self.client_secret if symmetric else self.client_key
+            key: Any = credential.encode() if isinstance(credential, str) else credential and credential.public_key()
+            genuine = credential is not None and jwt.get_algorithm_by_name(algorithm).verify(
                 f"{head}.{payload}".encode(), key, jwt.utils.base64url_decode(signature)
             )
             claims = parse_object(jwt.utils.base64url_decode(payload))

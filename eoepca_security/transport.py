@@ -87,7 +87,7 @@ class HttpTransport:
             if not (adapter.was_cut or any(isinstance(cause, _TIMEOUTS) for cause in causes)):
                 raise IssuerUnavailable(
                     f"{request.url} cannot be reached{_by_proxy(adapter)}: {_reason(causes)}",
-                    was_sent=adapter.was_connected,
+                    was_sent=adapter.was_connected and request.method == "POST",
                 ) from None
         finally:
             watchdog.cancel()
@@ -95,7 +95,8 @@ class HttpTransport:
         # A connection that was cut may look like one that ended well.
         if answer is None or adapter.was_cut:
             raise IssuerUnavailable(
-                f"{request.url} did not answer within {timeout:g} s{_by_proxy(adapter)}", was_sent=adapter.was_connected
+                f"{request.url} did not answer within {timeout:g} s{_by_proxy(adapter)}",
+                was_sent=adapter.was_connected and request.method == "POST",
             )
         return answer
 
@@ -114,13 +115,17 @@ class HttpTransport:
                     "set OPEN_ID_CONNECT_URL to the final address"
                 )
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise IssuerUnavailable(f"{request.url} answered in an encoding that was not asked for")
+                raise IssuerUnavailable(
+                    f"{request.url} answered in an encoding that was not asked for", was_sent=request.method == "POST"
+                )
             body = b""
             # Read until nothing comes: only then a body that is shorter than announced is noticed.
             while len(body) <= MAX_BODY and (part := response.raw.read(MAX_BODY + 1 - len(body), decode_content=False)):
                 body += part
             if len(body) > MAX_BODY:
-                raise IssuerUnavailable(f"{request.url} answered with more than {MAX_BODY // 1024} KiB")
+                raise IssuerUnavailable(
+                    f"{request.url} answered with more than {MAX_BODY // 1024} KiB", was_sent=request.method == "POST"
+                )
             return Answer(response.status_code, body, response.headers)
 
 
@@ -158,9 +163,17 @@ class _DeadlineAdapter(HTTPAdapter):
             def _new_conn(self) -> socket.socket:
                 return adapter.connect(self.host, self.port)
 
+            def connect(self) -> None:
+                super().connect()
+                adapter.was_connected = True
+
         class Secure(HTTPSConnection):
             def _new_conn(self) -> socket.socket:
                 return adapter.connect(self.host, self.port)
+
+            def connect(self) -> None:
+                super().connect()
+                adapter.was_connected = True
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = Plain
@@ -198,7 +211,6 @@ class _DeadlineAdapter(HTTPAdapter):
                 raise TimeoutError("the exchange's time is up")
             # A duplicate stays valid when TLS takes the original over, and shuts down the same connection.
             self._sockets.append(connection.dup())
-            self.was_connected = True
 
     def cut(self) -> None:
         """End every connection now; whoever reads from one sees its end."""

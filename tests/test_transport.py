@@ -68,7 +68,8 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     def server(address: str) -> ssl.SSLContext:
         server_key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "Test server")])
-        alternative = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(address))])
+        names = [x509.IPAddress(ipaddress.ip_address(address)), x509.DNSName("issuer.invalid")]
+        alternative = x509.SubjectAlternativeName(names)
         made = _certificate(subject, name, server_key, key, alternative)
         chain = folder / f"{address}.pem"
         private = server_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -248,8 +249,12 @@ def resolve_to(monkeypatch: pytest.MonkeyPatch, *ports: int, dead: int) -> None:
 def test_an_address_in_brackets_is_connected_to_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     with RawServer(replies(http(b"{}"))) as server:
-        address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *names, **_: [asked.append(names), address][1:])
+
+        def resolve(*names: object, **_: object) -> list[object]:
+            asked.append(names)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", server.port))]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
         HttpTransport(trust()).get("http://[::1]:8443/", timeout=PATIENCE)
 
     assert asked == [("::1", 8443)]
@@ -468,6 +473,28 @@ def test_a_refused_connection_is_named(transport: HttpTransport) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_the_environment_names_is_told(
+    transport: HttpTransport, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setenv(f"{scheme}_proxy", f"http://127.0.0.1:{free_port()}")
+
+    with pytest.raises(
+        IssuerUnavailable, match=r"cannot be reached \(through the proxy .*: the connection was refused"
+    ):
+        transport.get(f"{scheme}://issuer.invalid/", timeout=PATIENCE)
+
+
+def test_this_machine_is_behind_no_proxy(transport: HttpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RawServer(replies(http(b"{}"))) as server, RawServer(replies(http(b"[]"))) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("all_proxy", f"http://127.0.0.1:{proxy.port}")
+
+        assert transport.get(server.url, timeout=PATIENCE).body == b"{}"
+        assert transport.get(server.url.replace("127.0.0.1", "localhost"), timeout=PATIENCE).body == b"{}"
+    assert (server.connections, proxy.connections) == (2, 0)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
 def test_an_unknown_host_is_named(transport: HttpTransport, scheme: str) -> None:
     with pytest.raises(IssuerUnavailable, match=r"cannot be reached: its host name is not known"):
         transport.get(f"{scheme}://issuer.invalid/", timeout=PATIENCE)
@@ -604,13 +631,13 @@ def test_a_server_behind_a_proxy_is_trusted_through_the_extra_ca(
 
     with RawServer(tunnels_to_a_server) as proxy:
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
-        url = "https://127.0.0.1:8443/"
+        url = "https://issuer.invalid:8443/"
 
         assert HttpTransport(trust(authority.file)).get(url, timeout=PATIENCE).body == b"{}"
         with pytest.raises(IssuerUnavailable, match="certificate is not trusted"):
             transport.get(url, timeout=PATIENCE)
     connect, get, *_ = proxy.requests
-    assert connect.startswith(b"CONNECT 127.0.0.1:8443 ")
+    assert connect.startswith(b"CONNECT issuer.invalid:8443 ")
     assert get.startswith(b"GET / ")
 
 

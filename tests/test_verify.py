@@ -483,6 +483,9 @@ def test_a_token_of_another_issuer_is_refused(issuer: object) -> None:
     "audience", ["", "serv", "services", "my service", "Service", "service ", [], ["account"], ["serv"]]
 )
 def test_a_token_for_another_audience_is_refused(audience: object) -> None:
+    with pytest.raises(TokenInvalid) as caught:
+        check(token(aud=audience))
+    assert caught.value.claim == "aud"
     refuse(token(aud=audience), "not for the audience service")
 
 
