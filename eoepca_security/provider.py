@@ -102,8 +102,15 @@ class Provider:
             raise TokenInvalid("no key of the issuer fits the token")
         return key
 
+    def _get(self, url: str) -> Answer:
+        try:
+            return self._transport.get(url, timeout=DISCOVERY_TIMEOUT)
+        except IssuerUnavailable as error:
+            error.was_sent = False  # nothing is used up by reading a document
+            raise
+
     def _fetch_metadata(self) -> ProviderMetadata:
-        answer = self._transport.get(self._discovery_url, timeout=DISCOVERY_TIMEOUT)
+        answer = self._get(self._discovery_url)
         try:
             return read_metadata(answer.status, answer.body, url=self._discovery_url, allow_http=self._allow_http)
         except IssuerUnavailable as error:
@@ -116,7 +123,7 @@ class Provider:
             raise IssuerUnavailable(
                 "the issuer's discovery document names no jwks_uri, so its tokens cannot be verified"
             )
-        answer = self._transport.get(url, timeout=DISCOVERY_TIMEOUT)
+        answer = self._get(url)
         try:
             document = parse_object(answer.body)
         except ValueError:

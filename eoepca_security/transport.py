@@ -87,7 +87,7 @@ class HttpTransport:
             if not (adapter.was_cut or any(isinstance(cause, _TIMEOUTS) for cause in causes)):
                 raise IssuerUnavailable(
                     f"{request.url} cannot be reached{_by_proxy(adapter)}: {_reason(causes)}",
-                    was_sent=adapter.was_connected and request.method == "POST",
+                    was_sent=adapter.was_connected,
                 ) from None
         finally:
             watchdog.cancel()
@@ -96,7 +96,7 @@ class HttpTransport:
         if answer is None or adapter.was_cut:
             raise IssuerUnavailable(
                 f"{request.url} did not answer within {timeout:g} s{_by_proxy(adapter)}",
-                was_sent=adapter.was_connected and request.method == "POST",
+                was_sent=adapter.was_connected,
             )
         return answer
 
@@ -115,17 +115,13 @@ class HttpTransport:
                     "set OPEN_ID_CONNECT_URL to the final address"
                 )
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise IssuerUnavailable(
-                    f"{request.url} answered in an encoding that was not asked for", was_sent=request.method == "POST"
-                )
+                raise IssuerUnavailable(f"{request.url} answered in an encoding that was not asked for", was_sent=True)
             body = b""
             # Read until nothing comes: only then a body that is shorter than announced is noticed.
             while len(body) <= MAX_BODY and (part := response.raw.read(MAX_BODY + 1 - len(body), decode_content=False)):
                 body += part
             if len(body) > MAX_BODY:
-                raise IssuerUnavailable(
-                    f"{request.url} answered with more than {MAX_BODY // 1024} KiB", was_sent=request.method == "POST"
-                )
+                raise IssuerUnavailable(f"{request.url} answered with more than {MAX_BODY // 1024} KiB", was_sent=True)
             return Answer(response.status_code, body, response.headers)
 
 
