@@ -63,7 +63,7 @@ _CHECK_CLIENT: Final = (
 _REMEDIES: Final = {
     "invalid_grant": (
         "the refresh token is expired, revoked or used up, or was given to another client or by another name of the "
-        "issuer: log in again, set OPEN_ID_REFRESH_TOKEN to the new one, and restart"
+        "issuer. A new login is needed: set OPEN_ID_REFRESH_TOKEN to its refresh token, and restart"
     ),
     "invalid_client": _CHECK_CLIENT,
     # Keycloak says this of a wrong secret, too.

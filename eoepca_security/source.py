@@ -35,6 +35,7 @@ _FIRST_RETRY: Final = 0.25
 _FIRST_RETRY_REJECTED: Final = 0.5
 _LAST_RETRY: Final = 30.0
 _GIVE_UP: Final = 30.0
+_BRIEF: Final = 0.2
 
 T = TypeVar("T")
 
@@ -194,6 +195,13 @@ class TokenSource:
                 return token
         stale = self._token.value if self._token is not None else None
         token = await self._bounded(lambda: self._session.renew(stale))
+        # JWTs count whole seconds, so one that lives a second may be as good as over when it comes; the next is not.
+        for _ in range(2):
+            left = token.ends_at - self._now()
+            if left >= _BRIEF:
+                break
+            await asyncio.sleep(min(max(left, 0.0), _BRIEF))
+            token = await self._bounded(lambda: self._session.renew(token.value))  # noqa: B023  awaited at once
         await self._verify(token)
         return token
 

@@ -378,7 +378,7 @@ def test_a_wrong_secret_rejects_the_credentials(network: HttpTransport, issuer: 
 def test_an_ended_session_rejects_the_credentials(network: HttpTransport, issuer: FakeIssuer) -> None:
     issuer.end_sessions()
 
-    with pytest.raises(CredentialsRejected, match=r"invalid_grant.*log in again"):
+    with pytest.raises(CredentialsRejected, match=r"invalid_grant.*new login"):
         Provider(issuer.url, Client("client", SECRET), network).request_token(issuer.refresh_token)
 
 

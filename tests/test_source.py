@@ -339,8 +339,16 @@ async def test_an_unexpected_error_is_an_answer_too_and_shows_no_values(
     assert (await source.token()).value == "token-2"
 
 
+async def test_a_token_that_is_nearly_over_on_arrival_is_followed_by_another(
+    source: TokenSource, issuer: Issuer
+) -> None:
+    issuer.answers = [TokenResponse("brief", expires_in=0.1, refresh_token="second")]
+    assert (await source.token()).value == "token-2"
+    assert issuer.asked == ["first", "second"]
+
+
 async def test_a_token_that_is_expired_on_arrival_is_not_served(source: TokenSource, issuer: Issuer) -> None:
-    issuer.answers = [TokenResponse(jwt_with(exp=START, iat=START))]
+    issuer.answers = [TokenResponse(jwt_with(exp=START, iat=START)) for _ in range(3)]
     with pytest.raises(TokenInvalid, match="clock"):
         await source.token()
 

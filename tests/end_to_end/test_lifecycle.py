@@ -21,10 +21,10 @@ def load(urls: list[str], seconds: float, pace: float = 0.02) -> Answers:
     """Let a client for each URL ask for some seconds; return status and latency of each answer."""
 
     def ask(url: str) -> Answers:
-        answers = []
+        answers: Answers = []
         end = time.monotonic() + seconds
         with httpx.Client(trust_env=False, timeout=20) as client:
-            while time.monotonic() < end:
+            while not answers or time.monotonic() < end:
                 response = client.get(url)
                 answers.append((response.status_code, response.elapsed.total_seconds()))
                 time.sleep(pace)
@@ -79,7 +79,7 @@ def test_an_issuer_that_is_down_is_noticed_by_nobody_while_the_token_lives_and_i
 
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.soak)])
 def test_kills_lose_no_session(kills: int, start: StartProxy, tmp_path: Path) -> None:
-    with FakeIssuer(Behaviour(lifetime=2, refresh_tokens="rotate")) as issuer, Service(issuer) as service:
+    with FakeIssuer(Behaviour(lifetime=1, refresh_tokens="rotate")) as issuer, Service(issuer) as service:
         environment = settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path / "store"))
         for number in range(kills):
             proxy = start("launcher", service.url, environment)
