@@ -155,7 +155,7 @@ class _DeadlineAdapter(HTTPAdapter):
     def _watch(self, manager: Any) -> None:
         adapter = self
 
-        class Plain(HTTPConnection):
+        class Watched(HTTPConnection):
             def _new_conn(self) -> socket.socket:
                 return adapter.connect(self.host, self.port)
 
@@ -163,19 +163,14 @@ class _DeadlineAdapter(HTTPAdapter):
                 super().connect()
                 adapter.was_connected = True
 
-        class Secure(HTTPSConnection):
-            def _new_conn(self) -> socket.socket:
-                return adapter.connect(self.host, self.port)
-
-            def connect(self) -> None:
-                super().connect()
-                adapter.was_connected = True
+        class WatchedTLS(Watched, HTTPSConnection):
+            """The same over TLS; connected is then after the handshake."""
 
         class PlainPool(HTTPConnectionPool):
-            ConnectionCls = Plain
+            ConnectionCls = Watched
 
         class SecurePool(HTTPSConnectionPool):
-            ConnectionCls = Secure
+            ConnectionCls = WatchedTLS
 
         manager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
 

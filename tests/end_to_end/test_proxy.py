@@ -175,6 +175,7 @@ def test_a_hundred_requests_that_wait_share_one_token_request(start: StartProxy)
         with httpx.Client(trust_env=False, timeout=20, limits=httpx.Limits(max_connections=100)) as client:
             eventually(lambda: time.time() > token_ends)
             before = len(issuer.requests)
+            issuer.behaviour.lifetime = 60
             with concurrent.futures.ThreadPoolExecutor(100) as pool:
                 statuses = list(pool.map(lambda _: client.get(proxy.url).status_code, range(100)))
         assert statuses == [200] * 100
