@@ -117,6 +117,10 @@ class TokenStore:
 
     def _prepare_folder(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self._folder.stat()
+        # One that was made for us is closed to others; one that has other uses is not ours to change.
+        if status.st_mode & 0o077 and status.st_uid == os.geteuid() and not any(self._folder.iterdir()):
+            self._folder.chmod(0o700)
 
     def _sync_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)

@@ -61,6 +61,17 @@ def test_only_the_owner_can_look(folder: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
 
 
+def test_a_folder_that_was_made_for_it_is_closed_and_one_with_other_uses_left_alone(tmp_path: Path) -> None:
+    for name, others, mode in (("empty", [], 0o700), ("used", ["a file"], 0o755)):
+        folder = tmp_path / name
+        folder.mkdir()
+        folder.chmod(0o755)
+        for other in others:
+            (folder / other).write_text("")
+        store_in(folder).write(SESSION)
+        assert folder.stat().st_mode & 0o777 == mode
+
+
 def test_no_name_tells_a_token_and_no_temporary_file_stays(folder: Path, file: Path) -> None:
     names = [path.name for path in folder.iterdir()]
     assert names == [file.name]
