@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
-from eoepca_security.errors import IssuerUnavailable, TokenInvalid
+from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvalid
 from eoepca_security.protocol import (
     Client,
     ProviderMetadata,
@@ -20,6 +20,7 @@ from eoepca_security.protocol import (
     printable,
     read_metadata,
     read_token_response,
+    url_problem,
 )
 from eoepca_security.strict_json import parse_object
 from eoepca_security.transport import Answer, Transport
@@ -46,7 +47,8 @@ class Provider:
     """One issuer as one client sees it.
 
     `issuer_url` is the issuer or its discovery document. `allow_http` accepts plain http beyond loopback, which gives
-    tokens and secrets to everyone on the way. `now` is epoch seconds.
+    tokens and secrets to everyone on the way. `now` is epoch seconds. Raises SettingsError for a URL that must not be
+    spoken to.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class Provider:
         allow_http: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
+        if problem := url_problem(issuer_url, allow_http=allow_http):
+            raise SettingsError(f"the issuer's URL {problem}")
         self._discovery_url = discovery_url(issuer_url)
         self._client = client
         self._transport = transport

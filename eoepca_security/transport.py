@@ -48,6 +48,8 @@ def trust(ca_file: Path | None = None) -> ssl.SSLContext:
     Raises OSError (ssl.SSLError is one) when `ca_file` cannot be used.
     """
     context = ssl.create_default_context()
+    # On from Python 3.13: it refuses the many private CAs without a key identifier, which older versions accept.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
     if ca_file is not None:
         context.load_verify_locations(ca_file)
@@ -221,6 +223,7 @@ class _DeadlineAdapter(HTTPAdapter):
             self._sockets.clear()
 
 
+_UNKNOWN_CA: Final = (18, 19, 20, 21)  # OpenSSL's X509_V_ERR_… for certificates that lead to no known CA
 _TIMEOUTS: Final = (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError)
 
 
@@ -246,7 +249,8 @@ def _reason(causes: Sequence[BaseException]) -> str:
     """Say what went wrong in a few words; the libraries' own messages are nests of reprs."""
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"its certificate is not trusted ({cause.verify_message}); TLS_CA_FILE adds a CA"
+            hint = "; TLS_CA_FILE adds a CA" if cause.verify_code in _UNKNOWN_CA else ""
+            return f"its certificate is not trusted ({cause.verify_message}){hint}"
         if isinstance(cause, socket.gaierror):
             return "its host name is not known"
         if isinstance(cause, ConnectionRefusedError):

@@ -424,7 +424,6 @@ def test_an_assertion_is_accepted_from_the_client_that_it_names_only() -> None:
         assert post(issuer, **request.form).status == 200
 
 
-# BUG (without a secret the empty one is taken)
 @pytest.mark.parametrize("key", [None, KEYS["Ed25519"]])
 def test_a_client_without_secret_cannot_use_the_empty_one(key: PrivateKey | None) -> None:
     with FakeIssuer(client_key=key) as issuer:
@@ -585,7 +584,6 @@ def test_at_most_a_mebibyte_of_a_body_is_read() -> None:
     assert answer.endswith(b'{"length": 1048576}')
 
 
-# BUG (the rest of the body is taken for requests)
 def test_what_is_not_read_of_a_large_body_is_no_request(echo: LocalServer) -> None:
     rest = b"GET /rest HTTP/1.1\r\nConnection: close\r\n\r\n"
     answers = b""

@@ -548,7 +548,6 @@ def test_a_certificate_for_another_address_is_refused(authority: Authority) -> N
         pytest.param(replies(), True, id="hung up"),
         pytest.param(says_nothing, True, id="late"),
         pytest.param(replies(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"), True, id="cut off"),
-        # BUG (the server has answered, and its answer is lost)
         pytest.param(replies(http(b"x" * (MAX_BODY + 1))), True, id="too long"),
         pytest.param(replies(http(b"x", "Content-Encoding: gzip")), True, id="encoded"),
     ],
@@ -564,7 +563,6 @@ def test_a_failure_says_whether_the_request_may_have_been_served(
     assert caught.value.was_sent == was_sent
 
 
-# BUG (a connection counts as a request that has left)
 @pytest.mark.parametrize("script", [None, says_nothing])
 def test_nothing_is_sent_before_the_tls_handshake_is_done(
     transport: HttpTransport, authority: Authority, script: Script | None
