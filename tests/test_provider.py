@@ -216,14 +216,12 @@ def test_retry_after_in_seconds_is_passed_on(
 
 
 def test_endpoints_over_plain_http_are_spoken_to_only_when_allowed(transport: FakeTransport) -> None:
-    plain = "http://issuer.internal"
-    transport.replies[f"{plain}/.well-known/openid-configuration"] = discovery(
-        issuer=plain, token_endpoint=f"{plain}/token", jwks_uri=f"{plain}/certs"
-    )
+    plain = "http://issuer.internal/token"
+    transport.replies[DISCOVERY] = discovery(token_endpoint=plain)
 
     with pytest.raises(IssuerUnavailable, match="https://"):
-        Provider(plain, Client("client"), transport).metadata()
-    assert Provider(plain, Client("client"), transport, allow_http=True).metadata().issuer == plain
+        Provider(ISSUER, Client("client"), transport).metadata()
+    assert Provider(ISSUER, Client("client"), transport, allow_http=True).metadata().token_endpoint == plain
 
 
 def test_every_exchange_has_a_timeout_that_fits_into_the_longest_wait(
