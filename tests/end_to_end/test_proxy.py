@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -288,8 +288,14 @@ def test_the_launcher_ends_with_0_when_told_to(start: StartProxy, stop_signal: s
         assert "Traceback" not in proxy.output
 
 
-def test_an_addon_that_is_edited_goes_on_and_one_that_is_edited_badly_ends_the_proxy(
-    base_environment: dict[str, str], tmp_path: Path, client: httpx.Client
+def break_script(script: Path) -> None:
+    script.write_text("this is no Python")
+    os.utime(script, (time.time() + 10, time.time() + 10))
+
+
+@pytest.mark.parametrize("spoil", [break_script, Path.unlink])
+def test_an_addon_that_is_edited_goes_on_and_one_that_is_spoilt_ends_the_proxy(
+    spoil: Callable[[Path], None], base_environment: dict[str, str], tmp_path: Path, client: httpx.Client
 ) -> None:
     script = tmp_path / "addon.py"
     good = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + (ROOT / "mitmproxy-oidc-addon.py").read_text()
@@ -302,8 +308,7 @@ def test_an_addon_that_is_edited_goes_on_and_one_that_is_edited_badly_ends_the_p
         os.utime(script, (time.time() + 5, time.time() + 5))
         eventually(lambda: proxy.output.count("OIDC proxy listening") == 2)
         assert client.get(proxy.url).status_code == 200
-        script.write_text("this is no Python")
-        os.utime(script, (time.time() + 10, time.time() + 10))
+        spoil(script)
         proxy.wait_until_ended()
         assert all(seen.authorized for seen in service.seen)
 
