@@ -28,7 +28,7 @@ FORCED_INTERVAL: Final = 120.0
 """Seconds between two refreshes that a refusal of the service causes: a service that refuses everybody must not make us
 hammer the issuer."""
 
-LAST_WAIT: Final = 5.0
+LAST_WAIT: Final = 3.0
 """Longest time that the end of the process waits for a refresh, in seconds."""
 
 _FIRST_RETRY: Final = 0.25

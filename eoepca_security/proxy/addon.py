@@ -198,9 +198,17 @@ class OIDCAuthProxy:
         listener, upstream = _addresses()
         if not is_loopback(urlsplit(listener).hostname):
             logger.warning("whatever can reach %s acts with this identity: listen on 127.0.0.1 if you can", listener)
+        # mitmproxy does not end before this does, so whoever stops it now would wait for a silent issuer.
+        first = asyncio.ensure_future(self._source.token())
+        stopped = asyncio.ensure_future(ctx.master.should_exit.wait())
+        await asyncio.wait({first, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if not first.done():
+            first.cancel()
+            return
         failure: TokenError | None = None
         try:
-            token = await self._source.token()
+            token = first.result()
         except TokenError as error:
             failure = error
             if not isinstance(error, CredentialsRejected):

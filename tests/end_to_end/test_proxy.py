@@ -288,6 +288,16 @@ def test_the_launcher_ends_with_0_when_told_to(start: StartProxy, stop_signal: s
         assert "Traceback" not in proxy.output
 
 
+def test_a_stop_does_not_wait_for_a_silent_issuer(start: StartProxy) -> None:
+    with FakeIssuer(Behaviour(delay=60)) as issuer:
+        proxy = start("launcher", "http://127.0.0.1:9", settings_for(issuer), wait=False)
+        eventually(lambda: len(issuer.requests) == 1)
+        began = time.monotonic()
+        assert proxy.stop() == 0
+        assert time.monotonic() - began < 7  # a moment for an answer that may have the only refresh token
+        assert "Traceback" not in proxy.output
+
+
 def break_script(script: Path) -> None:
     script.write_text("this is no Python")
     os.utime(script, (time.time() + 10, time.time() + 10))
