@@ -95,7 +95,7 @@ class ProxyProcess:
         """Everything it has printed so far."""
         return "\n".join(self.lines)
 
-    def wait_for(self, pattern: re.Pattern[str], timeout: float = 30) -> re.Match[str] | None:
+    def wait_for(self, pattern: re.Pattern[str], timeout: float = 75) -> re.Match[str] | None:
         """Wait for a line; None when the output ended without it."""
 
         def found() -> bool:
