@@ -1,5 +1,6 @@
 """Settings: where they come from, and what is said when they are wrong."""
 
+import os
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -211,6 +212,12 @@ def test_a_dotenv_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | N
     path = tmp_path / ".env"
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(SettingsError, match=r"^\.env: "):
+        read_dotenv(tmp_path)
+
+
+def test_a_dotenv_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".env")
+    with pytest.raises(SettingsError, match="pipe"):
         read_dotenv(tmp_path)
 
 
