@@ -55,6 +55,8 @@ _PREFERRED_OPTIONS: Final = {
     "rawtcp": False,  # what is not HTTP cannot carry a token
 }
 
+_OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
+
 logger = logging.getLogger(__name__)
 
 
@@ -74,6 +76,7 @@ class OIDCAuthProxy:
         self._on_started = on_started or _exit_if_rejected
         self._settings: Settings | None = None
         self._source: TokenSource | None = None
+        self._settings_problems: list[str] | None = None
         self._problems: list[str] = []
         self._running = False
 
@@ -84,23 +87,29 @@ class OIDCAuthProxy:
         loader.master.options.update_known(**_PREFERRED_OPTIONS)
 
     def configure(self, updated: set[str]) -> None:
-        """Read the settings anew; what is wrong ends the start, and later is refused so that the old ones stay."""
-        problems = _problems_with_mitmproxy_options()
-        settings = None
+        """Read the settings; what is wrong ends the start, and later is refused so that the old ones stay."""
+        # Only when they may have changed: this is called for every option, and a secret's file may be a pipe.
+        if self._settings_problems is None or not _OPTION_NAMES.isdisjoint(updated):
+            self._read_settings()
+        problems = _problems_with_mitmproxy_options() + (self._settings_problems or [])
+        if problems and self._running:
+            raise OptionsError("; ".join(problems))
+        self._problems = problems
+
+    def _read_settings(self) -> None:
         try:
             settings = self._given or read_settings(
                 os.environ,
                 dotenv=read_dotenv(Path.cwd()),
-                options={str(v.option): getattr(ctx.options, str(v.option)) for v in OPTIONS},
+                options={name: getattr(ctx.options, name) for name in _OPTION_NAMES},
                 need_upstream=False,
             )
         except SettingsError as error:
-            problems += error.problems
-        if problems and self._running:
-            raise OptionsError("; ".join(problems))
-        self._problems = problems
-        # A new source would start over with the first refresh token, which may be used up.
-        if settings is not None and settings != self._settings:
+            self._settings_problems = list(error.problems)
+            return
+        self._settings_problems = []
+        # A new source would forget what is kept in memory only.
+        if settings != self._settings:
             self._settings, self._source = settings, make_source(settings)
 
     def running(self) -> "asyncio.Task[None]":
