@@ -83,6 +83,8 @@ class HttpTransport:
             with requests.Session() as session:
                 session.mount("https://", adapter)
                 session.mount("http://", adapter)
+                # Or requests reads a redirect's whole body, without any bound, though it is not followed.
+                session.get_redirect_target = lambda _response: None  # type: ignore[method-assign,assignment]
                 answer = self._send(session, request, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             causes = _causes(error)

@@ -291,3 +291,27 @@ async def test_without_another_token_the_services_answer_stands(context: Any, ca
         await addon.response(flow)
         assert flow.response is answer
     assert "the-token" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("method", b"GET / HTTP/1.1\r\nX: y\r\n\r\nDELETE"),
+        ("path", b"http://evil.example/"),
+        ("path", b"/a b"),
+        ("path", b"/\r\nX: y"),
+    ],
+)
+async def test_what_could_become_two_requests_is_refused(attribute: str, value: bytes, context: Any) -> None:
+    flow = flow_for()
+    setattr(flow.request.data, attribute, value)
+    await addon_with(StubSource(), context).requestheaders(flow)
+    assert flow.response is not None
+    assert flow.response.status_code == 400
+
+
+async def test_a_line_break_in_a_header_is_refused(context: Any) -> None:
+    flow = flow_for(X="y\r\n\r\nGET /naked HTTP/1.1")
+    await addon_with(StubSource(), context).requestheaders(flow)
+    assert flow.response is not None
+    assert flow.response.status_code == 400

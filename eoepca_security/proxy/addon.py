@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -18,7 +19,7 @@ from mitmproxy.addonmanager import Loader, traverse
 from mitmproxy.addons.clientplayback import ReplayHandler
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.exceptions import OptionsError
-from mitmproxy.http import HTTPFlow
+from mitmproxy.http import HTTPFlow, Response
 from mitmproxy.log import ALERT
 from mitmproxy.master import Master
 from mitmproxy.proxy.mode_specs import ProxyMode, ReverseMode
@@ -171,6 +172,9 @@ class OIDCAuthProxy:
         # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
         # the connection open when it kills a request whose body is still arriving, and its client hangs.
         flow.response = problem.LAST_RESORT.copy()
+        if not _is_one_request(flow):
+            flow.response = Response.make(400, b"the request is not well-formed\n")
+            return
         try:
             token = await self._token(flow)
         except TokenError as error:
@@ -252,6 +256,16 @@ def _exit_if_unprotected(master: Master) -> None:
     if not any(isinstance(addon, OIDCAuthProxy) for addon in traverse(master.addons.chain)):
         logger.error("the OIDC add-on was unloaded: ending, as requests would be forwarded without tokens")
         master.shutdown()
+
+
+def _is_one_request(flow: HTTPFlow) -> bool:
+    """Tell whether it stays one request as HTTP/1; mitmproxy 11 lets line breaks from HTTP/2 pass."""
+    request = flow.request.data
+    return (
+        re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", request.method) is not None
+        and re.fullmatch(rb"\*|/[^\x00-\x20\x7f]*", request.path) is not None
+        and not any(re.search(rb"[\r\n\x00]", part) for field in request.headers.fields for part in field)
+    )
 
 
 def _is_protected(mode: ProxyMode) -> bool:
