@@ -289,7 +289,8 @@ def read_token_response(
         raise TokenInvalid("the issuer answered without a usable access_token: look at the client's settings there")
     token_type = answer.get("token_type", "Bearer")
     if not isinstance(token_type, str) or token_type.lower() != "bearer":
-        raise TokenInvalid(f"the issuer gave a token of type {printable(token_type)}; only Bearer can be forwarded")
+        shown = _without_secrets(token_type, secrets) or "unknown"
+        raise TokenInvalid(f"the issuer gave a token of type {shown}; only Bearer can be forwarded")
     refresh_token = answer.get("refresh_token")
     return TokenResponse(
         access_token=access_token,
