@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -75,11 +76,17 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
 
 
 def _cannot_listen(host: str, port: int) -> str | None:
+    foreign = SettingsError(f"{HOST.env}: {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError):
+        raise foreign from None
+    try:
         with socket.create_server(address[:2], family=family):
             return None
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise foreign from None
         reason = error.strerror or str(error)
         return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {HOST.env}"
 
