@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import cache
 from typing import Annotated, Any, Final
 
 from fastapi import HTTPException, Security, WebSocketException
@@ -113,7 +114,7 @@ class OIDCProxyScheme(SecurityBase):
         self._require_refresh_token = require_refresh_token
         self._trust_unsigned_id_token = trust_unsigned_id_token
         self._policy = Policy(audience, leeway, frozenset(authorized_parties) if authorized_parties else None)
-        self._provider = Provider(openIdConnectUrl, Client(audience), HttpTransport(trust()))
+        self._provider = Provider(openIdConnectUrl, Client(audience), _transport())
         self._reported: IssuerUnavailable | None = None
 
     async def __call__(self, connection: HTTPConnection, security_scopes: SecurityScopes) -> Authentication | None:
@@ -226,6 +227,11 @@ def require_roles(
         return found
 
     return authentication
+
+
+@cache  # loading the CAs takes its time, and schemes may be many
+def _transport() -> HttpTransport:
+    return HttpTransport(trust())
 
 
 def _header_problems(headers: Mapping[str, Any]) -> list[str]:
