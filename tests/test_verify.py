@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from helpers_tokens import ALPHABET, mutate
 
 from eoepca_security.errors import TokenInvalid
 from eoepca_security.verify import (
@@ -40,7 +41,6 @@ CLAIMS: dict[str, Any] = {
     "exp": int(NOW) + 60,
     "typ": "Bearer",
 }
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 ODD_VALUES: list[Any] = [None, True, 0, -1, 1.5, 2**70, 1e308, "", "x", [], [1], ["x"], {}, {"x": 1}, [[]], "\ud800"]
 
 _EC_CURVES: dict[str, ec.EllipticCurve] = {"ES256": ec.SECP256R1(), "ES384": ec.SECP384R1(), "ES512": ec.SECP521R1()}
@@ -739,27 +739,6 @@ def test_what_is_no_jwt_has_no_claims(text: str) -> None:
 
 
 # --- anything at all ----------------------------------------------------------------------------------------------
-
-
-def mutate(text: str, chance: random.Random) -> str:
-    position = chance.randrange(len(text))
-    stranger = chance.choice([chance.choice(ALPHABET), chance.choice(ALPHABET), chance.choice('.=+/ \n"\x00üé🌍')])
-    other = chance.randrange(len(text))
-    start, end = min(position, other), max(position, other)
-    return chance.choice(
-        [
-            text[:position] + stranger + text[position + 1 :],
-            text[:position] + stranger + text[position + 1 :],
-            text[:position] + stranger + text[position:],
-            text[:position] + text[position + 1 :],
-            text[:position],
-            text[position:],
-            text[:start] + text[end:],
-            text[:end] + text[start:],
-            text[:position] + text[position].swapcase() + text[position + 1 :],
-            text[:start] + text[start:end][::-1] + text[end:],
-        ]
-    )
 
 
 @pytest.mark.parametrize("alg", ["RS256", "PS256", "ES256", "EdDSA"])
