@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.protocol import Client, PrivateKey, ProviderMetadata, build_token_request
 from eoepca_security.testing import ALL_AUTH_METHODS, Behaviour, FakeIssuer
-from eoepca_security.verify import Policy, read_header, read_keys, select_key, verify
+from eoepca_security.verify import Policy, TrustedKeys, read_access_token, read_header, read_keys, select_key
 
 SECRET = "a-secret-of-the-client-that-is-long-enough"
 PATIENCE = 5.0
@@ -128,9 +128,9 @@ def test_an_access_token_verifies_with_the_published_key(issuer: FakeIssuer) -> 
     issuer.behaviour = Behaviour(audience="api", claims={"sub": "u-2", "scope": "read"}, lifetime=90)
     text = issuer.issue()
 
-    key = select_key(read_keys(issuer.jwks()), read_header(text))
-    assert key is not None
-    claims = verify(text, key, Policy(issuer.url, "api"), now=time.time())
+    unverified = read_access_token(text, Policy("api"), now=time.time())
+    claims = TrustedKeys(issuer.url, read_keys(issuer.jwks())).confirm(unverified)
+    assert claims is not None
     assert (claims["sub"], claims["scope"], claims["exp"] - claims["iat"]) == ("u-2", "read", 90)
 
 
