@@ -54,9 +54,13 @@ class IssuerUnavailable(TokenError):
 
 
 class CredentialsRejected(TokenError):
-    """The issuer refused the refresh token or the client (RFC 6749 §5.2)."""
+    """The issuer refused the refresh token or the client (RFC 6749 §5.2); `error` is its error code, or None."""
 
     code = "credentials_rejected"
+
+    def __init__(self, message: str, *, error: str | None = None) -> None:
+        super().__init__(message)
+        self.error = error
 
 
 class TokenInvalid(TokenError):

@@ -56,18 +56,19 @@ _FINAL_ERRORS: Final = frozenset(
     }
 )
 
-_CHECK_CLIENT: Final = (
+CHECK_CLIENT: Final = (
     "check OPEN_ID_CONNECT_CLIENT_ID and OPEN_ID_CONNECT_CLIENT_SECRET (unset for a public client), and "
     "OPEN_ID_CONNECT_CLIENT_AUTH"
 )
-_REMEDIES: Final = {
+REMEDIES: Final = {
     "invalid_grant": (
         "the refresh token is expired, revoked or used up, or was given to another client or by another name of the "
-        "issuer. A new login is needed: set OPEN_ID_REFRESH_TOKEN to its refresh token, and restart"
+        "issuer. A new login is needed: `run-mitmproxy.py login`, which a running proxy notices; or set "
+        "OPEN_ID_REFRESH_TOKEN to the refresh token of one, and restart"
     ),
-    "invalid_client": _CHECK_CLIENT,
+    "invalid_client": CHECK_CLIENT,
     # Keycloak says this of a wrong secret, too.
-    "unauthorized_client": f"{_CHECK_CLIENT}, or allow the client this OPEN_ID_CONNECT_GRANT at the issuer",
+    "unauthorized_client": f"{CHECK_CLIENT}, or allow the client this OPEN_ID_CONNECT_GRANT at the issuer",
     "unsupported_grant_type": "the issuer does not offer this grant: set OPEN_ID_CONNECT_GRANT to one it offers",
     "invalid_scope": "set OPEN_ID_CONNECT_SCOPE to scopes that the client may ask for, or leave it unset",
 }
@@ -92,11 +93,16 @@ class ProviderMetadata:
     jwks_uri: str | None = None
     auth_methods: tuple[str, ...] = ("client_secret_basic",)
     auth_signing_algs: tuple[str, ...] = ()
+    authorization_endpoint: str | None = None
+    device_authorization_endpoint: str | None = None
+    revocation_endpoint: str | None = None
+    names_itself: bool = False
+    """Whether it says in authorization responses which issuer it is (RFC 9207)."""
 
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A POST to the token endpoint; `form` and `headers` carry secrets, so they are not shown."""
+    """A POST to an endpoint where clients prove themselves; `form` and `headers` carry secrets, so are not shown."""
 
     url: str
     form: Mapping[str, str] = field(repr=False)
@@ -105,7 +111,7 @@ class TokenRequest:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What is secret in it, as it is sent."""
-        names = ("refresh_token", "client_secret", "client_assertion")
+        names = ("refresh_token", "client_secret", "client_assertion", "code", "code_verifier", "device_code", "token")
         credentials = self.headers.get("Authorization", "").rpartition(" ")[2]
         return (credentials, *(self.form[name] for name in names if name in self.form))
 
@@ -206,6 +212,11 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         # OpenID Connect Discovery §3: client_secret_basic is what an absent list means.
         auth_methods=_strings(document.get("token_endpoint_auth_methods_supported")) or ("client_secret_basic",),
         auth_signing_algs=_strings(document.get("token_endpoint_auth_signing_alg_values_supported")),
+        # Of use only for logging in and out, so a bad one is none rather than an error.
+        authorization_endpoint=_good_url(document.get("authorization_endpoint"), allow_http=allow_http),
+        device_authorization_endpoint=_good_url(document.get("device_authorization_endpoint"), allow_http=allow_http),
+        revocation_endpoint=_good_url(document.get("revocation_endpoint"), allow_http=allow_http),
+        names_itself=document.get("authorization_response_iss_parameter_supported") is True,
     )
 
 
@@ -247,7 +258,14 @@ def build_token_request(
         form = {"grant_type": "refresh_token", "refresh_token": refresh_token}
     if scope is not None:
         form["scope"] = scope
-    headers = {}
+    return build_client_request(client, metadata, metadata.token_endpoint, form, now=now)
+
+
+def build_client_request(
+    client: Client, metadata: ProviderMetadata, url: str, form: Mapping[str, str], *, now: float
+) -> TokenRequest:
+    """Build a POST of `form` to `url` in which the client proves itself; otherwise as `build_token_request`."""
+    form, headers = dict(form), {}
     match choose_auth_method(client, metadata):
         case "client_secret_basic":
             # RFC 6749 §2.3.1: both are form-encoded before they are joined, so a colon cannot be mistaken.
@@ -263,55 +281,73 @@ def build_token_request(
             }
         case _:
             form["client_id"] = client.client_id
-    return TokenRequest(metadata.token_endpoint, form, headers)
+    return TokenRequest(url, form, headers)
 
 
 def read_token_response(
-    status: int, body: bytes, *, retry_after: float | None = None, secrets: Collection[str] = ()
+    status: int,
+    body: bytes,
+    *,
+    retry_after: float | None = None,
+    secrets: Collection[str] = (),
+    remedies: Mapping[str, str] = REMEDIES,
 ) -> TokenResponse:
     """Read the token endpoint's answer; `secrets` are not repeated in errors, should the issuer do so.
 
-    Raises CredentialsRejected, TokenInvalid (a success without a usable `access_token`) or IssuerUnavailable
-    (everything else).
+    Raises CredentialsRejected, with the error code's own of the `remedies`, TokenInvalid (a success without a usable
+    `access_token`) or IssuerUnavailable (everything else).
     """
-    if status == 429 or status >= 500:
-        message = f"the token endpoint answered {status}"
-        raise IssuerUnavailable(message, retry_after=retry_after, was_sent=status != 429)
-    try:
-        answer = parse_object(body)
-    except ValueError as error:
-        raise IssuerUnavailable(
-            f"the token endpoint answered {status}, not with the JSON it owes: {_first_words(error)}", was_sent=True
-        ) from None
-    # RFC 6749 §5.1 says 200; who answers 201 has issued the tokens all the same.
-    if not 200 <= status < 300:
-        _raise_token_error(status, answer, secrets)
-    refresh_token = _text(answer.get("refresh_token"), "[ -~]+")
+    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets, remedies=remedies)
+    refresh_token = read_text(answer.get("refresh_token"), "[ -~]+")
     try:
         return TokenResponse(
             access_token=_access_token(answer, secrets),
-            expires_in=_seconds(answer.get("expires_in")),
+            expires_in=read_seconds(answer.get("expires_in")),
             refresh_token=refresh_token,
-            refresh_expires_in=_seconds(answer.get("refresh_expires_in")),
-            id_token=_text(answer.get("id_token")),
+            refresh_expires_in=read_seconds(answer.get("refresh_expires_in")),
+            id_token=read_text(answer.get("id_token")),
         )
     except TokenInvalid as error:
         error.refresh_token = refresh_token
         raise
 
 
+def read_answer(
+    status: int,
+    body: bytes,
+    *,
+    retry_after: float | None = None,
+    secrets: Collection[str] = (),
+    remedies: Mapping[str, str] = REMEDIES,
+    endpoint: str = "token",
+) -> dict[str, Any]:
+    """Return the JSON object of a success; raises as `read_token_response` does for everything else."""
+    if status == 429 or status >= 500:
+        message = f"the {endpoint} endpoint answered {status}"
+        raise IssuerUnavailable(message, retry_after=retry_after, was_sent=status != 429)
+    try:
+        answer = parse_object(body)
+    except ValueError as error:
+        message = f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
+        raise IssuerUnavailable(message, was_sent=True) from None
+    # RFC 6749 §5.1 says 200; who answers 201 has issued the tokens all the same.
+    if not 200 <= status < 300:
+        _raise_error(status, answer, secrets, remedies, endpoint)
+    return answer
+
+
 def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str:
-    access_token = _text(answer.get("access_token"))
+    access_token = read_text(answer.get("access_token"))
     if access_token is None:
         raise TokenInvalid("the issuer answered without a usable access_token: look at the client's settings there")
     token_type = answer.get("token_type", "Bearer")
     if not isinstance(token_type, str) or token_type.lower() != "bearer":
-        shown = _without_secrets(token_type, secrets) or "unknown"
+        shown = without_secrets(token_type, secrets) or "unknown"
         raise TokenInvalid(f"the issuer gave a token of type {shown}; only Bearer can be forwarded")
     return access_token
 
 
-def _text(value: object, pattern: str = "[!-~]+") -> str | None:
+def read_text(value: object, pattern: str = "[!-~]+") -> str | None:
     """Return a token; one of other characters than visible ASCII would break out of its header (RFC 6750 §2.1)."""
     return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
 
@@ -377,17 +413,19 @@ def _segment(members: Mapping[str, object]) -> str:
     return base64.urlsafe_b64encode(json.dumps(members).encode()).rstrip(b"=").decode()
 
 
-def _raise_token_error(status: int, answer: Mapping[str, object], secrets: Collection[str]) -> NoReturn:
+def _raise_error(
+    status: int, answer: Mapping[str, object], secrets: Collection[str], remedies: Mapping[str, str], endpoint: str
+) -> NoReturn:
     error = answer.get("error")
-    if not isinstance(error, str) or error not in _FINAL_ERRORS:
-        code = _without_secrets(error, secrets) or "without an error code"
-        raise IssuerUnavailable(f"the token endpoint answered {status} ({code})")
-    said = _without_secrets(answer.get("error_description"), secrets)
-    remedy = _REMEDIES.get(error, "check the client's settings at the issuer against yours")
-    raise CredentialsRejected(f"the issuer answered {error}{said and ': '}{said}; {remedy}")
+    if not isinstance(error, str) or error not in _FINAL_ERRORS | remedies.keys():
+        code = without_secrets(error, secrets) or "without an error code"
+        raise IssuerUnavailable(f"the {endpoint} endpoint answered {status} ({code})")
+    said = without_secrets(answer.get("error_description"), secrets)
+    remedy = remedies.get(error, "check the client's settings at the issuer against yours")
+    raise CredentialsRejected(f"the issuer answered {error}{said and ': '}{said}; {remedy}", error=error)
 
 
-def _without_secrets(text: object, secrets: Collection[str]) -> str:
+def without_secrets(text: object, secrets: Collection[str]) -> str:
     """Return an issuer's text for people; some repeat in their errors what they were sent, or part of it."""
     if not isinstance(text, str):
         return ""
@@ -399,12 +437,16 @@ def _without_secrets(text: object, secrets: Collection[str]) -> str:
     return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
 
 
+def _good_url(value: object, *, allow_http: bool) -> str | None:
+    return value if isinstance(value, str) and url_problem(value, allow_http=allow_http) is None else None
+
+
 def _first_words(error: ValueError) -> str:
     # json's messages quote nothing of the document but may end in a position; the class of fault is enough.
     return printable(str(error).partition(":")[0], 80)
 
 
-def _seconds(value: object) -> float | None:
+def read_seconds(value: object) -> float | None:
     """Read a lifetime; some issuers send it as a string. None for what is no positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

@@ -12,10 +12,24 @@ from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Generic, TypeVar
 
+from eoepca_security.authorization import (
+    AuthorizationRequest,
+    DeviceAuthorization,
+    Pending,
+    build_code_request,
+    build_device_request,
+    build_device_token_request,
+    build_revocation_request,
+    read_code_response,
+    read_device_response,
+    read_device_token_response,
+    read_revocation_response,
+)
 from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvalid
 from eoepca_security.protocol import (
     Client,
     ProviderMetadata,
+    TokenRequest,
     TokenResponse,
     build_token_request,
     discovery_url,
@@ -96,13 +110,41 @@ class Provider:
         request = build_token_request(
             self._client, self.metadata(), now=self.now(), refresh_token=refresh_token, scope=self._scope
         )
-        answer = self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
+        answer = self._post(request)
         return read_token_response(
-            answer.status,
-            answer.body,
-            retry_after=_retry_after(answer),
-            secrets=(*request.secrets, self._client.secret or ""),
+            answer.status, answer.body, retry_after=_retry_after(answer), secrets=self._secrets(request)
         )
+
+    def begin_device_login(self, scope: str) -> DeviceAuthorization:
+        """Ask for a login that a user confirms elsewhere (RFC 8628); raises as `request_token` does."""
+        request = build_device_request(self._client, self.metadata(), scope, now=self.now())
+        answer = self._post(request)
+        return read_device_response(
+            answer.status, answer.body, secrets=self._secrets(request), allow_http=self._allow_http
+        )
+
+    def poll_device_login(self, device: DeviceAuthorization) -> TokenResponse | Pending:
+        """Ask once whether that has happened; raises as `request_token` does, CredentialsRejected when it is over."""
+        request = build_device_token_request(self._client, self.metadata(), device.device_code, now=self.now())
+        answer = self._post(request)
+        return read_device_token_response(
+            answer.status, answer.body, retry_after=_retry_after(answer), secrets=self._secrets(request)
+        )
+
+    def redeem_code(self, login: AuthorizationRequest, code: str) -> TokenResponse:
+        """Turn the code of a login by browser into tokens; raises as `request_token` does."""
+        request = build_code_request(self._client, self.metadata(), login, code, now=self.now())
+        answer = self._post(request)
+        return read_code_response(answer.status, answer.body, secrets=self._secrets(request))
+
+    def revoke(self, refresh_token: str) -> None:
+        """End the session of a refresh token at the issuer (RFC 7009).
+
+        Raises IssuerUnavailable, or CredentialsRejected also when the issuer does not offer it.
+        """
+        request = build_revocation_request(self._client, self.metadata(), refresh_token, now=self.now())
+        answer = self._post(request)
+        read_revocation_response(answer.status, answer.body, secrets=self._secrets(request))
 
     def verify(self, token: str, audience: str) -> dict[str, Any]:
         """Return the verified claims of an access token for `audience`; raises TokenInvalid or IssuerUnavailable."""
@@ -125,6 +167,12 @@ class Provider:
     async def _confirm(self, token: Unverified) -> dict[str, Any]:
         claims = (await self._keys.soon()).confirm(token)
         return _known(claims or (await self._keys.soon(anew=True)).confirm(token))
+
+    def _post(self, request: TokenRequest) -> Answer:
+        return self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
+
+    def _secrets(self, request: TokenRequest) -> tuple[str, ...]:
+        return (*request.secrets, self._client.secret or "")
 
     def _get(self, url: str) -> Answer:
         try:

@@ -175,7 +175,8 @@ class RefreshSession:
         except CredentialsRejected as error:
             if self._answer_was_lost:
                 raise CredentialsRejected(
-                    f"{error}. The answer to the refresh before was lost, and the new refresh token probably with it"
+                    f"{error}. The answer to the refresh before was lost, and the new refresh token probably with it",
+                    error=error.error,
                 ) from None
             raise
         except IssuerUnavailable as error:

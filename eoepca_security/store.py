@@ -75,6 +75,11 @@ class TokenStore:
         finally:
             lock.release()
 
+    @property
+    def path(self) -> Path:
+        """The file that keeps the session, which need not be there."""
+        return self._file
+
     def changed_at(self) -> int:
         """Return what changes whenever another process writes the session; 0 when there is none."""
         try:
@@ -115,6 +120,14 @@ class TokenStore:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise StoreError(f"{self._file} cannot be written ({error.strerror})") from None
+
+    def forget(self) -> None:
+        """Remove the session, if there is one; raises StoreError."""
+        try:
+            self._file.unlink(missing_ok=True)
+            self._sync_folder()
+        except OSError as error:
+            raise StoreError(f"{self._file} cannot be removed ({error.strerror})") from None
 
     def _prepare_folder(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.protocol import PrivateKey
 from eoepca_security.strict_json import parse_object
+from eoepca_security.testing_login import LOGIN_GRANTS, LoginBehaviour, Logins
 
 ALL_AUTH_METHODS: Final = (
     "client_secret_basic",
@@ -71,6 +72,8 @@ class Behaviour:
     """Claims of every access token, besides the issuer's own."""
     down: bool = False
     """Every request is hung up on without an answer."""
+    login: LoginBehaviour = field(default_factory=LoginBehaviour)
+    """How logins by device and by browser go."""
     fault: Callable[[Handler], bool] | None = None
     """Called first with each request; when it returns True it has answered, in whatever way."""
 
@@ -89,7 +92,8 @@ class FakeIssuer:
 
     `behaviour` can be changed at any time. `refresh_token` is a valid one to begin with, `requests` are the token
     requests so far, `fetches` counts all requests by the last part of their path (`openid-configuration`, `certs`,
-    `token`), and `key` is the signing key, for the `algorithm` ES256, RS256 or EdDSA.
+    `token`), `logins` has those that were begun, `revoked` are the refresh tokens that were given back, and `key` is
+    the signing key, for the `algorithm` ES256, RS256 or EdDSA.
     """
 
     def __init__(
@@ -118,6 +122,8 @@ class FakeIssuer:
         self.refresh_token = self.new_session()
         self._server = LocalServer(self._handler())
         self.url = self._server.url + path
+        self.logins = Logins(self.url, client_id)
+        self.revoked: list[str] = []
 
     def __enter__(self) -> Self:
         self._server.__enter__()
@@ -207,26 +213,25 @@ class FakeIssuer:
             "token_endpoint": f"{self.url}/token",
             "jwks_uri": f"{self.url}/certs",
             "token_endpoint_auth_methods_supported": list(self.behaviour.auth_methods),
-            "grant_types_supported": ["refresh_token", "client_credentials"],
+            "grant_types_supported": ["refresh_token", "client_credentials", *LOGIN_GRANTS],
+            **self.logins.discovery(self.behaviour.login),
         }
 
     def answer_token_request(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
         """Return status and JSON for a POST to the token endpoint."""
-        form = dict(parse_qsl(body.decode(), keep_blank_values=True))
-        method, authentic = self._authenticate(authorization, form)
+        form = _form(body)
+        method, refusal = self._refuse_client(authorization, form)
         with self._lock:
             self.requests.append(TokenRequestSeen(time.time(), method, form))
         time.sleep(self.behaviour.delay)
-        if not authentic or method not in self.behaviour.auth_methods:
-            return 401, {"error": "invalid_client", "error_description": f"{method} was not accepted"}
-        if form.get("grant_type") not in ("refresh_token", "client_credentials"):
+        if refusal:
+            return refusal
+        if form.get("grant_type") not in ("refresh_token", "client_credentials", *LOGIN_GRANTS):
             return 400, {"error": "unsupported_grant_type"}
         with self._lock:
-            refresh_token = None
-            if form["grant_type"] == "refresh_token":
-                refresh_token = self._use(form.get("refresh_token", ""))
-                if refresh_token is None:
-                    return 400, {"error": "invalid_grant", "error_description": "Token is not active"}
+            error, refresh_token, nonce = self._grant(form)
+            if error is not None:
+                return 400, {"error": error, "error_description": "Token is not active"}
             answer: dict[str, Any] = {"access_token": self.issue(), "token_type": "Bearer"}
         if self.behaviour.expires_in:
             answer["expires_in"] = self.behaviour.lifetime
@@ -234,7 +239,39 @@ class FakeIssuer:
             answer["refresh_expires_in"] = self.behaviour.refresh_expires_in
         if refresh_token is not None and self.behaviour.refresh_tokens != "omit":
             answer["refresh_token"] = refresh_token
+        if form["grant_type"] in LOGIN_GRANTS and self.behaviour.login.id_claims is not None:
+            claims = ({"nonce": nonce} if nonce is not None else {}) | self.behaviour.login.id_claims
+            answer["id_token"] = self.id_token(answer["access_token"], **claims)
         return 200, answer
+
+    def answer_device_request(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for a POST to the device authorization endpoint."""
+        form = _form(body)
+        _, refusal = self._refuse_client(authorization, form)
+        return refusal or (200, self.logins.begin_by_device(self.behaviour.login, form))
+
+    def answer_revocation(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
+        """End the session of a refresh token (RFC 7009), and return status and JSON."""
+        form = _form(body)
+        _, refusal = self._refuse_client(authorization, form)
+        if refusal:
+            return refusal
+        with self._lock:
+            self.revoked.append(form.get("token", ""))
+            session = self._sessions.get(form.get("token", ""))
+            self._sessions = {t: s for t, s in self._sessions.items() if s != session}
+        return 200, {}
+
+    def _grant(self, form: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:
+        """Return the error of a token request, the refresh token to answer with, and the nonce of its login."""
+        if form["grant_type"] in LOGIN_GRANTS:
+            error, nonce = self.logins.finish(self.behaviour.login, form)
+            gives = error is None and self.behaviour.login.refresh_token
+            return error, self.new_session() if gives else None, nonce
+        if form["grant_type"] == "refresh_token":
+            refresh_token = self._use(form.get("refresh_token", ""))
+            return "invalid_grant" if refresh_token is None else None, refresh_token, None
+        return None, None, None
 
     def _use(self, token: str) -> str | None:
         """Take a refresh token and return the one that is valid from now on; None when this one is not."""
@@ -252,6 +289,15 @@ class FakeIssuer:
         successor = secrets.token_urlsafe(24)
         self._sessions[successor] = session
         return successor
+
+    def _refuse_client(
+        self, authorization: str | None, form: Mapping[str, str]
+    ) -> tuple[str, tuple[int, dict[str, Any]] | None]:
+        """Return the client authentication method that was used, and the answer to a client that is not ours."""
+        method, authentic = self._authenticate(authorization, form)
+        if authentic and method in self.behaviour.auth_methods:
+            return method, None
+        return method, (401, {"error": "invalid_client", "error_description": f"{method} was not accepted"})
 
     def _authenticate(self, authorization: str | None, form: Mapping[str, str]) -> tuple[str, bool]:
         """Return the client authentication method that was used, and whether it holds."""
@@ -295,8 +341,16 @@ class FakeIssuer:
 
     def _handler(self) -> type[Handler]:
         issuer = self
+        posts = {
+            "/token": self.answer_token_request,
+            "/auth/device": self.answer_device_request,
+            "/revoke": self.answer_revocation,
+        }
 
         class IssuerHandler(Handler):
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                return super().date_time_string(issuer.now() if timestamp is None else timestamp)
+
             def respond(self) -> None:
                 issuer.fetches[urlsplit(self.path).path.rpartition("/")[2]] += 1
                 if issuer.behaviour.down:
@@ -305,14 +359,23 @@ class FakeIssuer:
                 if issuer.behaviour.fault is not None and issuer.behaviour.fault(self):
                     return
                 base = urlsplit(issuer.url).path
+                authorization = self.headers.get("Authorization")
                 match self.command, urlsplit(self.path).path.removeprefix(base):
                     case "GET", "/.well-known/openid-configuration":
                         self.answer(200, issuer.discovery())
                     case "GET", "/certs":
                         self.answer(200, issuer.jwks())
-                    case "POST", "/token":
-                        self.answer(*issuer.answer_token_request(self.headers.get("Authorization"), self.read_body()))
+                    case "POST", path if path in posts:
+                        self.answer(*posts[path](authorization, self.read_body()))
+                    case "GET", "/auth":
+                        query = dict(parse_qsl(urlsplit(self.path).query))
+                        target = issuer.logins.begin_by_browser(issuer.behaviour.login, query)
+                        self.answer(303 if target else 400, {}, {"Location": target} if target else {})
                     case _:
                         self.answer(404, {"error": "not found"})
 
         return IssuerHandler
+
+
+def _form(body: bytes) -> dict[str, str]:
+    return dict(parse_qsl(body.decode(), keep_blank_values=True))

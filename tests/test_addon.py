@@ -17,7 +17,7 @@ from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
-from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy, identity
+from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy
 from eoepca_security.proxy.settings import OPTIONS, Settings
 from eoepca_security.session import AccessToken
 
@@ -244,20 +244,6 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     assert addon._source._session._refresh_token == "rotated"
     context.options.update(refresh_token="another-login")
     assert addon._source._session._refresh_token == "another-login"
-
-
-@pytest.mark.parametrize(
-    ("claims", "text"),
-    [
-        ("eyJwcmVmZXJyZWRfdXNlcm5hbWUiOiJhbGljZSIsInN1YiI6InUtMSJ9", "alice (sub u-1)"),
-        ("eyJzdWIiOiJ1LTEifQ", "u-1"),
-        ("eyJwcmVmZXJyZWRfdXNlcm5hbWUiOiJhbGljZSJ9", "alice"),
-        ("eyJzdWIiOiJhXG5iIn0", "a\N{REPLACEMENT CHARACTER}b"),
-        ("e30", "someone (the token does not say)"),
-    ],
-)
-def test_identity(claims: str, text: str) -> None:
-    assert identity(AccessToken(f"e30.{claims}.c2ln", 0, 60)) == text
 
 
 # --- a service that refuses the token ----------------------------------------------------------------------------

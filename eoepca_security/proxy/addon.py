@@ -28,6 +28,7 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
 from eoepca_security.proxy import problem
+from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
@@ -237,19 +238,10 @@ class OIDCAuthProxy:
                 "OIDC proxy listening at %s -> %s as %s; access tokens live %d s",
                 listener,
                 upstream,
-                identity(token),
+                identity(unverified_claims(token.value)),
                 math.ceil(token.ends_at - token.obtained_at),
             )
         self._on_started(listener, failure)
-
-
-def identity(token: AccessToken) -> str:
-    """Say whose token this is, as far as it tells; for people to read, not for deciding anything."""
-    claims = unverified_claims(token.value)
-    name, subject = claims.get("preferred_username"), claims.get("sub")
-    if not isinstance(name, str):
-        return printable(subject) if isinstance(subject, str) else "someone (the token does not say)"
-    return f"{printable(name)} (sub {printable(subject)})" if isinstance(subject, str) else printable(name)
 
 
 def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:

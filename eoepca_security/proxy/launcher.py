@@ -14,8 +14,8 @@ from pathlib import Path
 
 import click
 
-from eoepca_security.errors import SettingsError, TokenError
-from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.errors import SettingsError, StoreError, TokenError
+from eoepca_security.proxy.settings import OPTIONS, TOKEN_STORE, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.wiring import make_source
 
 EPILOG = """\b
@@ -28,6 +28,18 @@ Examples:
   run-mitmproxy.py token                 print an access token
   run-mitmproxy.py demo                  see it work, without any setup
   run-mitmproxy.py serve -- --set flow_detail=1
+"""
+
+LOGIN_EPILOG = """\b
+Examples:
+  run-mitmproxy.py login                      show a code, and wait until it is confirmed
+  run-mitmproxy.py login --browser            open a browser, and wait until it comes back
+  run-mitmproxy.py login --scope "openid read"
+"""
+
+LOGOUT_EPILOG = """\b
+Example:
+  run-mitmproxy.py logout
 """
 
 
@@ -49,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             click.echo(problem, err=True)
         return 2
+    except StoreError as error:
+        click.echo(f"{TOKEN_STORE.env}: {error}", err=True)
+        return 1
     except TokenError as error:
         click.echo(f"{error.code}: {error}", err=True)
         return 1
@@ -94,6 +109,31 @@ def token(extra: Sequence[str]) -> int:
     return 0
 
 
+@cli.command(epilog=LOGIN_EPILOG)
+@click.option("--browser", is_flag=True, help="Log in with a browser on this machine instead of a code.")
+@click.option("--scope", help="Scopes to ask for, separated by spaces, instead of `openid offline_access`.")
+@click.pass_obj
+def login(extra: Sequence[str], *, browser: bool, scope: str | None) -> int:
+    """Log in, and keep the session for the proxies that have these settings.
+
+    Without --browser a code is shown that can be confirmed in a browser anywhere.
+    """
+    from eoepca_security.proxy.login import login as run  # noqa: PLC0415  as in serve
+
+    _refuse(extra, "login")
+    return run(_settings((), need_upstream=False, need_session=False), scope=scope, browser=browser)
+
+
+@cli.command(epilog=LOGOUT_EPILOG)
+@click.pass_obj
+def logout(extra: Sequence[str]) -> int:
+    """End the session that login or a proxy kept: at the issuer, where it offers that, and here."""
+    from eoepca_security.proxy.login import logout as run  # noqa: PLC0415  as in serve
+
+    _refuse(extra, "logout")
+    return run(_settings((), need_upstream=False, need_session=False))
+
+
 @cli.command()
 @click.option("--once", is_flag=True, help="Exit after the demonstration instead of staying up.")
 @click.pass_obj
@@ -110,9 +150,13 @@ def _refuse(extra: Sequence[str], command: str) -> None:
         raise click.UsageError(f"{command} takes no mitmdump arguments")
 
 
-def _settings(extra: Sequence[str], *, need_upstream: bool = True) -> Settings:
+def _settings(extra: Sequence[str], *, need_upstream: bool = True, need_session: bool = True) -> Settings:
     settings = read_settings(
-        os.environ, dotenv=read_dotenv(Path.cwd()), options=_overrides(extra), need_upstream=need_upstream
+        os.environ,
+        dotenv=read_dotenv(Path.cwd()),
+        options=_overrides(extra),
+        need_upstream=need_upstream,
+        need_session=need_session,
     )
     if not need_upstream:
         for warning in settings.warnings:

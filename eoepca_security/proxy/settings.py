@@ -152,10 +152,12 @@ def read_settings(
     dotenv: Mapping[str, str] | None = None,
     options: Mapping[str, str] | None = None,
     need_upstream: bool = True,
+    need_session: bool = True,
 ) -> Settings:
     """Read and check all settings; options come before the environment, and that before `dotenv`.
 
-    Raises SettingsError with a line for every problem, which names the variable and what to do.
+    Without `need_session` there may be none yet. Raises SettingsError with a line for every problem, which names the
+    variable and what to do.
     """
     reader = _Reader(options or {}, environ, dotenv or {})
     allow_http = reader.boolean(ALLOW_HTTP)
@@ -172,13 +174,16 @@ def read_settings(
             reader.warnings.append(f"{REFRESH_TOKEN.env} is not used: {GRANT.env} is client_credentials")
             refresh_token = None
     elif (
-        refresh_token is None
+        need_session
+        and refresh_token is None
         and access_token is None
         and reader.is_unset(REFRESH_TOKEN, ACCESS_TOKEN)
         and not _has_session(token_store, issuer_url, client.client_id)
     ):
         reader.problem(
-            REFRESH_TOKEN, f"is required: the refresh token of a login, or {GRANT.env}=client_credentials with a secret"
+            REFRESH_TOKEN,
+            "is required unless there was a `run-mitmproxy.py login`: run that, or set this to the refresh token of a "
+            f"login, or {GRANT.env}=client_credentials with a secret",
         )
     ca_file = reader.ca_file()
     if grant == "refresh_token" and refresh_token is None and access_token is not None and token_store is None:

@@ -6,8 +6,31 @@ from eoepca_security.provider import Provider
 from eoepca_security.proxy.settings import AUDIENCE, REFRESH_TOKEN, Settings
 from eoepca_security.source import TokenSource
 from eoepca_security.store import TokenStore
-from eoepca_security.transport import HttpTransport, trust
+from eoepca_security.transport import HttpTransport, Transport, trust
 from eoepca_security.verify import looks_like_jwt
+
+
+def make_provider(settings: Settings, transport: Transport | None = None) -> Provider:
+    """Return the issuer as the client in the settings sees it, over the network unless there is a `transport`."""
+    return Provider(
+        settings.issuer_url,
+        settings.client,
+        transport or HttpTransport(trust(settings.ca_file)),
+        scope=settings.scope,
+        allow_http=settings.allow_http,
+    )
+
+
+def make_store(settings: Settings) -> TokenStore | None:
+    """Return where the session in the settings is kept, if it is one and is to be kept."""
+    if settings.token_store is None or settings.grant != "refresh_token":
+        return None
+    return TokenStore(
+        settings.token_store,
+        issuer_url=settings.issuer_url,
+        client_id=settings.client.client_id,
+        origin=settings.refresh_token,
+    )
 
 
 def make_source(settings: Settings, *, continues: TokenSource | None = None) -> TokenSource:
@@ -15,17 +38,11 @@ def make_source(settings: Settings, *, continues: TokenSource | None = None) -> 
 
     `continues` is a source with the same login, which it goes on with.
     """
-    provider = Provider(
-        settings.issuer_url,
-        settings.client,
-        HttpTransport(trust(settings.ca_file)),
-        scope=settings.scope,
-        allow_http=settings.allow_http,
-    )
+    provider = make_provider(settings)
 
     def request_token(refresh_token: str | None) -> TokenResponse:
         if settings.grant == "refresh_token" and refresh_token is None:
-            raise CredentialsRejected(f"there is no refresh token: log in and set {REFRESH_TOKEN.env}")
+            raise CredentialsRejected(f"there is no session: run `run-mitmproxy.py login`, or set {REFRESH_TOKEN.env}")
         return provider.request_token(refresh_token)
 
     def check(token: str) -> None:
@@ -41,19 +58,11 @@ def make_source(settings: Settings, *, continues: TokenSource | None = None) -> 
                 "(Keycloak: the client needs an audience mapper)"
             ) from None
 
-    store = None
-    if settings.token_store is not None and settings.grant == "refresh_token":
-        store = TokenStore(
-            settings.token_store,
-            issuer_url=settings.issuer_url,
-            client_id=settings.client.client_id,
-            origin=settings.refresh_token,
-        )
     return TokenSource(
         request_token,
         refresh_token=settings.refresh_token,
         access_token=settings.access_token,
-        store=store,
+        store=make_store(settings),
         check=check,
         continues=continues,
     )
