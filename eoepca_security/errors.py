@@ -42,15 +42,26 @@ class IssuerUnavailable(TokenError):
     """The issuer is unreachable, slow, failing, or not speaking its protocol.
 
     `retry_after` is what the issuer asked for, in seconds, or None. `was_sent` says that the request had left and no
-    sensible answer came, so that it may have been served all the same.
+    sensible answer came, so that it may have been served all the same. `cause` names what kept the network from it, as
+    `eoepca_security.transport.explain` does, or is None; `by_proxy` says that the way led through a proxy.
     """
 
     code = "issuer_unavailable"
 
-    def __init__(self, message: str, *, retry_after: float | None = None, was_sent: bool = False) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        was_sent: bool = False,
+        cause: str | None = None,
+        by_proxy: bool = False,
+    ) -> None:
         super().__init__(message)
         self.retry_after = retry_after
         self.was_sent = was_sent
+        self.cause = cause
+        self.by_proxy = by_proxy
 
 
 class CredentialsRejected(TokenError):

@@ -1,10 +1,11 @@
 """HTTP with bounds: one exchange that ends in time, reads no more than it should, and goes nowhere else."""
 
+import re
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,11 +89,13 @@ class HttpTransport:
                 session.get_redirect_target = lambda _response: None  # type: ignore[method-assign,assignment]
                 answer = self._send(session, request, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            causes = _causes(error)
-            if not (adapter.was_cut or any(isinstance(cause, _TIMEOUTS) for cause in causes)):
+            cause, reason = explain(error)
+            if not (adapter.was_cut or cause == "timeout"):
                 raise IssuerUnavailable(
-                    f"{request.url} cannot be reached{_by_proxy(adapter)}: {_reason(causes)}",
+                    f"{request.url} cannot be reached{_by_proxy(adapter)}: {reason}",
                     was_sent=adapter.was_connected,
+                    cause=cause,
+                    by_proxy=adapter.used_proxy,
                 ) from None
         finally:
             watchdog.cancel()
@@ -102,6 +105,8 @@ class HttpTransport:
             raise IssuerUnavailable(
                 f"{request.url} did not answer within {timeout:g} s{_by_proxy(adapter)}",
                 was_sent=adapter.was_connected,
+                cause="timeout",
+                by_proxy=adapter.used_proxy,
             )
         return answer
 
@@ -117,7 +122,8 @@ class HttpTransport:
             if response.is_redirect or 300 <= response.status_code < 400:
                 raise IssuerUnavailable(
                     f"{request.url} answered with a redirect ({response.status_code}), which is not followed: "
-                    "set OPEN_ID_CONNECT_URL to the final address"
+                    "set OPEN_ID_CONNECT_URL to the final address",
+                    cause="redirect",
                 )
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise IssuerUnavailable(f"{request.url} answered in an encoding that was not asked for", was_sent=True)
@@ -262,19 +268,35 @@ def _by_proxy(adapter: _DeadlineAdapter) -> str:
     return " (through the proxy that HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names)" if adapter.used_proxy else ""
 
 
-def _reason(causes: Sequence[BaseException]) -> str:
-    """Say what went wrong in a few words; the libraries' own messages are nests of reprs."""
-    for cause in causes:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            hint = "; TLS_CA_FILE adds a CA" if cause.verify_code in _UNKNOWN_CA else ""
-            return f"its certificate is not trusted ({cause.verify_message}){hint}"
-        if isinstance(cause, socket.gaierror):
-            return "its host name is not known"
-        if isinstance(cause, ConnectionRefusedError):
-            return "the connection was refused"
-        if isinstance(cause, ssl.SSLError):
-            return f"no TLS there ({cause.reason or 'handshake failed'}); is it http:// rather than https://?"
-    return "the connection failed or ended early"
+def explain(error: BaseException) -> tuple[str, str]:
+    """Return what kind of trouble the network had, and in a few words what: the libraries' messages are nests of reprs.
+
+    The kinds are `timeout`, `proxy`, `unknown_ca`, `certificate`, `unknown_host`, `refused`, `no_tls`, and `ended` for
+    all else.
+    """
+    causes = _causes(error)
+    if any(isinstance(cause, _TIMEOUTS) for cause in causes):
+        return "timeout", "no answer in time"
+    found = next((found for cause in causes if (found := _explain_one(cause))), None)
+    return found or ("ended", "the connection failed or ended early")
+
+
+def _explain_one(cause: BaseException) -> tuple[str, str] | None:
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        is_unknown = cause.verify_code in _UNKNOWN_CA
+        hint = "; TLS_CA_FILE adds a CA" if is_unknown else ""
+        kind = "unknown_ca" if is_unknown else "certificate"
+        return kind, f"its certificate is not trusted ({cause.verify_message}){hint}"
+    if isinstance(cause, socket.gaierror):
+        return "unknown_host", "its host name is not known"
+    if isinstance(cause, ConnectionRefusedError):
+        return "refused", "the connection was refused"
+    if isinstance(cause, ssl.SSLError):
+        return "no_tls", f"no TLS there ({cause.reason or 'handshake failed'}); is it http:// rather than https://?"
+    # The library keeps the status of a proxy's refusal in the words alone.
+    if refusal := re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)):
+        return "proxy", f"the proxy answered {refusal[1]}"
+    return None
 
 
 def ca_bundle(ca_file: Path) -> bytes:

@@ -37,6 +37,17 @@ Examples:
   run-mitmproxy.py login --scope "openid read"
 """
 
+CHECK_EPILOG = """\b
+Exits with 0 when everything works, with 1 when something does not, and with
+2 when the settings are wrong. REMOTE_PROTECTED_ENDPOINT is what the service
+is asked for, / unless set.
+
+\b
+Examples:
+  run-mitmproxy.py check
+  run-mitmproxy.py check --json | jq '.steps[] | select(.status == "fault")'
+"""
+
 LOGOUT_EPILOG = """\b
 Example:
   run-mitmproxy.py logout
@@ -134,6 +145,25 @@ def logout(extra: Sequence[str]) -> int:
     return run(_settings((), need_upstream=False, need_session=False))
 
 
+@cli.command(epilog=CHECK_EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.pass_obj
+def check(extra: Sequence[str], *, as_json: bool) -> int:
+    """Find out what does not work, from the settings to the protected service, and what to do about it."""
+    from eoepca_security.proxy.check import Step, runs_in_container  # noqa: PLC0415  as in serve
+    from eoepca_security.proxy.check import check as run  # noqa: PLC0415
+    from eoepca_security.proxy.report import report  # noqa: PLC0415
+
+    _refuse(extra, "check")
+    try:
+        settings = _settings((), need_session=False)
+    except SettingsError as error:
+        if as_json:
+            report((Step("settings", "fault", problem) for problem in error.problems), as_json=True)
+        raise
+    return report(run(settings, in_container=runs_in_container()), as_json=as_json)
+
+
 @cli.command()
 @click.option("--once", is_flag=True, help="Exit after the demonstration instead of staying up.")
 @click.pass_obj
@@ -158,7 +188,7 @@ def _settings(extra: Sequence[str], *, need_upstream: bool = True, need_session:
         need_upstream=need_upstream,
         need_session=need_session,
     )
-    if not need_upstream:
+    if not (need_upstream and need_session):
         for warning in settings.warnings:
             click.echo(f"warning: {warning}", err=True)
     return settings

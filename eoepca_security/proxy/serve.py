@@ -3,9 +3,7 @@
 import argparse
 import asyncio
 import contextlib
-import errno
 import os
-import socket
 import ssl
 import sys
 import tempfile
@@ -22,7 +20,8 @@ from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
 from eoepca_security.proxy.addon import OIDCAuthProxy
-from eoepca_security.proxy.settings import CA_FILE, HOST, PORT, UPSTREAM, Settings
+from eoepca_security.proxy.listening import cannot_listen
+from eoepca_security.proxy.settings import CA_FILE, PORT, UPSTREAM, Settings
 from eoepca_security.transport import ca_bundle
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
@@ -57,7 +56,7 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             elif on_started is not None:
                 on_started(self, listener, failure)
 
-    if problem := _cannot_listen(settings.host, settings.port):
+    if problem := cannot_listen(settings.host, settings.port):
         print(f"{PORT.env}: {problem}", file=sys.stderr)  # noqa: T201  as below
         return 1
     with _upstream_trust(settings) as trust_arguments, _writable_confdir() as confdir:
@@ -75,22 +74,6 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
         except KeyboardInterrupt:
             return 0
     return exit_code
-
-
-def _cannot_listen(host: str, port: int) -> str | None:
-    foreign = SettingsError(f"{HOST.env}: {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all")
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (OSError, UnicodeError):
-        raise foreign from None
-    try:
-        with socket.create_server(address[:2], family=family):
-            return None
-    except OSError as error:
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise foreign from None
-        reason = error.strerror or str(error)
-        return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {HOST.env}"
 
 
 @contextlib.contextmanager

@@ -76,6 +76,9 @@ TOKEN_STORE = Variable(
 )
 CA_FILE = Variable("TLS_CA_FILE", None, "CA certificates to trust besides the system's, for issuer and service.")
 UPSTREAM = Variable("REMOTE_PROTECTED_DOMAIN", None, "The protected service, e.g. https://service.example:9200.")
+ENDPOINT = Variable(
+    "REMOTE_PROTECTED_ENDPOINT", None, "What to ask the protected service for, to see whether it accepts the token."
+)
 TLS_NO_VERIFY = Variable("TLS_NO_VERIFY", None, "Do not verify the protected service's certificate.")
 HOST = Variable("PROXY_HOST", None, "Address to listen on.")
 PORT = Variable("PROXY_PORT", None, "Port to listen on; 0 takes a free one.")
@@ -95,6 +98,7 @@ VARIABLES: Final = (
     TOKEN_STORE,
     CA_FILE,
     UPSTREAM,
+    ENDPOINT,
     TLS_NO_VERIFY,
     HOST,
     PORT,
@@ -117,6 +121,7 @@ class Settings:
     ca_file: Path | None = None
     token_store: Path | None = None
     upstream: str | None = None
+    endpoint: str = "/"
     tls_no_verify: bool = False
     host: str = "127.0.0.1"
     port: int = 8080
@@ -206,6 +211,7 @@ def read_settings(
         ca_file=ca_file,
         token_store=token_store,
         upstream=upstream,
+        endpoint=reader.endpoint(),
         tls_no_verify=tls_no_verify,
         host=host,
         port=port,
@@ -431,6 +437,14 @@ class _Reader:
                 f"{UPSTREAM.env} is plain http: everyone on the way to {parts.hostname} sees the token"
             )
         return f"{parts.scheme}://{parts.netloc.lower()}"
+
+    def endpoint(self) -> str:
+        """Return path and query of what the service is asked for; the host of a URL does not count."""
+        value = self.text(ENDPOINT) or "/"
+        path = re.sub(r"^https?://[^/?#]*", "", value).partition("#")[0] or "/"
+        if not re.fullmatch(r"/[!-~]*", path):
+            self.problem(ENDPOINT, "is no path: use one like /collections")
+        return path
 
 
 def _shown(path: Path | str) -> str:

@@ -1,0 +1,24 @@
+"""Whether the proxy could listen where it is to."""
+
+import errno
+import socket
+
+from eoepca_security.errors import SettingsError
+from eoepca_security.proxy.settings import HOST
+
+
+def cannot_listen(host: str, port: int) -> str | None:
+    """Say why nothing can listen there, or return None; raises SettingsError where it is no address of this machine."""
+    foreign = SettingsError(f"{HOST.env}: {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all")
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError):
+        raise foreign from None
+    try:
+        with socket.create_server(address[:2], family=family):
+            return None
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise foreign from None
+        reason = error.strerror or str(error)
+        return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {HOST.env}"
