@@ -1,0 +1,568 @@
+"""The faults that `check` knows, and what it says to do about each."""
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Service
+from helpers_network import RawServer, http, replies, says_nothing
+from helpers_tls import write_certificate
+from test_launcher import set_environment
+
+from eoepca_security.local_server import Handler, LocalServer
+from eoepca_security.protocol import Client
+from eoepca_security.proxy import check as check_module
+from eoepca_security.proxy.check import Step, check
+from eoepca_security.proxy.launcher import main
+from eoepca_security.proxy.settings import VARIABLES, Settings
+from eoepca_security.proxy.wiring import make_store
+from eoepca_security.session import Stored
+from eoepca_security.testing import FakeIssuer
+
+ORDER = ["settings", "store", "listener", "discovery", "clock", "client", "token", "audience", "upstream"]
+
+
+@pytest.fixture
+def issuer() -> Iterator[FakeIssuer]:
+    with FakeIssuer() as issuer:
+        yield issuer
+
+
+@pytest.fixture
+def service(issuer: FakeIssuer) -> Iterator[Service]:
+    with Service(issuer) as service:
+        yield service
+
+
+@pytest.fixture
+def settings(issuer: FakeIssuer, service: Service) -> Settings:
+    return Settings(issuer.url, Client("client"), refresh_token=issuer.refresh_token, upstream=service.url, port=0)
+
+
+@pytest.fixture(autouse=True)
+def _no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+def run(settings: Settings, **more: Any) -> dict[str, Step]:
+    steps = list(check(settings, **{"in_container": False, **more}))
+    assert [step.name for step in steps] == ORDER
+    for step in steps:
+        assert (step.remedy is not None) == (step.status == "fault")
+        assert "\n" not in step.detail + (step.remedy or "")
+    return {step.name: step for step in steps}
+
+
+def remedy(settings: Settings, name: str, **more: Any) -> str:
+    """Run the check and return the remedy of the one step that has a fault; those before are good."""
+    steps = run(settings, **more)
+    assert {step.name for step in steps.values() if step.status == "fault"} == {name}, steps
+    before = ORDER[: ORDER.index(name)]
+    assert all(steps[other].status == "ok" for other in before)
+    return str(steps[name].remedy)
+
+
+def answers(status: int, headers: dict[str, str], body: bytes = b"") -> type[Handler]:
+    class Answering(Handler):
+        def respond(self) -> None:
+            self.answer(status, body, headers)
+
+    return Answering
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def test_all_is_well(settings: Settings, service: Service) -> None:
+    steps = run(replace(settings, audience="service", endpoint="/collections?f=json"))
+    assert {step.status for step in steps.values()} == {"ok"}
+    assert "alice (sub u-1)" in steps["token"].detail
+    assert (service.seen[0].method, service.seen[0].target, service.seen[0].authorized) == (
+        "GET",
+        "/collections?f=json",
+        True,
+    )
+
+
+# --- the issuer ---
+
+
+def test_a_wrong_realm_path(settings: Settings) -> None:
+    said = remedy(replace(settings, issuer_url=settings.issuer_url.replace("/realms/", "/realm/")), "discovery")
+    assert "/realms/<name>" in said
+    assert "OPEN_ID_CONNECT_URL" in said
+
+
+def test_an_issuer_with_another_name(settings: Settings) -> None:
+    said = remedy(replace(settings, issuer_url=settings.issuer_url.replace("127.0.0.1", "localhost")), "discovery")
+    assert "the issuer's own name" in said
+    assert "OPEN_ID_CONNECT_URL" in said
+
+
+def test_https_where_http_is_spoken(settings: Settings) -> None:
+    said = remedy(replace(settings, issuer_url=settings.issuer_url.replace("http:", "https:")), "discovery")
+    assert "is it http:// there?" in said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"\x15\x03\x01\x00\x02\x02F", http(b"Client sent an HTTP request to an HTTPS server.", status=400)],
+    ids=["alert", "words"],
+)
+def test_http_where_https_is_spoken(answer: bytes, settings: Settings) -> None:
+    with RawServer(replies(answer)) as server:
+        assert "is it https:// there?" in remedy(replace(settings, issuer_url=server.url), "discovery")
+
+
+def test_an_unknown_ca(settings: Settings, tmp_path: Path) -> None:
+    with RawServer(says_nothing, write_certificate(tmp_path / "c.pem")) as server:
+        assert "set TLS_CA_FILE" in remedy(replace(settings, issuer_url=server.url), "discovery")
+
+
+def test_a_certificate_that_is_over(settings: Settings, tmp_path: Path) -> None:
+    with RawServer(says_nothing, write_certificate(tmp_path / "c.pem", days=-1)) as server:
+        settings = replace(settings, issuer_url=server.url, ca_file=tmp_path / "c.pem")
+        assert "renewed" in remedy(settings, "discovery")
+
+
+def test_an_unknown_host(settings: Settings) -> None:
+    said = remedy(replace(settings, issuer_url="https://issuer.invalid/realms/r"), "discovery")
+    assert "check the host in OPEN_ID_CONNECT_URL" in said
+
+
+def test_an_issuer_that_is_not_there(settings: Settings) -> None:
+    settings = replace(settings, issuer_url=f"http://127.0.0.1:{free_port()}/realms/r")
+    assert "check host and port in OPEN_ID_CONNECT_URL" in remedy(settings, "discovery")
+
+
+def test_dockers_localhost(settings: Settings) -> None:
+    away = f"http://localhost:{free_port()}"
+    said = remedy(replace(settings, issuer_url=f"{away}/realms/r"), "discovery", in_container=True)
+    assert "host.docker.internal" in said
+    assert "OPEN_ID_CONNECT_URL" in said
+    said = remedy(replace(settings, upstream=away), "upstream", in_container=True)
+    assert "host.docker.internal" in said
+    assert "REMOTE_PROTECTED_DOMAIN" in said
+
+
+@pytest.mark.parametrize("variable", ["HTTPS_PROXY", "HTTP_PROXY"])
+def test_a_proxy_in_the_way_that_wants_a_password(
+    variable: str, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RawServer(replies(http(b"<html>who are you?", status=407))) as proxy:
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.port}")
+        scheme = variable.removesuffix("_PROXY").lower()
+        settings = replace(settings, issuer_url=f"{scheme}://issuer.example/realms/r", allow_http=True)
+        said = remedy(settings, "discovery")
+    assert "user and password" in said
+    assert "NO_PROXY" in said
+
+
+def test_a_proxy_in_the_way_that_is_not_there(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port()}")
+    said = remedy(replace(settings, issuer_url="https://issuer.example/realms/r"), "discovery")
+    assert "list issuer.example in NO_PROXY" in said
+
+
+def test_a_proxy_in_the_way_that_looks_into_tls(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    context = write_certificate(tmp_path / "c.pem")
+
+    def tunnel(server: RawServer, connection: socket.socket) -> None:
+        server.read_request(connection)
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        context.wrap_socket(connection, server_side=True).close()
+
+    with RawServer(tunnel) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
+        said = remedy(replace(settings, issuer_url="https://issuer.example/realms/r"), "discovery")
+    assert "the proxy on the way" in said
+    assert "TLS_CA_FILE" in said
+
+
+@pytest.mark.parametrize("status", [200, 403, 503])
+def test_a_page_in_place_of_the_issuer(status: int, settings: Settings) -> None:
+    with RawServer(replies(http(b"<!DOCTYPE html><h1>Welcome to our Wi-Fi", status=status))) as server:
+        said = remedy(replace(settings, issuer_url=server.url), "discovery")
+    assert "login page" in said
+    assert "NO_PROXY" in said
+
+
+def test_a_redirect(settings: Settings) -> None:
+    with RawServer(replies(http(b"", "Location: https://elsewhere.example/", status=301))) as server:
+        said = remedy(replace(settings, issuer_url=server.url), "discovery")
+    assert "set OPEN_ID_CONNECT_URL to the address that it leads to" in said
+
+
+def test_an_issuer_in_trouble(settings: Settings) -> None:
+    with RawServer(replies(http(b"{}", status=503))) as server:
+        assert "try again later" in remedy(replace(settings, issuer_url=server.url), "discovery")
+
+
+@pytest.mark.parametrize(("offset", "says"), [(120, r"1[12]\d s behind"), (-3600, r"(3[56]\d\d) s ahead of")])
+def test_a_clock_that_is_off(offset: float, says: str, settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.behaviour.clock_offset = offset
+    steps = run(settings)
+    assert steps["clock"].status == "fault"
+    assert "timedatectl" in str(steps["clock"].remedy)
+    assert re.search(says, steps["clock"].detail)
+
+
+# --- the client ---
+
+
+def with_client(settings: Settings, **members: Any) -> Settings:
+    return replace(settings, client=replace(settings.client, **members))
+
+
+def test_a_wrong_client_secret(settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.client_secret = "right"
+    said = remedy(with_client(settings, secret="wrong-secret"), "client")
+    assert "copy OPEN_ID_CONNECT_CLIENT_SECRET anew" in said
+    assert "wrong-secret" not in str(run(with_client(settings, secret="wrong-secret")))
+
+
+def test_a_public_client_that_was_sent_a_secret(settings: Settings) -> None:
+    said = remedy(with_client(settings, secret="needless"), "client")
+    assert "public" in said
+    assert "unset OPEN_ID_CONNECT_CLIENT_SECRET" in said
+
+
+def test_a_confidential_client_without_its_secret(settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.client_secret = "secret"
+    assert "set OPEN_ID_CONNECT_CLIENT_SECRET" in remedy(settings, "client")
+
+
+def test_an_unknown_client(settings: Settings) -> None:
+    assert "check OPEN_ID_CONNECT_CLIENT_ID" in remedy(with_client(settings, client_id="unknown"), "client")
+
+
+def test_a_way_to_authenticate_that_the_issuer_does_not_offer(settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.behaviour.auth_methods = ("private_key_jwt",)
+    assert "OPEN_ID_CONNECT_CLIENT_AUTH" in remedy(with_client(settings, secret="s"), "client")
+
+
+def test_a_client_may_not_use_the_grant(issuer: FakeIssuer, settings: Settings) -> None:
+    def fault(handler: Handler) -> bool:
+        if handler.command == "POST":
+            handler.answer(401, {"error": "unauthorized_client"})
+        return handler.command == "POST"
+
+    issuer.behaviour.fault = fault
+    settings = replace(with_client(settings, secret="s"), grant="client_credentials", refresh_token=None)
+    assert "Service accounts" in remedy(settings, "client")
+
+
+# --- the token ---
+
+
+def test_no_session_yet(settings: Settings, issuer: FakeIssuer) -> None:
+    said = remedy(replace(settings, refresh_token=None), "token")
+    assert "run-mitmproxy.py login" in said
+    # The client was looked at all the same.
+    issuer.client_secret = "secret"
+    assert "OPEN_ID_CONNECT_CLIENT_SECRET" in remedy(replace(settings, refresh_token=None), "client")
+
+
+def refresh_token_of(issuer: FakeIssuer, **claims: Any) -> str:
+    return issuer.sign({"azp": "client", "iss": issuer.url, "typ": "Refresh", **claims})
+
+
+def test_a_refresh_token_of_another_client(settings: Settings, issuer: FakeIssuer) -> None:
+    token = refresh_token_of(issuer, azp="other-client")
+    said = remedy(replace(settings, refresh_token=token), "token")
+    assert "given to the client other-client: set OPEN_ID_CONNECT_CLIENT_ID" in said
+
+
+def test_a_refresh_token_of_another_client_as_the_issuer_says_it(settings: Settings, issuer: FakeIssuer) -> None:
+    def fault(handler: Handler) -> bool:
+        if handler.command == "POST":
+            handler.read_body()
+            said = "Invalid refresh token. Token client and authorized client don't match"
+            handler.answer(400, {"error": "invalid_grant", "error_description": said})
+        return handler.command == "POST"
+
+    issuer.behaviour.fault = fault
+    assert "another client's: check OPEN_ID_CONNECT_CLIENT_ID" in remedy(settings, "token")
+
+
+def test_a_refresh_token_of_another_issuer(settings: Settings, issuer: FakeIssuer) -> None:
+    token = refresh_token_of(issuer, iss="https://other.example/realms/r")
+    said = remedy(replace(settings, refresh_token=token), "token")
+    assert "given by https://other.example/realms/r: set OPEN_ID_CONNECT_URL" in said
+
+
+def test_an_expired_session(settings: Settings, issuer: FakeIssuer) -> None:
+    token = refresh_token_of(issuer, exp=int(time.time()) - 86_400)
+    said = remedy(replace(settings, refresh_token=token), "token")
+    assert "it ended at 20" in said
+    assert "run-mitmproxy.py login" in said
+
+
+def test_a_session_that_was_logged_out(settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.end_sessions()
+    said = remedy(settings, "token")
+    assert "the session is over" in said
+    assert "run-mitmproxy.py login" in said
+
+
+def test_scopes_that_may_not_be_asked_for(settings: Settings, issuer: FakeIssuer) -> None:
+    def fault(handler: Handler) -> bool:
+        if handler.command == "POST":
+            handler.answer(400, {"error": "invalid_scope"})
+        return handler.command == "POST"
+
+    issuer.behaviour.fault = fault
+    assert "OPEN_ID_CONNECT_SCOPE" in remedy(replace(settings, scope="x"), "token")
+
+
+def test_no_token_is_lost_to_a_check(settings: Settings, issuer: FakeIssuer, tmp_path: Path) -> None:
+    issuer.behaviour.refresh_tokens = "rotate"
+    kept = replace(settings, token_store=tmp_path)
+    for _ in range(2):
+        assert all(step.status == "ok" for step in run(kept).values())
+    assert issuer.reuses == 0
+    in_memory = run(replace(settings, refresh_token=issuer.new_session()))
+    assert in_memory["token"].status == "ok"
+    assert "warning: the issuer replaced the refresh token" in in_memory["token"].detail
+
+
+def test_a_stored_session_is_used(settings: Settings, issuer: FakeIssuer, tmp_path: Path) -> None:
+    settings = replace(settings, refresh_token=None, token_store=tmp_path)
+    store = make_store(settings)
+    assert store is not None
+    with store.locked():
+        store.write(Stored(issuer.refresh_token))
+    steps = run(settings)
+    assert all(step.status == "ok" for step in steps.values())
+    assert str(store.path) in steps["store"].detail
+
+
+def test_an_access_token_alone(settings: Settings, issuer: FakeIssuer) -> None:
+    settings = replace(settings, refresh_token=None)
+    assert run(replace(settings, access_token=issuer.issue()))["upstream"].status == "ok"
+    issuer.behaviour.lifetime = -60
+    assert "timedatectl" in remedy(replace(settings, access_token=issuer.issue()), "token")
+
+
+# --- the audience ---
+
+
+def test_an_audience_that_is_not_in_the_token(settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.behaviour.claims["aud"] = ["account", "other"]
+    steps = run(replace(settings, audience="ogc-api"))
+    assert (steps["audience"].status, steps["upstream"].status) == ("fault", "skipped")
+    assert "account, other" in steps["audience"].detail
+    assert "Included Custom Audience" in str(steps["audience"].remedy)
+    assert "client-dedicated" in str(steps["audience"].remedy)
+    assert "ogc-api" in str(steps["audience"].remedy)
+
+
+def test_a_token_that_only_the_service_can_read(settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.behaviour.opaque = True
+    steps = run(replace(settings, audience="service"))
+    assert (steps["audience"].status, steps["upstream"].status) == ("ok", "ok")
+
+
+# --- the protected service ---
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "says"),
+    [
+        (401, {"WWW-Authenticate": 'Bearer error="invalid_token"'}, "which is for service"),
+        (401, {"WWW-Authenticate": 'Basic realm="x"'}, "other credentials than a Bearer token"),
+        (403, {"WWW-Authenticate": 'Bearer error="insufficient_scope", scope="write"'}, "so that it has write"),
+        (403, {}, "ask whoever runs it for the role"),
+        (
+            302,
+            {"Location": "https://kc.example/realms/r/protocol/openid-connect/auth?response_type=code"},
+            "bearer_only",
+        ),
+        (503, {}, "look at its log"),
+    ],
+)
+def test_a_service_that_refuses_the_token(status: int, headers: dict[str, str], says: str, settings: Settings) -> None:
+    with LocalServer(answers(status, headers)) as server:
+        assert says in remedy(replace(settings, upstream=server.url), "upstream")
+
+
+@pytest.mark.parametrize("status", [200, 204, 302, 404, 405])
+def test_a_service_that_answers_in_another_way_took_the_token(status: int, settings: Settings) -> None:
+    with LocalServer(answers(status, {"Location": "/catalogue"})) as server:
+        assert run(replace(settings, upstream=server.url))["upstream"].status == "ok"
+
+
+def test_a_service_with_an_unknown_ca(settings: Settings, tmp_path: Path) -> None:
+    script = replies(http(b"ok"))
+    with RawServer(script, write_certificate(tmp_path / "c.pem")) as server:
+        settings = replace(settings, upstream=f"https://127.0.0.1:{server.port}")
+        assert "set TLS_CA_FILE" in remedy(settings, "upstream")
+        assert run(replace(settings, ca_file=tmp_path / "c.pem"))["upstream"].status == "ok"
+        assert run(replace(settings, tls_no_verify=True))["upstream"].status == "ok"
+
+
+def test_a_service_with_the_wrong_scheme(settings: Settings, service: Service, tmp_path: Path) -> None:
+    said = remedy(replace(settings, upstream=service.url.replace("http:", "https:")), "upstream")
+    assert "is it http:// there?" in said
+    with RawServer(replies(http(b"The plain HTTP request was sent to HTTPS port", status=400))) as server:
+        said = remedy(replace(settings, upstream=f"http://127.0.0.1:{server.port}"), "upstream")
+    assert "is it https:// there?" in said
+
+
+def test_a_service_that_is_not_there(settings: Settings) -> None:
+    said = remedy(replace(settings, upstream=f"http://127.0.0.1:{free_port()}"), "upstream")
+    assert "start it, or check host and port in REMOTE_PROTECTED_DOMAIN" in said
+
+
+def test_a_service_that_does_not_answer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "UPSTREAM_TIMEOUT", 0.2)
+    with RawServer(says_nothing) as server:
+        said = remedy(replace(settings, upstream=f"http://127.0.0.1:{server.port}"), "upstream")
+    assert "firewalls" in said
+
+
+# --- this machine ---
+
+
+def test_a_port_that_is_taken(settings: Settings) -> None:
+    with RawServer(replies(http(b"something else"))) as server:
+        steps = run(replace(settings, port=server.port))
+    assert "set PROXY_PORT to another port" in remedy_of(steps, "listener")
+
+
+def remedy_of(steps: dict[str, Step], name: str) -> str:
+    assert steps[name].status == "fault"
+    return str(steps[name].remedy)
+
+
+def test_a_port_that_a_proxy_of_ours_has(settings: Settings) -> None:
+    with LocalServer(answers(403, {"X-OIDC-Proxy-Error": "host_not_allowed"})) as server:
+        step = run(replace(settings, port=server.port))["listener"]
+    assert step.status == "ok"
+    assert "OIDC proxy" in step.detail
+
+
+def test_an_address_of_another_machine(settings: Settings) -> None:
+    assert "change PROXY_HOST" in remedy_of(run(replace(settings, host="203.0.113.7")), "listener")
+
+
+def test_a_store_that_cannot_be_written(settings: Settings, issuer: FakeIssuer, tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("a file, not a folder")
+    steps = run(replace(settings, token_store=tmp_path / "store"))
+    assert "set OPEN_ID_TOKEN_STORE to a folder that this user can write to" in remedy_of(steps, "store")
+    # A refresh token that may be valid once is not used up when its successor cannot be kept.
+    assert [steps[name].status for name in ("discovery", "client", "token", "upstream")] == [
+        "ok",
+        "skipped",
+        "skipped",
+        "skipped",
+    ]
+    assert issuer.requests == []
+
+
+# --- the command ---
+
+
+@pytest.fixture
+def environment(
+    issuer: FakeIssuer, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    monkeypatch.chdir(tmp_path)
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable.env, raising=False)
+
+    def set_(**more: str) -> None:
+        set_environment(monkeypatch, issuer, REMOTE_PROTECTED_DOMAIN=service.url, PROXY_PORT="0", **more)
+
+    set_()
+    return set_
+
+
+def test_a_line_each_and_0(environment: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert [line.split()[:2] for line in out.splitlines()] == [[name, "ok"] for name in ORDER]
+    assert "\x1b" not in out
+
+
+def test_a_fault_has_its_remedy_on_its_line_and_1(
+    environment: Callable[..., None], issuer: FakeIssuer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    issuer.end_sessions()
+    assert main(["check"]) == 1
+    out, _ = capsys.readouterr()
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert lines["token"].split()[1] == "fault"
+    assert "; remedy: the session is over" in lines["token"]
+    assert lines["upstream"].split()[1] == "skipped"
+    assert issuer.refresh_token not in out
+
+
+def test_json(environment: Callable[..., None], issuer: FakeIssuer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    assert [step["name"] for step in found["steps"]] == ORDER
+    issuer.end_sessions()
+    assert main(["check", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert {step["status"] for step in found["steps"]} == {"ok", "fault", "skipped"}
+
+
+def test_bad_settings_are_2_with_every_problem_on_its_line(
+    environment: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment(OPEN_ID_CONNECT_URL="http://issuer.example/realms/r")
+    for arguments in (["check"], ["check", "--json"]):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        (line,) = err.splitlines()
+        assert line.startswith("OPEN_ID_CONNECT_URL: must use https://")
+    assert json.loads(out)["steps"][0]["status"] == "fault"
+
+
+def test_a_path_in_the_services_url_is_2(
+    environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("REMOTE_PROTECTED_DOMAIN", "https://service.example/collections")
+    assert main(["check"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("REMOTE_PROTECTED_DOMAIN: takes scheme, host and port only")
+
+
+@pytest.mark.parametrize(
+    ("value", "path"),
+    [
+        ("collections", None),
+        ("/collections?f=json", "/collections?f=json"),
+        ("http://localhost:8080/collections#x", "/collections"),
+        ("https://service.example", "/"),
+        ("", "/"),
+    ],
+)
+def test_the_endpoint_is_asked_of_the_service_whatever_host_it_names(
+    value: str,
+    path: str | None,
+    environment: Callable[..., None],
+    service: Service,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    environment(REMOTE_PROTECTED_ENDPOINT=value)
+    assert main(["check"]) == (2 if path is None else 0)
+    assert [seen.target for seen in service.seen] == ([] if path is None else [path])
+    assert path is not None or capsys.readouterr().err.startswith("REMOTE_PROTECTED_ENDPOINT: ")
