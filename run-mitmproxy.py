@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The launcher: `run-mitmproxy.py [serve|token|demo] [-- mitmdump arguments]`."""
+"""The launcher: `run-mitmproxy.py [serve|check|login|logout|token|demo] [-- mitmdump arguments]`."""
 
 import sys
 

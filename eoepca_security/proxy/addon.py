@@ -29,6 +29,7 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Setti
 from eoepca_security.protocol import is_loopback, printable
 from eoepca_security.proxy import problem
 from eoepca_security.proxy.identity import identity
+from eoepca_security.proxy.logs import STARTED
 from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
@@ -235,7 +236,7 @@ class OIDCAuthProxy:
         else:
             logger.log(
                 ALERT,
-                "OIDC proxy listening at %s -> %s as %s; access tokens live %d s",
+                STARTED,
                 listener,
                 upstream,
                 identity(unverified_claims(token.value)),

@@ -1,4 +1,4 @@
-"""The command line: `run-mitmproxy.py [serve|token|demo] [-- mitmdump arguments]`.
+"""The command line: `run-mitmproxy.py [serve|check|login|logout|token|demo] [-- mitmdump arguments]`.
 
 Exit codes: 0; 1 for a fault while running; 2 for settings or arguments that are wrong.
 """
@@ -24,10 +24,35 @@ Settings come from the environment, or from .env in the working directory;
 
 \b
 Examples:
-  run-mitmproxy.py                       run the proxy
-  run-mitmproxy.py token                 print an access token
   run-mitmproxy.py demo                  see it work, without any setup
+  run-mitmproxy.py login                 get a session
+  run-mitmproxy.py                       run the proxy
+  run-mitmproxy.py check                 find out what does not work
+  run-mitmproxy.py token                 print an access token
+  run-mitmproxy.py COMMAND --help        more about one of them
+
+\b
+Completion of commands and options in bash (zsh and fish likewise):
+  eval "$(_RUN_MITMPROXY_PY_COMPLETE=bash_source run-mitmproxy.py)"
+"""
+
+SERVE_EPILOG = """\b
+Examples:
+  run-mitmproxy.py serve
+  run-mitmproxy.py serve --log-format json
   run-mitmproxy.py serve -- --set flow_detail=1
+  curl http://127.0.0.1:8080/             ask the service through it
+"""
+
+PRINT_EPILOG = """\b
+Example:
+  curl -H "Authorization: Bearer $(run-mitmproxy.py token)" https://service.example/
+"""
+
+DEMO_EPILOG = """\b
+Examples:
+  run-mitmproxy.py demo
+  run-mitmproxy.py demo --once
 """
 
 LOGIN_EPILOG = """\b
@@ -89,17 +114,29 @@ def cli(context: click.Context) -> int:
     return 0 if context.invoked_subcommand else context.invoke(serve)
 
 
-@cli.command()
+@cli.command(epilog=SERVE_EPILOG)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    help="json: an object on each line, for machines.",
+)
 @click.pass_obj
-def serve(extra: Sequence[str]) -> int:
+def serve(extra: Sequence[str], *, log_format: str) -> int:
     """Run the proxy (the default)."""
     # mitmproxy takes a second to import, which the other commands need not spend.
+    from eoepca_security.proxy.logs import complain  # noqa: PLC0415
     from eoepca_security.proxy.serve import run  # noqa: PLC0415
 
-    return run(_settings(extra), extra)
+    try:
+        return run(_settings(extra), extra, log_format=log_format)
+    except SettingsError as error:
+        for problem in error.problems:
+            complain(problem, log_format)
+        return 2
 
 
-@cli.command()
+@cli.command(epilog=PRINT_EPILOG)
 @click.pass_obj
 def token(extra: Sequence[str]) -> int:
     """Print a fresh access token, and nothing else, on standard output."""
@@ -164,7 +201,7 @@ def check(extra: Sequence[str], *, as_json: bool) -> int:
     return report(run(settings, in_container=runs_in_container()), as_json=as_json)
 
 
-@cli.command()
+@cli.command(epilog=DEMO_EPILOG)
 @click.option("--once", is_flag=True, help="Exit after the demonstration instead of staying up.")
 @click.pass_obj
 def demo(extra: Sequence[str], *, once: bool) -> int:

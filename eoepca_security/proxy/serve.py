@@ -3,9 +3,9 @@
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import ssl
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,21 +21,28 @@ from mitmproxy.tools.dump import DumpMaster
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
 from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.listening import cannot_listen
+from eoepca_security.proxy.logs import complain, set_format
 from eoepca_security.proxy.settings import CA_FILE, PORT, UPSTREAM, Settings
 from eoepca_security.transport import ca_bundle
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
 
 
-def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | None = None) -> int:
+def run(
+    settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | None = None, log_format: str = "text"
+) -> int:
     """Run the proxy until it is told to stop; return the exit code.
 
     `extra` are mitmdump's own arguments. `on_started` is called in the event loop once the first refresh has ended.
+    `log_format` is one of `logs.FORMATS`.
     A rejected credential ends the start with exit code 1.
     """
     if settings.upstream is None:
         raise SettingsError(f"{UPSTREAM.env}: is required")
-    exit_code = 0
+    exit_code, starting = 0, True
+
+    def ends_the_start(record: logging.LogRecord) -> bool:
+        return starting and f"({CredentialsRejected.code})" in record.getMessage()
 
     class Master(DumpMaster):
         def __init__(self, options: Options) -> None:
@@ -43,21 +50,23 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             # Ours rather than mitmproxy's defaults, which arguments and its config file may change: our start-up line
             # and what goes wrong, not a line for every connection and request.
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
+            set_format(self, log_format, without=ends_the_start)
             self.event_loop.set_exception_handler(_ignore_cancelled)
             # At the end of the chain: whatever other add-ons do to a request, ours has the last word.
             self.addons.add(OIDCAuthProxy(settings, self._started))
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
-            nonlocal exit_code
+            nonlocal exit_code, starting
+            starting = False
             if isinstance(failure, CredentialsRejected):
                 exit_code = 1
-                print(f"{failure.code}: {failure}", file=sys.stderr)  # noqa: T201  the command's own output
+                complain(f"{failure.code}: {failure}", log_format)
                 super().shutdown()  # type: ignore[no-untyped-call]
             elif on_started is not None:
                 on_started(self, listener, failure)
 
     if problem := cannot_listen(settings.host, settings.port):
-        print(f"{PORT.env}: {problem}", file=sys.stderr)  # noqa: T201  as below
+        complain(f"{PORT.env}: {problem}", log_format)
         return 1
     with _upstream_trust(settings) as trust_arguments, _writable_confdir() as confdir:
         arguments = [

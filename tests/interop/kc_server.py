@@ -51,6 +51,7 @@ class Client:
 
 CONFIDENTIAL = Client("eoepca-confidential", "test-only-client-secret")
 PUBLIC = Client("eoepca-public")
+INTERACTIVE = Client("eoepca-login")  # for users who log in themselves, by device or by browser
 USERNAME = "alice"
 PASSWORD = "test-only-password"
 AUDIENCE = "eoepca-service"

@@ -25,7 +25,6 @@ from kc_server import (
     Client,
     Keycloak,
     Tokens,
-    running_keycloak,
 )
 from kc_service import Seen, Service, running_service
 
@@ -118,18 +117,6 @@ class Launch:
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack
-
-
-@pytest.fixture(scope="module")
-def keycloak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keycloak]:
-    with running_keycloak(tmp_path_factory.mktemp("keycloak")) as keycloak:
-        yield keycloak
-
-
-@pytest.fixture(scope="module")
-def service(keycloak: Keycloak) -> Iterator[Service]:
-    with running_service(keycloak.issuer(REALM), AUDIENCE) as service:
-        yield service
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,114 @@
+"""What the proxy's log looks like: a summary for people at a terminal, lines in files, JSON for machines."""
+
+import io
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from mitmproxy.addons.termlog import TermLog
+from mitmproxy.log import MitmFormatter
+from mitmproxy.master import Master
+
+FORMATS: Final = ("text", "json")
+
+STARTED: Final = "OIDC proxy listening at %s -> %s as %s; access tokens live %d s"
+"""The line that says that the proxy works: its URL, the service, whose token it is, seconds."""
+
+QUIET: Final = 60.0
+"""Seconds without it after which a message that was repeated counts as news."""
+
+
+def set_format(master: Master, log_format: str, *, without: Callable[[logging.LogRecord], bool]) -> None:
+    """Let mitmproxy's log be in one of the `FORMATS`, `without` what is told elsewhere and without repeats."""
+    addon = master.addons.get("termlog")
+    if not isinstance(addon, TermLog):
+        return
+    addon.logger.addFilter(lambda record: not without(record))
+    addon.logger.addFilter(NoRepeats())
+    if log_format == "json":
+        addon.logger.setFormatter(JsonFormatter())
+    elif sys.stdout.isatty():
+        addon.logger.setFormatter(SummaryFormatter(colorize=True))
+
+
+def complain(message: str, log_format: str) -> None:
+    """Write what ends a command to standard error."""
+    if log_format == "json":
+        record = logging.LogRecord("eoepca_security.proxy", logging.ERROR, "", 0, message, None, None)
+        message = JsonFormatter().format(record)
+    print(message, file=sys.stderr)  # noqa: T201  the command's own output
+
+
+class NoRepeats(logging.Filter):
+    """Lets a warning pass only if its logger's message before it was another one, or is long ago."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._now = now
+        self._last: dict[str, tuple[str, float]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether to show a record."""
+        message, now = record.getMessage(), self._now()
+        before, at = self._last.get(record.name, ("", 0.0))
+        self._last[record.name] = (message, now)
+        return record.levelno < logging.WARNING or message != before or now - at > QUIET
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object on a line: `time` (UTC), `level`, `logger`, `message`; what is known of the start, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        members: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            # mitmproxy has one of its own, between information and warning.
+            "level": "info" if record.levelname == "ALERT" else record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            members["exception"] = self.formatException(record.exc_info)
+        if record.msg is STARTED and isinstance(record.args, tuple):
+            members |= zip(("listener", "upstream", "identity", "lifetime"), record.args, strict=True)
+        return json.dumps(members)
+
+
+class SummaryFormatter(MitmFormatter):
+    """As mitmproxy's, but the start is more than a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line or the summary."""
+        if record.msg is STARTED and isinstance(record.args, tuple):
+            return _summary(*map(str, record.args))
+        return super().format(record)
+
+
+def _summary(listener: str, upstream: str, identity: str, lifetime: str) -> str:
+    from rich.console import Console  # noqa: PLC0415  nobody else has to wait for it
+    from rich.panel import Panel  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(overflow="fold")
+    for name, value in (
+        ("listening at", Text(listener, "bold")),
+        ("forwarding to", Text(upstream)),
+        ("as", Text(identity)),
+        ("with tokens of", Text(f"{lifetime} s, renewed in time")),
+        ("try", Text(f"curl {listener}/")),
+    ):
+        rows.add_row(name, value)
+    encoding = (sys.stdout.encoding or "ascii").lower()
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    console = Console(file=out, force_terminal=True, width=min(shutil.get_terminal_size().columns, 100))
+    console.print(Panel(rows, title="OIDC proxy", subtitle="Ctrl-C ends it", border_style="green", expand=False))
+    out.seek(0)
+    return out.read().rstrip("\n")

@@ -1,0 +1,19 @@
+"""One Keycloak for all the tests of this folder."""
+
+from collections.abc import Iterator
+
+import pytest
+from kc_server import AUDIENCE, REALM, Keycloak, running_keycloak
+from kc_service import Service, running_service
+
+
+@pytest.fixture(scope="session")
+def keycloak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keycloak]:
+    with running_keycloak(tmp_path_factory.mktemp("keycloak")) as keycloak:
+        yield keycloak
+
+
+@pytest.fixture(scope="session")
+def service(keycloak: Keycloak) -> Iterator[Service]:
+    with running_service(keycloak.issuer(REALM), AUDIENCE) as service:
+        yield service
