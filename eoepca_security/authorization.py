@@ -58,6 +58,7 @@ class DeviceAuthorization:
     """A login that a user has to confirm in a browser (RFC 8628 §3.2); times are in seconds."""
 
     device_code: str = field(repr=False)
+    verifier: str = field(repr=False)
     user_code: str
     verification_uri: str
     expires_in: float
@@ -84,18 +85,32 @@ class AuthorizationRequest:
     verifier: str = field(repr=False)
 
 
-def build_device_request(client: Client, metadata: ProviderMetadata, scope: str, *, now: float) -> TokenRequest:
-    """Build a device authorization request (RFC 8628 §3.1); raises CredentialsRejected where there is no such thing."""
+def new_verifier() -> str:
+    """Return a secret that proves later that it was we who began a login (RFC 7636 §4.1)."""
+    return secrets.token_urlsafe(48)
+
+
+def build_device_request(
+    client: Client, metadata: ProviderMetadata, scope: str, verifier: str, *, now: float
+) -> TokenRequest:
+    """Build a device authorization request (RFC 8628 §3.1); raises CredentialsRejected where there is no such thing.
+
+    With PKCE, which RFC 8628 does not know of: Keycloak asks for it where it does so for browsers.
+    """
     url = metadata.device_authorization_endpoint
     if url is None:
         raise CredentialsRejected("the issuer does not offer the device authorization grant: use login --browser")
-    return build_client_request(client, metadata, url, {"client_id": client.client_id, "scope": scope}, now=now)
+    form = {"client_id": client.client_id, "scope": scope, **_challenge(verifier)}
+    return build_client_request(client, metadata, url, form, now=now)
 
 
 def read_device_response(
-    status: int, body: bytes, *, secrets: Collection[str] = (), allow_http: bool = False
+    status: int, body: bytes, verifier: str, *, secrets: Collection[str] = (), allow_http: bool = False
 ) -> DeviceAuthorization:
-    """Read the device authorization endpoint's answer; raises CredentialsRejected or IssuerUnavailable."""
+    """Read the device authorization endpoint's answer to a request with `verifier`.
+
+    Raises CredentialsRejected or IssuerUnavailable.
+    """
     answer = read_answer(status, body, secrets=secrets, remedies=_REMEDIES, endpoint="device authorization")
     device_code, user_code = (read_text(answer.get(name), "[ -~]{1,2000}") for name in ("device_code", "user_code"))
     expires_in = read_seconds(answer.get("expires_in"))
@@ -106,14 +121,19 @@ def read_device_response(
     if device_code is None or user_code is None or uri is None or expires_in is None:
         raise IssuerUnavailable("the device authorization endpoint's answer lacks what RFC 8628 §3.2 asks for")
     interval = read_seconds(answer.get("interval")) or POLL_INTERVAL
-    return DeviceAuthorization(device_code, printable(user_code, 64), uri, expires_in, interval, complete)
+    return DeviceAuthorization(device_code, verifier, printable(user_code, 64), uri, expires_in, interval, complete)
 
 
 def build_device_token_request(
-    client: Client, metadata: ProviderMetadata, device_code: str, *, now: float
+    client: Client, metadata: ProviderMetadata, device: DeviceAuthorization, *, now: float
 ) -> TokenRequest:
     """Build a poll for the tokens of a device login (RFC 8628 §3.4)."""
-    form = {"grant_type": DEVICE_GRANT, "device_code": device_code, "client_id": client.client_id}
+    form = {
+        "grant_type": DEVICE_GRANT,
+        "device_code": device.device_code,
+        "client_id": client.client_id,
+        "code_verifier": device.verifier,
+    }
     return build_client_request(client, metadata, metadata.token_endpoint, form, now=now)
 
 
@@ -142,7 +162,7 @@ def build_authorization_request(
     endpoint = metadata.authorization_endpoint
     if endpoint is None:
         raise CredentialsRejected("the issuer does not offer logins by browser: use login without --browser")
-    state, nonce, verifier = (secrets.token_urlsafe(48) for _ in range(3))
+    state, nonce, verifier = (new_verifier() for _ in range(3))
     parameters = {
         "response_type": "code",
         "client_id": client.client_id,
@@ -150,8 +170,7 @@ def build_authorization_request(
         "scope": scope,
         "state": state,
         "nonce": nonce,
-        "code_challenge": _unpadded(hashlib.sha256(verifier.encode()).digest()),
-        "code_challenge_method": "S256",
+        **_challenge(verifier),
     }
     if "offline_access" in scope.split():
         parameters["prompt"] = "consent"  # OpenID Connect Core §11: without it an issuer may give no refresh token
@@ -231,5 +250,7 @@ def read_revocation_response(status: int, body: bytes, *, secrets: Collection[st
         read_answer(status, body, secrets=secrets, endpoint="revocation")
 
 
-def _unpadded(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+def _challenge(verifier: str) -> dict[str, str]:
+    digest = hashlib.sha256(verifier.encode()).digest()
+    challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+    return {"code_challenge": challenge, "code_challenge_method": "S256"}

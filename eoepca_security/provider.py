@@ -20,6 +20,7 @@ from eoepca_security.authorization import (
     build_device_request,
     build_device_token_request,
     build_revocation_request,
+    new_verifier,
     read_code_response,
     read_device_response,
     read_device_token_response,
@@ -117,15 +118,16 @@ class Provider:
 
     def begin_device_login(self, scope: str) -> DeviceAuthorization:
         """Ask for a login that a user confirms elsewhere (RFC 8628); raises as `request_token` does."""
-        request = build_device_request(self._client, self.metadata(), scope, now=self.now())
+        verifier = new_verifier()
+        request = build_device_request(self._client, self.metadata(), scope, verifier, now=self.now())
         answer = self._post(request)
         return read_device_response(
-            answer.status, answer.body, secrets=self._secrets(request), allow_http=self._allow_http
+            answer.status, answer.body, verifier, secrets=self._secrets(request), allow_http=self._allow_http
         )
 
     def poll_device_login(self, device: DeviceAuthorization) -> TokenResponse | Pending:
         """Ask once whether that has happened; raises as `request_token` does, CredentialsRejected when it is over."""
-        request = build_device_token_request(self._client, self.metadata(), device.device_code, now=self.now())
+        request = build_device_token_request(self._client, self.metadata(), device, now=self.now())
         answer = self._post(request)
         return read_device_token_response(
             answer.status, answer.body, retry_after=_retry_after(answer), secrets=self._secrets(request)

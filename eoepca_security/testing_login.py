@@ -105,7 +105,7 @@ class Logins:
             if behaviour.polls:
                 return behaviour.polls.pop(0), None
         del self._started[code]
-        if not by_device and not _fits(started.form, form):
+        if not _fits(started.form, form):
             return "invalid_grant", None
         return None, started.form.get("nonce")
 
@@ -117,7 +117,7 @@ class Logins:
 
 
 def _fits(query: Mapping[str, str], form: Mapping[str, str]) -> bool:
-    """Tell whether a code is redeemed by who asked for it (RFC 6749 §4.1.3, RFC 7636 §4.6)."""
+    """Tell whether a code of either kind is redeemed by who asked for it (RFC 6749 §4.1.3, RFC 7636 §4.6)."""
     digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
     challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-    return query.get("code_challenge") == challenge and query["redirect_uri"] == form.get("redirect_uri")
+    return query.get("code_challenge") == challenge and query.get("redirect_uri") == form.get("redirect_uri")

@@ -84,7 +84,8 @@ def test_a_device_login_shows_code_and_place_and_keeps_the_session(
     assert session is not None
     assert str(tmp_path / "store") in out
     assert session.refresh_token not in out
-    assert issuer.logins.seen == [{"client_id": "client", "scope": "openid offline_access"}]
+    (seen,) = issuer.logins.seen
+    assert (seen["client_id"], seen["scope"]) == ("client", "openid offline_access")
     code, token, _ = run("token")
     assert code == 0
     assert issuer.accepts(token.strip())

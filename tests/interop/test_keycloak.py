@@ -29,6 +29,7 @@ from kc_server import (
 from kc_service import Seen, Service, running_service
 
 # The first test waits for the download and the start of Keycloak too; each wait inside has a deadline of its own.
+pytest_plugins = ["kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"

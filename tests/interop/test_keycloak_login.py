@@ -19,8 +19,9 @@ from kc_service import Service
 
 pytest.importorskip("selenium")
 
-from kc_browser import chromium, grant, log_in, wait_for_text  # noqa: E402  needs selenium
+from kc_browser import chromium, grant, log_in, wait_for_text
 
+pytest_plugins = ["kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.browser, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
@@ -71,7 +72,7 @@ def newcomer(keycloak: Keycloak, service: Service, tmp_path: Path) -> Iterator[N
 
 def url_in(login: Child) -> str:
     login.wait_until(lambda: re.search(r"^  http\S+$", login.output(), re.MULTILINE) is not None, SECONDS)
-    return re.findall(r"^  (http\S+)$", login.output(), re.MULTILINE)[0]
+    return str(re.findall(r"^  (http\S+)$", login.output(), re.MULTILINE)[0])
 
 
 def assert_a_session_that_works(newcomer: Newcomer, login: Child) -> None:

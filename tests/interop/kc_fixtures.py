@@ -1,4 +1,4 @@
-"""One Keycloak for all the tests of this folder."""
+"""One Keycloak for all the tests of this folder, as a plugin: a second conftest.py would hide the first."""
 
 from collections.abc import Iterator
 
