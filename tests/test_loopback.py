@@ -1,0 +1,108 @@
+"""The place that a browser comes back to: what it takes, and what it shows."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from eoepca_security.proxy.loopback import Loopback, Parameters
+
+
+@pytest.fixture
+def loopback() -> Iterator[Loopback]:
+    with Loopback() as loopback:
+        loopback.is_expected = lambda parameters: ("state", "right") in parameters
+        yield loopback
+
+
+@pytest.fixture
+def browser() -> Iterator[httpx.Client]:
+    with httpx.Client(trust_env=False, timeout=20) as client:
+        yield client
+
+
+def come_back(loopback: Loopback, browser: httpx.Client, *, ok: bool = True) -> tuple[Parameters, httpx.Response]:
+    with ThreadPoolExecutor(1) as pool:
+        response = pool.submit(browser.get, f"{loopback.redirect_uri}?code=x%26y&state=right&empty=")
+        parameters = loopback.wait(10)
+        loopback.finish("A <title>", "as <b>alice</b> & co", ok=ok)
+        return parameters, response.result()
+
+
+def test_the_right_redirect_is_taken_and_answered_with_what_became_of_it(
+    loopback: Loopback, browser: httpx.Client
+) -> None:
+    parameters, response = come_back(loopback, browser)
+    assert list(parameters) == [("code", "x&y"), ("state", "right"), ("empty", "")]
+    assert response.status_code == 200
+    assert "<h1>A &lt;title&gt;</h1>" in response.text
+    assert "as &lt;b&gt;alice&lt;/b&gt; &amp; co" in response.text
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert response.headers["Connection"] == "close"
+
+
+def test_a_failed_login_has_another_status(loopback: Loopback, browser: httpx.Client) -> None:
+    assert come_back(loopback, browser, ok=False)[1].status_code == 400
+
+
+def test_the_page_may_load_nothing_and_keeps_its_address_to_itself(loopback: Loopback, browser: httpx.Client) -> None:
+    _, response = come_back(loopback, browser)
+    policy = response.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; style-src 'sha256-")
+    assert "unsafe" not in policy
+    assert (response.headers["Referrer-Policy"], response.headers["Cache-Control"]) == ("no-referrer", "no-store")
+    assert not re.search(r"https?:|src=|href=|<script", response.text)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("GET", "/callback?state=wrong", {}, 400),
+        ("GET", "/callback", {}, 400),
+        ("GET", "/callback?" + "&".join(f"a{n}=1" for n in range(30)) + "&state=right", {}, 400),
+        ("GET", "/callback/?state=right", {}, 404),
+        ("GET", "/?state=right", {}, 404),
+        ("GET", "/callback?state=right", {"Host": "evil.example"}, 404),
+        ("GET", "/callback?state=right", {"Host": "localhost"}, 404),
+        ("POST", "/callback?state=right", {}, 405),
+        ("HEAD", "/callback?state=right", {}, 405),
+        ("OPTIONS", "/callback?state=right", {}, 405),
+    ],
+)
+def test_whatever_else_comes_is_refused_and_changes_nothing(
+    method: str, path: str, headers: dict[str, str], status: int, loopback: Loopback, browser: httpx.Client
+) -> None:
+    url = loopback.redirect_uri.removesuffix("/callback")
+    response = browser.request(method, url + path, headers=headers)
+    assert response.status_code == status
+    assert ("Allow" in response.headers) == (status == 405)
+    assert "Access-Control-Allow-Origin" not in response.headers
+    with pytest.raises(TimeoutError):
+        loopback.wait(0)
+    assert come_back(loopback, browser)[1].status_code == 200
+
+
+def test_only_the_first_of_several_is_taken(loopback: Loopback, browser: httpx.Client) -> None:
+    come_back(loopback, browser)
+    assert browser.get(f"{loopback.redirect_uri}?state=right").status_code == 410
+
+
+def test_it_listens_on_loopback_only_and_not_after_its_time() -> None:
+    with Loopback() as loopback:
+        uri = loopback.redirect_uri
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/callback", uri)
+        assert loopback._server._server.server_address[0] == "127.0.0.1"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(uri, trust_env=False)
+
+
+def test_the_browser_is_answered_before_the_server_ends(browser: httpx.Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with Loopback() as loopback:
+            loopback.is_expected = lambda _parameters: True
+            answer = pool.submit(browser.get, f"{loopback.redirect_uri}?state=s")
+            loopback.wait(10)
+            loopback.finish("Done", "", ok=True)
+        assert "Done" in answer.result().text
