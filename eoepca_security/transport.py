@@ -292,7 +292,8 @@ def _explain_one(cause: BaseException) -> tuple[str, str] | None:
     if isinstance(cause, ConnectionRefusedError):
         return "refused", "the connection was refused"
     if isinstance(cause, ssl.SSLError):
-        return "no_tls", f"no TLS there ({cause.reason or 'handshake failed'}); is it http:// rather than https://?"
+        what = getattr(cause, "reason", None) or "handshake failed"  # Python's own have none
+        return "no_tls", f"no TLS there ({what}); is it http:// rather than https://?"
     # The library keeps the status of a proxy's refusal in the words alone.
     if refusal := re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)):
         return "proxy", f"the proxy answered {refusal[1]}"

@@ -28,6 +28,7 @@ def test_env_example_shows_the_defaults() -> None:
         "OPEN_ID_CONNECT_CLIENT_AUTH": "auto",
         "OPEN_ID_CONNECT_GRANT": "refresh_token",
         "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP": "false",
+        "REMOTE_PROTECTED_ENDPOINT": "/",
         "TLS_NO_VERIFY": "false",
         "PROXY_HOST": "127.0.0.1",
         "PROXY_PORT": "8080",

@@ -1,5 +1,6 @@
 """The command line, called in this process: what it prints and how it ends."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -110,7 +111,14 @@ def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "arguments", [["bogus"], ["--bogus"], ["serve", "extra"], ["token", "--", "--set", "x=y"], ["demo", "--", "-q"]]
+    "arguments",
+    [
+        ["bogus"],
+        ["--bogus"],
+        ["serve", "extra"],
+        ["serve", "--log-format", "xml"],
+        *([verb, "--", "--set", "x=y"] for verb in ("check", "login", "logout", "token", "demo")),
+    ],
 )
 def test_wrong_arguments_end_with_2(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
@@ -120,5 +128,23 @@ def test_wrong_arguments_end_with_2(arguments: Sequence[str], capsys: pytest.Cap
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for word in ("serve", "token", "demo", "Examples:"):
+    for word in ("serve", "check", "login", "logout", "token", "demo", "Examples:"):
         assert word in out
+
+
+@pytest.mark.parametrize("verb", ["serve", "check", "login", "logout", "token", "demo"])
+def test_help_of_each_command_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"Examples?:\n.*run-mitmproxy\.py {verb}", out)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("_RUN_MITMPROXY_PY_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "run-mitmproxy.py log")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.split() == ["plain,login", "plain,logout"]

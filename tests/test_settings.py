@@ -44,6 +44,14 @@ def test_defaults() -> None:
     assert settings.warnings == ()
 
 
+def test_a_session_is_needed_only_where_that_is_said() -> None:
+    without = GOOD | {"OPEN_ID_REFRESH_TOKEN": ""}
+    (problem,) = problems(without)
+    assert problem.startswith("OPEN_ID_REFRESH_TOKEN: ")
+    assert "run-mitmproxy.py login" in problem
+    assert read_settings(without, need_session=False).refresh_token is None
+
+
 def test_secrets_do_not_show() -> None:
     secrets = {
         "OPEN_ID_REFRESH_TOKEN": "canary-1",

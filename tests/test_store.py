@@ -49,6 +49,25 @@ def test_each_session_has_a_file_of_its_own(folder: Path) -> None:
     assert store_in(folder, origin=None).read() is None
 
 
+def test_a_session_is_forgotten(folder: Path, file: Path) -> None:
+    store = store_in(folder)
+    assert store.path == file
+    other = store_in(folder, client_id="other")
+    other.write(SESSION)
+    for _ in range(2):
+        with store.locked():
+            store.forget()
+        assert (store.read(), store.changed_at()) == (None, 0)
+    assert other.read() == SESSION
+
+
+def test_what_cannot_be_forgotten_is_told(folder: Path, file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(StoreError, match="cannot be removed"):
+        store_in(folder).forget()
+
+
 def test_only_the_owner_can_look(folder: Path) -> None:
     old = os.umask(0)
     try:

@@ -63,7 +63,7 @@ def test_discovery_names_the_issuers_own_endpoints(issuer: FakeIssuer, http: req
     assert discovery.status_code == 200
     assert document["issuer"] == issuer.url
     assert document["token_endpoint_auth_methods_supported"] == list(ALL_AUTH_METHODS)
-    assert document["grant_types_supported"] == ["refresh_token", "client_credentials"]
+    assert set(document["grant_types_supported"]) >= {"refresh_token", "client_credentials", "authorization_code"}
     assert http.get(document["jwks_uri"]).json() == issuer.jwks()
     form = {"grant_type": "refresh_token", "refresh_token": issuer.refresh_token, "client_id": "client"}
     answer = http.post(document["token_endpoint"], data=form)

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from helpers_network import PATIENCE, RawServer, drips, http, replies, says_nothing
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.transport import MAX_BODY, Answer, HttpTransport, _DeadlineAdapter, ca_bundle, trust
+from eoepca_security.transport import MAX_BODY, Answer, HttpTransport, _DeadlineAdapter, ca_bundle, explain, trust
 
 SHORT = 0.2
 """A deadline that passes in these tests, in seconds."""
@@ -542,6 +542,29 @@ def test_an_untrusted_certificate_is_named_with_the_remedy(transport: HttpTransp
         transport.get(server.url, timeout=PATIENCE)
 
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TimeoutError(), "timeout"),
+        (requests.ConnectionError(TimeoutError()), "timeout"),
+        (requests.ConnectionError(ConnectionRefusedError()), "refused"),
+        (OSError("Tunnel connection failed: 407 Proxy Authentication Required"), "proxy"),
+        (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER]"), "no_tls"),
+        (ConnectionResetError(), "ended"),
+    ],
+)
+def test_what_kind_of_trouble_the_network_had(error: Exception, kind: str) -> None:
+    assert explain(error)[0] == kind
+
+
+def test_the_kind_of_trouble_goes_with_the_error(transport: HttpTransport) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(IssuerUnavailable) as caught:
+        transport.get(f"http://127.0.0.1:{port}/", timeout=5)
+    assert (caught.value.cause, caught.value.by_proxy) == ("refused", False)
 
 
 def test_a_certificate_for_another_address_is_refused(authority: Authority) -> None:

@@ -46,7 +46,7 @@ Examples:
 
 PRINT_EPILOG = """\b
 Example:
-  curl -H "Authorization: Bearer $(run-mitmproxy.py token)" https://service.example/
+  TOKEN=$(run-mitmproxy.py token)
 """
 
 DEMO_EPILOG = """\b
@@ -57,8 +57,8 @@ Examples:
 
 LOGIN_EPILOG = """\b
 Examples:
-  run-mitmproxy.py login                      show a code, and wait until it is confirmed
-  run-mitmproxy.py login --browser            open a browser, and wait until it comes back
+  run-mitmproxy.py login                show a code, and wait for it
+  run-mitmproxy.py login --browser      open a browser on this machine
   run-mitmproxy.py login --scope "openid read"
 """
 
