@@ -385,6 +385,7 @@ def test_a_token_that_only_the_service_can_read(settings: Settings, issuer: Fake
         (401, {"WWW-Authenticate": 'Bearer error="invalid_token"'}, "which is for service"),
         (401, {"WWW-Authenticate": 'Basic realm="x"'}, "other credentials than a Bearer token"),
         (403, {"WWW-Authenticate": 'Bearer error="insufficient_scope", scope="write"'}, "so that it has write"),
+        (401, {}, "which is for service"),
         (403, {}, "ask whoever runs it for the role"),
         (
             302,
@@ -397,6 +398,20 @@ def test_a_token_that_only_the_service_can_read(settings: Settings, issuer: Fake
 def test_a_service_that_refuses_the_token(status: int, headers: dict[str, str], says: str, settings: Settings) -> None:
     with LocalServer(answers(status, headers)) as server:
         assert says in remedy(replace(settings, upstream=server.url), "upstream")
+
+
+def test_a_service_that_repeats_the_token_in_its_refusal(settings: Settings, issuer: FakeIssuer) -> None:
+    class Echo(Handler):
+        def respond(self) -> None:
+            given = self.headers["Authorization"].removeprefix("Bearer ")
+            said = f'Bearer error="invalid_token", error_description="bad: {given}"'
+            self.answer(401, {}, {"WWW-Authenticate": said})
+
+    issuer.behaviour.opaque = True
+    with LocalServer(Echo) as server:
+        step = run(replace(settings, upstream=server.url))["upstream"]
+    assert 'error="invalid_token"' in step.detail
+    assert "opaque-" not in step.detail
 
 
 @pytest.mark.parametrize("status", [200, 204, 302, 404, 405])

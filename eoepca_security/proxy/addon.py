@@ -173,7 +173,10 @@ class OIDCAuthProxy:
 
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
         """Say what keeps requests from the service; the client gets mitmproxy's 502."""
-        logger.warning("the protected service cannot be reached: %s", printable(data.server.error))
+        logger.warning(
+            "the protected service cannot be reached: %s; `run-mitmproxy.py check` says what to do",
+            printable(data.server.error),
+        )
 
     async def _authorize(self, flow: HTTPFlow) -> None:
         # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves

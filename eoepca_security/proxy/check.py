@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, StoreError, TokenInvalid
-from eoepca_security.protocol import Client, choose_auth_method, printable
+from eoepca_security.protocol import Client, choose_auth_method, printable, without_secrets
 from eoepca_security.proxy.diagnosis import (
     CLOCK,
     LOGIN,
@@ -52,6 +52,11 @@ MAX_SKEW: Final = 10.0
 
 UPSTREAM_TIMEOUT: Final = 10.0
 """Seconds that the protected service may take, as a whole."""
+
+PROBE_TIMEOUT: Final = 2.0
+"""Seconds that whatever has our port may take to say what it is."""
+
+T = TypeVar("T")
 
 _CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
 
@@ -231,15 +236,15 @@ class _Run:
         url = str(settings.upstream)
         place = Place(UPSTREAM, url, self._in_container)
         try:
-            reply = asyncio.run(_bounded(lambda: _ask(settings, self._token.value)))
+            reply = _bounded(lambda: _ask(settings, self._token.value), UPSTREAM_TIMEOUT)
         except (OSError, http.client.HTTPException, ValueError) as error:
             cause, reason = explain(error)
             raise _Fault(f"{url} cannot be reached: {reason}", network_remedy(place, cause, by_proxy=False)) from None
         remedy = refusal_remedy(place, reply, audience=_audience(self._token))
         answered = f"{url}{settings.endpoint} answered {reply.status}"
         if remedy is not None:
-            challenge = reply.headers.get("www-authenticate")
-            raise _Fault(f"{answered} ({printable(challenge)})" if challenge else answered, remedy)
+            challenge = without_secrets(reply.headers.get("www-authenticate"), (self._token.value,))
+            raise _Fault(f"{answered} ({challenge})" if challenge else answered, remedy)
         return answered
 
     def _obtain(self) -> None:
@@ -331,9 +336,14 @@ class _Recorder:
         return answer
 
 
-async def _bounded(function: Callable[[], Reply]) -> Reply:
-    async with asyncio.timeout(UPSTREAM_TIMEOUT):
-        return await in_thread(function)
+def _bounded(function: Callable[[], T], timeout: float) -> T:
+    """Call what has a bound for each of its steps only; raises TimeoutError after so many seconds."""
+
+    async def call() -> T:
+        async with asyncio.timeout(timeout):
+            return await in_thread(function)
+
+    return asyncio.run(call())
 
 
 def _ask(settings: Settings, token: str) -> Reply:
@@ -349,7 +359,7 @@ def _ask(settings: Settings, token: str) -> Reply:
     try:
         connection.request("GET", settings.endpoint, headers={"Authorization": f"Bearer {token}", "Accept": "*/*"})
         response = connection.getresponse()
-        headers = {name.lower(): value for name, value in response.getheaders()}
+        headers = {name.lower(): response.getheader(name, "") for name, _ in response.getheaders()}
         return Reply(response.status, headers, response.read(4096) if response.status == 400 else b"")
     finally:
         connection.close()
@@ -357,14 +367,20 @@ def _ask(settings: Settings, token: str) -> Reply:
 
 def _is_our_proxy(host: str, port: int) -> bool:
     """Tell whether what listens there answers as our proxies do to a name that is not theirs."""
-    connection = http.client.HTTPConnection({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, timeout=2)  # noqa: S104  compared with
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared with, not bound to
+
+    def ask() -> bool:
+        connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT)
+        try:
+            connection.request("HEAD", "/", headers={"Host": "check.invalid"})
+            return connection.getresponse().getheader("X-OIDC-Proxy-Error") is not None
+        finally:
+            connection.close()
+
     try:
-        connection.request("HEAD", "/", headers={"Host": "check.invalid"})
-        return connection.getresponse().getheader("X-OIDC-Proxy-Error") is not None
+        return _bounded(ask, PROBE_TIMEOUT)
     except (OSError, http.client.HTTPException):
         return False
-    finally:
-        connection.close()
 
 
 def _audience(token: AccessToken) -> str:

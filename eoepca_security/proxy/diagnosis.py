@@ -154,7 +154,7 @@ def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:
     """
     challenge = reply.headers.get("www-authenticate", "")
     match reply.status:
-        case 401 if "error=" not in challenge and not challenge.lower().startswith("bearer"):
+        case 401 if challenge and "bearer" not in challenge.lower():
             return f"the service wants other credentials than a Bearer token: is {UPSTREAM.env} the right service?"
         case 401:
             return (
