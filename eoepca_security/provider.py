@@ -92,8 +92,11 @@ class Provider:
 
         Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
         """
+        metadata = self.metadata()
+        if not metadata.token_endpoint:
+            raise IssuerUnavailable(f"{self._discovery_url} names no token_endpoint")
         request = build_token_request(
-            self._client, self.metadata(), now=self.now(), refresh_token=refresh_token, scope=self._scope
+            self._client, metadata, now=self.now(), refresh_token=refresh_token, scope=self._scope
         )
         answer = self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
         return read_token_response(
@@ -115,11 +118,12 @@ class Provider:
         """
         return await self._confirm(read_access_token(token, policy, now=self.now()))
 
-    async def verify_id_token(self, token: str, client_ids: Collection[str], leeway: float) -> Unverified:
-        """Do the same with an ID token of one of these clients; what is returned has been verified."""
+    async def verify_id_token(
+        self, token: str, client_ids: Collection[str], leeway: float
+    ) -> tuple[dict[str, Any], str]:
+        """Do the same with an ID token of one of these clients; return its algorithm too."""
         unverified = read_id_token(token, client_ids, leeway=leeway, now=self.now())
-        await self._confirm(unverified)
-        return unverified
+        return await self._confirm(unverified), unverified.header.alg
 
     async def _confirm(self, token: Unverified) -> dict[str, Any]:
         claims = (await self._keys.soon()).confirm(token)
@@ -235,7 +239,7 @@ class _Cached(Generic[T]):
         with self._lock:
             now, self._fetching = self._now(), None
             if not isinstance(outcome, BaseException):
-                self._value, self._fetched_at = outcome, self._attempted_at
+                self._value, self._fetched_at, self._failure = outcome, self._attempted_at, None
             elif isinstance(outcome, IssuerUnavailable):
                 self._failure = outcome
                 self._failure_until = now + max(FAILURE_PAUSE, now - self._attempted_at)

@@ -694,6 +694,8 @@ async def test_a_failure_is_shared_for_a_moment_and_logged_once(
         assert (await get(app, headers)).status_code == 503
     assert own_issuer.fetches == {"openid-configuration": 1}
     assert [record.getMessage().startswith("requests get 503: ") for record in caplog.records] == [True]
+    assert scheme._reported is not None
+    assert scheme._reported.__traceback__ is None  # it would keep the tokens of the requests that share it
     own_issuer.behaviour.down = False
     clock.ahead += FAILURE_PAUSE + 1
 

@@ -398,6 +398,15 @@ def test_no_token_is_asked_for_without_discovery(provider: Provider, transport: 
     assert transport.posts == []
 
 
+def test_no_token_is_asked_for_without_token_endpoint_but_keys_are_used(verifying: "Verifying") -> None:
+    verifying.transport.replies[DISCOVERY] = discovery(token_endpoint=...)
+
+    with pytest.raises(IssuerUnavailable, match=rf"{DISCOVERY} names no token_endpoint"):
+        verifying.provider.request_token(REFRESH_TOKEN)
+    assert verifying.transport.posts == []
+    assert verifying.provider.verify(verifying.token(), "service")["sub"] == "u-1"
+
+
 def test_each_token_request_is_sent_once_even_when_it_fails(provider: Provider, transport: FakeTransport) -> None:
     transport.replies[TOKEN] = down()
 
