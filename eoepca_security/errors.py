@@ -41,8 +41,8 @@ class TokenError(SecurityError):
 class IssuerUnavailable(TokenError):
     """The issuer is unreachable, slow, failing, or not speaking its protocol.
 
-    `retry_after` is what the issuer asked for, in seconds, or None. `was_sent` says that the request had left and its
-    answer was lost, so that it may have been served.
+    `retry_after` is what the issuer asked for, in seconds, or None. `was_sent` says that the request had left and no
+    sensible answer came, so that it may have been served all the same.
     """
 
     code = "issuer_unavailable"
@@ -62,10 +62,12 @@ class CredentialsRejected(TokenError):
 class TokenInvalid(TokenError):
     """A token fails a check: shape, signature, issuer, audience or time.
 
-    `claim` is the claim that is wrong, where one is.
+    `claim` is the claim that is wrong, where one is. `refresh_token` is the one that came with the token: it must
+    not be lost, as the one before may be used up.
     """
 
     code = "token_invalid"
+    refresh_token: str | None = None
 
     def __init__(self, message: str, *, claim: str | None = None) -> None:
         super().__init__(message)

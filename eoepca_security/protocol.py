@@ -122,6 +122,7 @@ class TokenResponse:
     refresh_token: str | None = field(default=None, repr=False)
     refresh_expires_in: float | None = None
     """Keycloak's: how long the refresh token lives. None where there is no end, as for offline sessions."""
+    id_token: str | None = field(default=None, repr=False)
 
 
 def is_loopback(host: str | None) -> bool:
@@ -275,30 +276,45 @@ def read_token_response(
     (everything else).
     """
     if status == 429 or status >= 500:
-        raise IssuerUnavailable(f"the token endpoint answered {status}", retry_after=retry_after)
+        message = f"the token endpoint answered {status}"
+        raise IssuerUnavailable(message, retry_after=retry_after, was_sent=status != 429)
     try:
         answer = parse_object(body)
     except ValueError as error:
         raise IssuerUnavailable(
-            f"the token endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
+            f"the token endpoint answered {status}, not with the JSON it owes: {_first_words(error)}", was_sent=True
         ) from None
-    if status != 200:
+    # RFC 6749 §5.1 says 200; who answers 201 has issued the tokens all the same.
+    if not 200 <= status < 300:
         _raise_token_error(status, answer, secrets)
-    access_token = answer.get("access_token")
-    # Visible ASCII: anything else would end the header line that the token goes into, or its word (RFC 6750 §2.1).
-    if not isinstance(access_token, str) or not re.fullmatch(r"[!-~]+", access_token):
+    refresh_token = _text(answer.get("refresh_token"), "[ -~]+")
+    try:
+        return TokenResponse(
+            access_token=_access_token(answer, secrets),
+            expires_in=_seconds(answer.get("expires_in")),
+            refresh_token=refresh_token,
+            refresh_expires_in=_seconds(answer.get("refresh_expires_in")),
+            id_token=_text(answer.get("id_token")),
+        )
+    except TokenInvalid as error:
+        error.refresh_token = refresh_token
+        raise
+
+
+def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str:
+    access_token = _text(answer.get("access_token"))
+    if access_token is None:
         raise TokenInvalid("the issuer answered without a usable access_token: look at the client's settings there")
     token_type = answer.get("token_type", "Bearer")
     if not isinstance(token_type, str) or token_type.lower() != "bearer":
         shown = _without_secrets(token_type, secrets) or "unknown"
         raise TokenInvalid(f"the issuer gave a token of type {shown}; only Bearer can be forwarded")
-    refresh_token = answer.get("refresh_token")
-    return TokenResponse(
-        access_token=access_token,
-        expires_in=_seconds(answer.get("expires_in")),
-        refresh_token=refresh_token if isinstance(refresh_token, str) and refresh_token else None,
-        refresh_expires_in=_seconds(answer.get("refresh_expires_in")),
-    )
+    return access_token
+
+
+def _text(value: object, pattern: str = "[!-~]+") -> str | None:
+    """Return a token; one of other characters than visible ASCII would break out of its header (RFC 6750 §2.1)."""
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
 
 
 def load_private_key(pem: bytes) -> PrivateKey:

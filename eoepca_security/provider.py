@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
+from email.utils import parsedate_to_datetime
 from typing import Any, Final, Generic, TypeVar
 
 from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvalid
@@ -259,6 +260,13 @@ def _known(claims: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _retry_after(answer: Answer) -> float | None:
-    """Read Retry-After (RFC 9110 §10.2.3) in its form of seconds; the form of a date is not worth trusting clocks."""
+    """Read Retry-After (RFC 9110 §10.2.3), in seconds; a date counts from the answer's own, whatever our clock says."""
     value = answer.headers.get("Retry-After", "")
-    return float(value) if value.isascii() and value.isdigit() else None
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        then, now = (parsedate_to_datetime(text) for text in (value, answer.headers.get("Date", "")))
+        seconds = max((then - now).total_seconds(), 0.0)
+    except (TypeError, ValueError):
+        return None
+    return seconds if seconds < 86_400 else None  # or one of the clocks, or the date, is wrong

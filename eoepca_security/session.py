@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
 from eoepca_security.verify import unverified_claims
 
@@ -30,6 +30,8 @@ class AccessToken:
     value: str = field(repr=False)
     obtained_at: float
     ends_at: float
+    id_token: str | None = field(default=None, repr=False)
+    """The ID token that came with it, if one did."""
 
     @property
     def expires_at(self) -> float:
@@ -41,14 +43,16 @@ class AccessToken:
 class Stored:
     """What is kept of a session; times are in epoch seconds.
 
-    `session_ends_at` is when the refresh token ends unless it is used before, or None when the issuer did not say.
+    `access_token` is None when the newest refresh token came without a usable one. `session_ends_at` is when the
+    refresh token ends unless it is used before, or None when the issuer did not say.
     """
 
     refresh_token: str = field(repr=False)
-    access_token: str = field(repr=False)
-    obtained_at: float
-    ends_at: float
+    access_token: str | None = field(default=None, repr=False)
+    obtained_at: float = 0.0
+    ends_at: float = 0.0
     session_ends_at: float | None = None
+    id_token: str | None = field(default=None, repr=False)
 
 
 class Store(Protocol):
@@ -121,37 +125,53 @@ class RefreshSession:
         issuer is asked in any case. Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
         """
         with self._mutex, contextlib.ExitStack() as held:
-            if self._store is None:
+            store = self._store
+            if store is None:
                 return self._request()
             try:
-                held.enter_context(self._store.locked())
-                stored = self._store.read()
+                held.enter_context(store.locked())
+                stored = store.read()
             except StoreError as error:
                 self._warn(error)
-                self._seen_at, self._is_ahead = self._store.changed_at(), True
+                self._seen_at, self._is_ahead = store.changed_at(), True
                 # What could not be read is not overwritten either.
                 return self._request()
-            changed_at = self._store.changed_at()
+            changed_at = store.changed_at()
             # What could not be saved is newer than what is there, unless somebody else has written since.
             if stored is not None and not (self._is_ahead and changed_at == self._seen_at):
                 self._refresh_token, self.ends_at = stored.refresh_token, stored.session_ends_at
                 self._seen_at, self._is_ahead = changed_at, False
-                if stale is not None and stored.access_token != stale and self._is_young(stored):
-                    return AccessToken(stored.access_token, stored.obtained_at, stored.ends_at)
-            token = self._request()
-            if self._refresh_token is not None:
-                times = (token.obtained_at, token.ends_at, self.ends_at)
-                self._save(self._store, Stored(self._refresh_token, token.value, *times))
-            return token
+                if stale is not None and stored.access_token not in (None, stale) and self._is_young(stored):
+                    return AccessToken(stored.access_token, stored.obtained_at, stored.ends_at, stored.id_token)
+            return self._request_and_save(store)
+
+    def continue_with(self, request_token: Callable[[str | None], TokenResponse], store: Store | None) -> None:
+        """Ask in another way from now on, and keep the session elsewhere, without losing what memory alone has."""
+        if (store is None) != (self._store is None):
+            self._seen_at, self._is_ahead = store.changed_at() if store is not None else 0, True
+        self._request_token, self._store = request_token, store
 
     def has_news(self) -> bool:
         """Tell whether another process has written the session since this one last looked, e.g. a new login."""
         return self._store is not None and self._store.changed_at() not in (0, self._seen_at)
 
+    def _request_and_save(self, store: Store) -> AccessToken:
+        before, token = self._refresh_token, None
+        try:
+            token = self._request()
+            return token
+        finally:
+            # However bad the answer was: the refresh token before it may be used up.
+            if self._refresh_token is not None and (token is not None or self._refresh_token != before):
+                self._save(store, _stored(self._refresh_token, token, self.ends_at))
+
     def _request(self) -> AccessToken:
         sent_at = self._now()
         try:
             response = self._request_token(self._refresh_token)
+        except TokenInvalid as error:
+            self._adopt(error.refresh_token)
+            raise
         except CredentialsRejected as error:
             if self._answer_was_lost:
                 raise CredentialsRejected(
@@ -165,13 +185,17 @@ class RefreshSession:
             raise
         received_at = self._now()
         self._answer_was_lost = False
-        if response.refresh_token is not None and response.refresh_token != self._refresh_token:
-            self._refresh_token = response.refresh_token
-            self.rotated = True
+        self._adopt(response.refresh_token)
         lifetime = response.refresh_expires_in
         self.ends_at = received_at + lifetime if lifetime is not None else None
         ends_at = token_end(response, sent_at=sent_at, received_at=received_at)
-        return AccessToken(response.access_token, received_at, ends_at)
+        return AccessToken(response.access_token, received_at, ends_at, response.id_token)
+
+    def _adopt(self, refresh_token: str | None) -> None:
+        """Go on with what the issuer gave; the one before is kept where it gave none (RFC 6749 §6)."""
+        if refresh_token is not None and refresh_token != self._refresh_token:
+            self._refresh_token = refresh_token
+            self.rotated = True
 
     def _save(self, store: Store, session: Stored) -> None:
         try:
@@ -190,6 +214,12 @@ class RefreshSession:
         if str(error) != self._trouble:
             logger.warning("the session is kept in memory only: %s", error)
             self._trouble = str(error)
+
+
+def _stored(refresh_token: str, token: AccessToken | None, session_ends_at: float | None) -> Stored:
+    if token is None:
+        return Stored(refresh_token, session_ends_at=session_ends_at)
+    return Stored(refresh_token, token.value, token.obtained_at, token.ends_at, session_ends_at, token.id_token)
 
 
 def number(value: Any) -> float | None:

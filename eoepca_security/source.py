@@ -34,6 +34,7 @@ LAST_WAIT: Final = 3.0
 _FIRST_RETRY: Final = 0.25
 _FIRST_RETRY_REJECTED: Final = 0.5
 _LAST_RETRY: Final = 30.0
+_LONGEST_RETRY: Final = 300.0
 _GIVE_UP: Final = 30.0
 _BRIEF: Final = 0.2
 
@@ -48,7 +49,8 @@ class TokenSource:
     `request_token` gets a token response for a refresh token, or for the client itself when there is none; it may
     block, and runs in a thread of its own. `store` keeps the session across restarts and shares it between processes.
     `check` is called with each new access token, in the thread too, and raises TokenError when it must not be used.
-    `access_token` is used first, while it lives. `now` is epoch seconds. One instance belongs to one event loop.
+    `access_token` is used first, while it lives. `continues` is a source whose login this one goes on with, whatever
+    token that has come to by now. `now` is epoch seconds. One instance belongs to one event loop.
     """
 
     def __init__(
@@ -60,8 +62,13 @@ class TokenSource:
         store: Store | None = None,
         check: Callable[[str], object] | None = None,
         now: Callable[[], float] = time.time,
+        continues: "TokenSource | None" = None,
     ) -> None:
-        self._session = RefreshSession(request_token, refresh_token, store=store, now=now)
+        if continues is None:
+            self._session = RefreshSession(request_token, refresh_token, store=store, now=now)
+        else:
+            self._session = continues._session
+            self._session.continue_with(request_token, store)
         self._initial = access_token
         self._check = check or (lambda _token: None)
         self._now = now
@@ -73,6 +80,7 @@ class TokenSource:
         self._retry_at = 0.0
         self._forced_at = -FORCED_INTERVAL
         self._keep_alive: asyncio.TimerHandle | None = None
+        self._retired = False
 
     async def token(self) -> AccessToken:
         """Return an access token that is good to send now.
@@ -85,16 +93,16 @@ class TokenSource:
         token = self._token
         # A clock that was set back says nothing about how old the token is.
         if token is not None and token.obtained_at <= now + 1 and now < token.expires_at:
-            if now >= self._refresh_at and now >= self._retry_at:
+            if now >= self._refresh_at and self._retry_in(now) == 0:
                 self._ensure_refresh(0)
             return token
-        delay = self._retry_at - now
+        delay = self._retry_in(now)
         if self._refresh is None and self._failure is not None and delay > PATIENCE:
             # Somebody logged in meanwhile, so what was rejected is not what would be sent now.
             if not (isinstance(self._failure, CredentialsRejected) and self._session.has_news()):
                 raise self._failure.with_traceback(None)  # or it would collect the traceback of every request
             delay = 0
-        refresh = self._ensure_refresh(max(0.0, delay))
+        refresh = self._ensure_refresh(delay)
         # The task is shielded: it belongs to all who wait, so one of them giving up must not end it.
         done, _ = await asyncio.wait({refresh}, timeout=MAX_WAIT)
         if not done:
@@ -115,7 +123,7 @@ class TokenSource:
         now = self._now()
         if self._token is None or self._token.value == refused:
             if self._refresh is None:
-                if 0 <= now - self._forced_at < FORCED_INTERVAL or now < self._retry_at:
+                if 0 <= now - self._forced_at < FORCED_INTERVAL or self._retry_in(now) > 0:
                     return None
                 self._forced_at = now
             await asyncio.wait({self._ensure_refresh(0)}, timeout=MAX_WAIT)
@@ -127,6 +135,12 @@ class TokenSource:
         if self._refresh is not None:
             await asyncio.wait({self._refresh}, timeout=LAST_WAIT)
 
+    def retire(self) -> None:
+        """Keep the session alive no longer: another source does, or nobody needs it."""
+        self._retired = True
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
+
     @property
     def rotated(self) -> bool:
         """Whether the issuer has replaced the refresh token that this source began with."""
@@ -134,7 +148,12 @@ class TokenSource:
 
     def retry_after(self) -> float:
         """Return in how many seconds it is worth asking again after a failure, at least 1."""
-        return max(1.0, self._retry_at - self._now())
+        return max(1.0, self._retry_in(self._now()))
+
+    def _retry_in(self, now: float) -> float:
+        """Return the seconds until the issuer may be asked again; a clock that was set back does not add to them."""
+        delay = self._retry_at - now
+        return delay if 0 < delay <= _LONGEST_RETRY else 0.0
 
     def _ensure_refresh(self, delay: float) -> "asyncio.Task[TokenError | None]":
         if self._refresh is None:
@@ -161,9 +180,10 @@ class TokenSource:
             self._note_failure(failure)
             return failure
         else:
-            if self._failure is not None:
-                logger.warning("the issuer gives tokens again")
+            had_failed = self._failure is not None
             self._failure, self._failures, self._retry_at = None, 0, 0.0
+            if had_failed:
+                _log("the issuer gives tokens again")
             return None
         finally:
             self._refresh = None
@@ -174,9 +194,9 @@ class TokenSource:
         if self._keep_alive is not None:
             self._keep_alive.cancel()
         now, ends_at = self._now(), self._session.ends_at
-        if ends_at is None or ends_at <= now or isinstance(self._failure, CredentialsRejected):
+        if self._retired or ends_at is None or ends_at <= now or isinstance(self._failure, CredentialsRejected):
             return
-        delay = 0.7 * (ends_at - now) if self._failure is None else self._retry_at - now
+        delay = 0.7 * (ends_at - now) if self._failure is None else self._retry_in(now)
         self._keep_alive = asyncio.get_running_loop().call_later(max(delay, 1.0), self._ensure_refresh, 0)
 
     async def _next_token(self) -> AccessToken:
@@ -188,8 +208,8 @@ class TokenSource:
             try:
                 await self._verify(token)
             except TokenInvalid as error:
-                logger.warning("the initial access token is not used: %s", error)
                 self._initial = None
+                _log(f"the initial access token is not used: {error}")
             else:
                 self._initial = None
                 return token
@@ -219,13 +239,14 @@ class TokenSource:
             raise IssuerUnavailable(f"the issuer did not answer within {_GIVE_UP:g} s") from None
 
     def _note_failure(self, error: TokenError) -> None:
-        if str(error) != str(self._failure):
-            logger.warning("no new access token (%s): %s", error.code, error)
+        is_news = str(error) != str(self._failure)
         first = _FIRST_RETRY_REJECTED if isinstance(error, CredentialsRejected) else _FIRST_RETRY
         delay = min(first * 2**self._failures, _LAST_RETRY) * random.uniform(0.75, 1.25)  # noqa: S311  not a secret
         if isinstance(error, IssuerUnavailable) and error.retry_after is not None:
-            delay = max(delay, min(error.retry_after, _LAST_RETRY))
+            delay = max(delay, min(error.retry_after, _LONGEST_RETRY))
         self._failure, self._failures, self._retry_at = error, min(self._failures + 1, 10), self._now() + delay
+        if is_news:
+            _log(f"no new access token ({error.code}): {error}")
 
 
 def refresh_time(token: AccessToken, *, latency: float) -> float:
@@ -237,6 +258,12 @@ def refresh_time(token: AccessToken, *, latency: float) -> float:
     lifetime = token.ends_at - token.obtained_at
     ahead = token.ends_at - token.expires_at + 1.1 * latency + 0.03 * lifetime * random.random()  # noqa: S311
     return token.ends_at - max(min(ahead, 0.5 * lifetime), min(0.15 * lifetime, 60.0))
+
+
+def _log(message: str) -> None:
+    # A handler that raises, as mitmproxy's does where the terminal's encoding lacks a letter, must not cost a token.
+    with contextlib.suppress(Exception):
+        logger.warning("%s", message)
 
 
 async def in_thread(function: Callable[[], T]) -> T:

@@ -30,10 +30,11 @@ LOCK_TIMEOUT: Final = 12.0
 
 _TYPES: Final[dict[str, Any]] = {
     "refresh_token": str,
-    "access_token": str,
+    "access_token": str | None,
     "obtained_at": float,
     "ends_at": float,
     "session_ends_at": float | None,
+    "id_token": str | None,
 }
 
 logger = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -180,7 +181,7 @@ class _DeadlineAdapter(HTTPAdapter):
 
     def connect(self, host: str, port: int) -> socket.socket:
         """Connect to the first address that answers; each has its share of the time that is left."""
-        addresses = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        addresses = _resolve(host.strip("[]"), port, self._deadline - time.monotonic())
         failure: OSError = TimeoutError("the exchange's time is up")
         for index, (family, kind, protocol, _, address) in enumerate(addresses):
             left = self._deadline - time.monotonic()
@@ -223,6 +224,20 @@ class _DeadlineAdapter(HTTPAdapter):
             for connection in self._sockets:
                 connection.close()
             self._sockets.clear()
+
+
+def _resolve(host: str, port: int, timeout: float) -> list[Any]:
+    """Look an address up within `timeout` seconds: the resolver has no bound of its own that could be set."""
+    found: Future[list[Any]] = Future()
+
+    def look_up() -> None:
+        try:
+            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # noqa: BLE001  it is raised where the result is awaited
+            found.set_exception(error)
+
+    threading.Thread(target=look_up, name="resolver", daemon=True).start()
+    return found.result(max(timeout, 0.0))
 
 
 _UNKNOWN_CA: Final = (18, 19, 20, 21)  # OpenSSL's X509_V_ERR_… for certificates that lead to no known CA

@@ -236,8 +236,14 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     assert context.options.oidc_url == "https://issuer.example"
     context.options.update(validate_inbound_headers=False)
     assert addon._source is source  # with its rotated refresh token
+    assert source is not None
+    source._session._adopt("rotated")
     context.options.update(oidc_scope="openid")
     assert addon._source is not source
+    assert addon._source is not None
+    assert addon._source._session._refresh_token == "rotated"
+    context.options.update(refresh_token="another-login")
+    assert addon._source._session._refresh_token == "another-login"
 
 
 @pytest.mark.parametrize(

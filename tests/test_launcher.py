@@ -91,6 +91,17 @@ def test_wrong_settings_end_with_2_and_a_line_each(verb: list[str], capsys: pyte
     assert named == expected + ([] if verb == ["token"] else ["REMOTE_PROTECTED_DOMAIN"])
 
 
+@pytest.mark.parametrize("host", ["no-such-host.invalid", f"{'a' * 70}.example", "203.0.113.7"])
+def test_an_address_that_cannot_be_listened_on_is_a_wrong_setting(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer() as issuer:
+        set_environment(monkeypatch, issuer, PROXY_HOST=host, REMOTE_PROTECTED_DOMAIN="http://127.0.0.1:9")
+        assert main(["serve"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("PROXY_HOST: ")
+
+
 def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--", "--set", "oidc_url=ftp://x", "--set=oidc_client_id=c", "--set", "unrelated=1"]
     assert main(arguments) == 2

@@ -200,7 +200,7 @@ def test_a_clock_that_is_set_back_does_not_stop_renewals(
         ("Mon, 01 Jan 2035 00:00:00 GMT", None),
     ],
 )
-def test_retry_after_in_seconds_is_passed_on(
+def test_retry_after_is_passed_on(
     value: str | None, seconds: float | None, provider: Provider, transport: FakeTransport
 ) -> None:
     headers = {} if value is None else {"Retry_After": value}
@@ -213,6 +213,19 @@ def test_retry_after_in_seconds_is_passed_on(
 
     assert from_discovery.value.retry_after == seconds
     assert from_token_endpoint.value.retry_after == seconds
+
+
+@pytest.mark.parametrize(
+    ("then", "seconds"), [("01 Jan 2035 00:00:25", 20), ("01 Jan 2035 00:00:01", 0), ("01 Jan 2036 00:00:00", None)]
+)
+def test_a_date_to_retry_after_is_counted_from_the_answers_own(
+    then: str, seconds: float | None, provider: Provider, transport: FakeTransport
+) -> None:
+    headers = {"Retry_After": f"Mon, {then} GMT", "Date": "Mon, 01 Jan 2035 00:00:05 GMT"}
+    transport.replies[DISCOVERY] = ok({}, 503, **headers)
+    with pytest.raises(IssuerUnavailable) as caught:
+        provider.metadata()
+    assert caught.value.retry_after == seconds
 
 
 def test_endpoints_over_plain_http_are_spoken_to_only_when_allowed(transport: FakeTransport) -> None:

@@ -5,11 +5,12 @@ import json
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.protocol import TokenResponse
 from eoepca_security.session import DEFAULT_LIFETIME, RefreshSession, token_end
 from eoepca_security.store import TokenStore
@@ -110,6 +111,51 @@ def test_the_successor_is_on_the_disk_before_its_token_is_used(
     first.renew(None)
     (file,) = tmp_path.glob("*.json")
     assert json.loads(file.read_text())["refresh_token"] == "rt-1"
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_successor_that_came_with_a_bad_access_token_is_not_lost(
+    stored: bool, issuer: StrictIssuer, clock: Clock, tmp_path: Path
+) -> None:
+    def spoilt() -> None:
+        error = TokenInvalid("no access_token")
+        error.refresh_token = issuer.valid
+        raise error
+
+    folder = tmp_path if stored else None
+    mine = session(issuer, clock, folder)
+    issuer.before_answer = spoilt
+    with pytest.raises(TokenInvalid):
+        mine.renew(None)
+    issuer.before_answer = lambda: None
+    # After a restart, where that is possible.
+    again = session(issuer, clock, folder) if stored else mine
+    assert again.renew("at-0").value == "at-2"
+    assert issuer.reuses == 0
+
+
+@pytest.mark.parametrize("to_disk", [True, False])
+def test_a_session_that_moves_keeps_what_it_has(
+    to_disk: bool, issuer: StrictIssuer, clock: Clock, tmp_path: Path
+) -> None:
+    mine = session(issuer, clock, None if to_disk else tmp_path)
+    mine.renew(None)
+    store = TokenStore(tmp_path, issuer_url="https://issuer.example", client_id="client", origin="rt-0")
+    mine.continue_with(issuer, store if to_disk else None)
+    assert mine.renew("at-1").value == "at-2"
+    assert (json.loads(next(tmp_path.glob("*.json")).read_text())["refresh_token"] == "rt-2") == to_disk
+    assert issuer.reuses == 0
+
+
+def test_an_id_token_is_shared_too(clock: Clock, tmp_path: Path) -> None:
+    class Issuer(StrictIssuer):
+        def __call__(self, refresh_token: str | None) -> TokenResponse:
+            return replace(super().__call__(refresh_token), id_token="id-1")
+
+    issuer = Issuer()
+    assert session(issuer, clock, tmp_path).renew(None).id_token == "id-1"
+    assert session(issuer, clock, tmp_path).renew("another").id_token == "id-1"
+    assert issuer.count == 1
 
 
 def test_a_different_token_in_the_settings_wins_over_the_store(

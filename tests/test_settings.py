@@ -253,6 +253,13 @@ def test_a_secret_file_that_cannot_be_used_is_told(tmp_path: Path, content: byte
     assert says in line
 
 
+@pytest.mark.parametrize("variable", ["OPEN_ID_REFRESH_TOKEN_FILE", "OPEN_ID_CONNECT_CLIENT_KEY_FILE"])
+def test_a_secret_in_the_place_of_its_file_is_not_shown(variable: str) -> None:
+    (line,) = problems(GOOD | {"OPEN_ID_REFRESH_TOKEN": "", "OPEN_ID_AUTH_TOKEN": "a", variable: "canary.x.y"})
+    assert line.startswith(f"{variable}: ")
+    assert "canary" not in line
+
+
 def test_a_secret_and_its_file_contradict_each_other(tmp_path: Path) -> None:
     (line,) = problems(GOOD | {"OPEN_ID_REFRESH_TOKEN_FILE": str(tmp_path / "secret")})
     assert line.startswith("OPEN_ID_REFRESH_TOKEN: ")

@@ -219,6 +219,20 @@ async def test_a_rotated_refresh_token_is_kept_when_the_access_token_is_refused(
     assert issuer.asked == ["first", "second"]
 
 
+async def test_a_source_that_continues_another_has_its_refresh_token(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.answers = [TokenResponse("a", expires_in=60, refresh_token="second", refresh_expires_in=600)]
+    await source.token()
+    other = Issuer()
+    successor = TokenSource(other, refresh_token="first", now=clock, continues=source)
+    source.retire()
+    assert source._keep_alive is not None
+    assert source._keep_alive.cancelled()
+    assert (await successor.token()).value == "token-1"
+    assert other.asked == ["second"]
+
+
 # --- the initial access token ------------------------------------------------------------------------------------
 
 
@@ -297,7 +311,20 @@ async def test_retry_after_is_honoured_up_to_a_bound(source: TokenSource, issuer
     clock.time += 2
     with pytest.raises(IssuerUnavailable):
         await source.token()
-    assert source.retry_after() <= 30
+    assert source.retry_after() == 300
+
+
+async def test_a_clock_that_is_set_back_after_a_failure_delays_no_retry(
+    source: TokenSource, issuer: Issuer, clock: Clock
+) -> None:
+    issuer.answers = [CredentialsRejected("no") for _ in range(4)]
+    for _ in range(4):
+        with pytest.raises(CredentialsRejected):
+            await source.token()
+        clock.time += 60
+    clock.time -= 3600
+    assert source.retry_after() == 1
+    assert (await source.token()).value == "token-5"
 
 
 async def test_a_rejected_credential_is_tried_again_but_seldom(
@@ -326,6 +353,22 @@ async def test_a_failure_is_logged_once_and_so_is_its_end(
     assert [message for message in messages if "down" in message] == ["no new access token (issuer_unavailable): down"]
     assert sum("no new access token (credentials_rejected)" in message for message in messages) == 1
     assert messages[-1] == "the issuer gives tokens again"
+
+
+async def test_a_log_that_raises_costs_nothing(
+    source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def emit(*_: object) -> None:
+        raise UnicodeEncodeError("ascii", "\N{SNOWMAN}", 0, 1, "the terminal has no such letter")
+
+    monkeypatch.setattr("eoepca_security.source.logger.warning", emit)
+    issuer.answers = [CredentialsRejected("no"), CredentialsRejected("no")]
+    for _ in range(5):
+        with pytest.raises(CredentialsRejected):
+            await source.token()
+    assert len(issuer.asked) <= 3  # the backoff was noted
+    issuer.answers = []
+    await settled(lambda: source._refresh is None)
 
 
 async def test_an_unexpected_error_is_an_answer_too_and_shows_no_values(

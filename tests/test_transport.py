@@ -273,6 +273,19 @@ def test_a_name_with_many_dead_addresses_does_not_multiply_the_deadline(
     assert time.monotonic() - begin < 4 * SHORT
 
 
+def test_a_name_server_that_hangs_does_not_hold_up_the_exchange(
+    transport: HttpTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: hang.wait(PATIENCE))
+    started = time.monotonic()
+    with pytest.raises(IssuerUnavailable, match="did not answer within") as caught:
+        transport.get("https://issuer.example/x", timeout=0.2)
+    assert time.monotonic() - started < PATIENCE
+    assert not caught.value.was_sent
+    hang.set()
+
+
 def test_a_dead_address_leaves_time_for_the_next_one(transport: HttpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = free_port()
     with RawServer(replies(http(b"{}"))) as server:

@@ -109,9 +109,14 @@ class OIDCAuthProxy:
             self._settings_problems = list(error.problems)
             return
         self._settings_problems = []
+        if settings == self._settings:
+            return
+        before = self._source
         # A new source would forget what is kept in memory only.
-        if settings != self._settings:
-            self._settings, self._source = settings, make_source(settings)
+        goes_on = self._settings is not None and self._settings.login == settings.login
+        self._settings, self._source = settings, make_source(settings, continues=before if goes_on else None)
+        if before is not None:
+            before.retire()
 
     def running(self) -> "asyncio.Task[None]":
         """Begin the first refresh.

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mitmproxy.options import CONF_DIR, Options
+from filelock import FileLock, Timeout
+from mitmproxy.certs import CertStore
+from mitmproxy.options import CONF_BASENAME, CONF_DIR, KEY_SIZE, Options
 from mitmproxy.tools import cmdline
 from mitmproxy.tools import main as mitmproxy_main
 from mitmproxy.tools.dump import DumpMaster
@@ -75,11 +78,17 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
 
 
 def _cannot_listen(host: str, port: int) -> str | None:
+    foreign = SettingsError(f"{HOST.env}: {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (OSError, UnicodeError):
+        raise foreign from None
+    try:
         with socket.create_server(address[:2], family=family):
             return None
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise foreign from None
         reason = error.strerror or str(error)
         return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {HOST.env}"
 
@@ -94,10 +103,26 @@ def _writable_confdir() -> Iterator[str]:
     except (OSError, RuntimeError):
         writable = False
     if writable:
+        # What keeps us from it keeps mitmproxy from it too, and it says so.
+        with contextlib.suppress(OSError, Timeout):
+            _make_ca(usual)
         yield CONF_DIR
         return
     with tempfile.TemporaryDirectory(prefix="mitmproxy-") as folder:
         yield folder
+
+
+def _make_ca(folder: Path) -> None:
+    """Make mitmproxy's CA as it would, but once and whole: proxies that start together read half-written files."""
+    ca = f"{CONF_BASENAME}-ca.pem"
+    with FileLock(folder / "eoepca-security.lock", timeout=10, mode=0o600):
+        if (folder / ca).exists():
+            return
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            CertStore.create_store(Path(made), CONF_BASENAME, KEY_SIZE)
+            # The file that others look for comes last.
+            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == ca):
+                file.replace(folder / file.name)
 
 
 def _ignore_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -122,6 +122,11 @@ class Settings:
     port: int = 8080
     warnings: tuple[str, ...] = ()
 
+    @property
+    def login(self) -> tuple[str | None, ...]:
+        """What makes another login where it differs."""
+        return (self.issuer_url, self.client.client_id, self.grant, self.refresh_token)
+
 
 def read_dotenv(folder: Path) -> Mapping[str, str]:
     """Return the variables of `.env` in `folder`, as they stand there; raises SettingsError when it cannot be read."""
@@ -249,11 +254,13 @@ class _Reader:
             value = data.decode().removesuffix("\n").removesuffix("\r")
             if len(data) > _MAX_FILE:
                 value, fault = None, "is longer than 64 KiB"
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             fault = f"cannot be read ({_reason(error)})"
         if not value:
             self._unreadable.add(variable)
-            self.problems.append(f"{variable.env}_FILE: {path} {fault}: put the secret there, readable for this user")
+            self.problems.append(
+                f"{variable.env}_FILE: {_shown(path)} {fault}: put the secret there, readable for this user"
+            )
             return None
         return value
 
@@ -360,7 +367,7 @@ class _Reader:
             return load(Path(path))
         except (OSError, ValueError) as error:
             self._unreadable.add(variable)
-            self.problem(variable, f"{path} cannot be used: {_reason(error)}")
+            self.problem(variable, f"{_shown(path)} cannot be used: {_reason(error)}")
             return None
 
     def token_store(self) -> Path | None:
@@ -419,6 +426,12 @@ class _Reader:
                 f"{UPSTREAM.env} is plain http: everyone on the way to {parts.hostname} sees the token"
             )
         return f"{parts.scheme}://{parts.netloc.lower()}"
+
+
+def _shown(path: Path | str) -> str:
+    """Return a path for a message, unless it may be a secret that was put where its file's name belongs."""
+    text = str(path)
+    return text if re.match(r"[~./]", text) and len(text) < 200 else "the file that it names"
 
 
 def _reason(error: Exception) -> str:

@@ -10,8 +10,11 @@ from eoepca_security.transport import HttpTransport, trust
 from eoepca_security.verify import looks_like_jwt
 
 
-def make_source(settings: Settings) -> TokenSource:
-    """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet."""
+def make_source(settings: Settings, *, continues: TokenSource | None = None) -> TokenSource:
+    """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet.
+
+    `continues` is a source with the same login, which it goes on with.
+    """
     provider = Provider(
         settings.issuer_url,
         settings.client,
@@ -52,4 +55,5 @@ def make_source(settings: Settings) -> TokenSource:
         access_token=settings.access_token,
         store=store,
         check=check,
+        continues=continues,
     )

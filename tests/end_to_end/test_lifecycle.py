@@ -136,6 +136,40 @@ def test_a_stop_waits_for_a_refresh_whose_answer_has_the_only_token(start: Start
         assert issuer.reuses == 0
 
 
+@pytest.mark.parametrize("used_up", [False, True])
+def test_an_answer_that_is_cut_off_heals_unless_it_had_the_only_token(
+    used_up: bool, start: StartProxy, tmp_path: Path, client: httpx.Client
+) -> None:
+    cut: list[str] = []
+
+    def cut_off(handler: Handler) -> bool:
+        """Read the token request, use the refresh token up or not, and hang up in the middle of the answer."""
+        if handler.command != "POST" or cut:
+            return False
+        body = handler.read_body()
+        cut.append(body.decode())
+        if used_up:
+            issuer.answer_token_request(None, body)
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+        handler.close_connection = True
+        return True
+
+    with FakeIssuer(Behaviour(lifetime=2, refresh_tokens="rotate")) as issuer, Service(issuer) as service:
+        proxy = start("launcher", service.url, settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path)))
+        issuer.behaviour.fault = cut_off
+        if used_up:
+            eventually(lambda: client.get(proxy.url).status_code == 502)
+            answer = client.get(proxy.url)
+            assert answer.headers["X-OIDC-Proxy-Error"] == "credentials_rejected"
+            assert "answer to the refresh before was lost" in answer.json()["detail"]
+            assert "login" in answer.json()["detail"]
+        else:
+            # Asked again while the token before still lives: nobody notices.
+            assert {status for status, _ in load([proxy.url], 4)} == {200}
+            assert issuer.reuses == 0
+        assert len(cut) == 1
+
+
 @pytest.mark.soak
 def test_a_minute_of_faults_loses_nothing(start: StartProxy, tmp_path: Path) -> None:
     chance = random.Random(1)
