@@ -178,7 +178,7 @@ class OIDCProxyScheme(SecurityBase):
     ) -> dict[str, Any] | None:
         leeway = self._policy.leeway
         if "." in id_token:  # base64 has no dots
-            party = access_claims.get("azp", access_claims.get("client_id"))
+            party = access_claims.get("azp") or access_claims.get("client_id")
             clients = {self._policy.audience, *(self._policy.authorized_parties or ())}
             clients |= {party} if isinstance(party, str) else set()
             claims, alg = await self._provider.verify_id_token(id_token, clients, leeway)
