@@ -240,7 +240,7 @@ class _Cached(Generic[T]):
         with self._lock:
             now, self._fetching = self._now(), None
             if not isinstance(outcome, BaseException):
-                self._value, self._fetched_at, self._failure = outcome, self._attempted_at, None
+                self._value, self._fetched_at = outcome, self._attempted_at
             elif isinstance(outcome, IssuerUnavailable):
                 self._failure = outcome
                 self._failure_until = now + max(FAILURE_PAUSE, now - self._attempted_at)
