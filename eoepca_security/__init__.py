@@ -51,8 +51,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module("eoepca_security.fastapi"), name)
     except ModuleNotFoundError as error:
-        if error.name != "fastapi":
-            raise
         raise ImportError(f'{name} needs FastAPI: pip install "eoepca-security[fastapi]"') from error
 
 

@@ -114,7 +114,7 @@ class OIDCProxyScheme(SecurityBase):
         self._require_refresh_token = require_refresh_token
         self._trust_unsigned_id_token = trust_unsigned_id_token
         self._policy = Policy(audience, leeway, frozenset(authorized_parties) if authorized_parties else None)
-        self._provider = Provider(openIdConnectUrl, Client(audience), _transport())
+        self._provider = Provider(openIdConnectUrl, Client(audience), _transport())  # asks for no tokens
         self._reported: IssuerUnavailable | None = None
 
     async def __call__(self, connection: HTTPConnection, security_scopes: SecurityScopes) -> Authentication | None:
@@ -178,16 +178,14 @@ class OIDCProxyScheme(SecurityBase):
     ) -> dict[str, Any] | None:
         leeway = self._policy.leeway
         if "." in id_token:  # base64 has no dots
-            party = access_claims.get("azp", access_claims.get("client_id"))
+            party = access_claims.get("azp") or access_claims.get("client_id")
             clients = {self._policy.audience, *(self._policy.authorized_parties or ())}
             clients |= {party} if isinstance(party, str) else set()
-            verified = await self._provider.verify_id_token(id_token, clients, leeway)
-            problem = access_token and id_token_problem(
-                verified.claims, access_claims, access_token, verified.header.alg
-            )
+            claims, alg = await self._provider.verify_id_token(id_token, clients, leeway)
+            problem = access_token and id_token_problem(claims, access_claims, access_token, alg)
             if problem:
                 raise TokenInvalid(f"the ID token does not belong to the access token: {problem}")
-            return verified.claims
+            return claims
         if self._trust_unsigned_id_token and access_token is not None:
             with contextlib.suppress(TokenInvalid):
                 claims = read_unsigned(id_token, leeway=leeway, now=self._provider.now())
@@ -197,6 +195,7 @@ class OIDCProxyScheme(SecurityBase):
 
     def _report(self, error: IssuerUnavailable) -> None:
         """Log a failure once, however many requests it fails."""
+        error.__traceback__ = None  # they share it, and it must not keep the variables of their calls
         if error is not self._reported:
             self._reported = error
             logger.warning("requests get 503: %s", error)

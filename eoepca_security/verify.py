@@ -80,7 +80,7 @@ class Unverified:
 
     header: Header
     claims: dict[str, Any] = field(repr=False)
-    token: str = field(repr=False)
+    text: str = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class TrustedKeys:
         key = select_key(self.keys, token.header)
         if key is None:
             return None
-        signed, _, signature = token.token.rpartition(".")
+        signed, _, signature = token.text.rpartition(".")
         try:
             algorithm = jwt.get_algorithm_by_name(token.header.alg)
             genuine = algorithm.verify(signed.encode("ascii"), key.key, _decode(signature))

@@ -347,7 +347,7 @@ def test_a_stored_session_is_used(settings: Settings, issuer: FakeIssuer, tmp_pa
         store.write(Stored(issuer.refresh_token))
     steps = run(settings)
     assert all(step.status == "ok" for step in steps.values())
-    assert str(store.path) in steps["store"].detail
+    assert str(store.place) in steps["store"].detail
 
 
 def test_an_access_token_alone(settings: Settings, issuer: FakeIssuer) -> None:

@@ -666,7 +666,7 @@ async def test_old_keys_serve_for_a_bounded_time_while_the_issuer_is_down(own_is
     clock.ahead = KEYS_STALE - 10
     assert (await get(app, headers)).status_code == 200
     clock.ahead = KEYS_STALE + RETRY_INTERVAL
-    assert (await get(app, headers)).status_code == 503
+    assert [(await get(app, headers)).status_code for _ in range(3)] == [503] * 3
     own_issuer.behaviour.down = False
     clock.ahead += FAILURE_PAUSE + 1
     assert (await get(app, headers)).status_code == 200
@@ -694,10 +694,29 @@ async def test_a_failure_is_shared_for_a_moment_and_logged_once(
         assert (await get(app, headers)).status_code == 503
     assert own_issuer.fetches == {"openid-configuration": 1}
     assert [record.getMessage().startswith("requests get 503: ") for record in caplog.records] == [True]
+    assert scheme._reported is not None
+    assert scheme._reported.__traceback__ is None  # it would keep the tokens of the requests that share it
     own_issuer.behaviour.down = False
     clock.ahead += FAILURE_PAUSE + 1
 
     assert (await get(app, headers)).status_code == 200
+
+
+async def test_a_failure_is_shared_for_as_long_as_it_took(own_issuer: FakeIssuer) -> None:
+    scheme = make_scheme(own_issuer)
+    clock = with_clock(scheme, own_issuer)
+
+    def fault(handler: Handler) -> bool:
+        clock.ahead += 5
+        handler.answer(500, {})
+        return True
+
+    app, headers = make_app(scheme), bearer(own_issuer.issue())
+    own_issuer.behaviour.fault = fault
+    for ahead, attempts in ((0, 1), (4, 1), (1.5, 2)):
+        clock.ahead += ahead
+        assert (await get(app, headers)).status_code == 503
+        assert own_issuer.fetches == {"openid-configuration": attempts}
 
 
 def redirecting(handler: Handler) -> bool:

@@ -105,6 +105,18 @@ def test_a_login_belongs_to_the_settings_it_was_made_with(run: Run, issuer: Fake
     assert run("token")[0] == 2
 
 
+def test_a_login_comes_after_whatever_a_killed_process_left(run: Run, issuer: FakeIssuer, tmp_path: Path) -> None:
+    assert run("login")[0] == 0
+    (file,) = (tmp_path / "store").glob("*.json")
+    before = stored(issuer, tmp_path)
+    file.with_suffix(".next").write_bytes(file.read_bytes().replace(b'"serial": 1', b'"serial": 7'))
+    assert run("login")[0] == 0
+    after = stored(issuer, tmp_path)
+    assert before is not None
+    assert after is not None
+    assert after.refresh_token != before.refresh_token
+
+
 def test_a_session_that_ends_is_kept_with_its_end(run: Run, issuer: FakeIssuer, tmp_path: Path) -> None:
     issuer.behaviour.refresh_expires_in = 1800
     assert run("login")[0] == 0

@@ -1,5 +1,6 @@
 import base64
 import functools
+import hashlib
 import itertools
 import json
 import random
@@ -22,6 +23,7 @@ from eoepca_security.verify import (
     Policy,
     SigningKey,
     TrustedKeys,
+    id_token_problem,
     looks_like_jwt,
     read_access_token,
     read_header,
@@ -556,6 +558,63 @@ def test_a_token_without_a_proper_subject_is_refused(subject: object) -> None:
 @pytest.mark.parametrize("typ", ["ID", "Refresh", "Offline", "Logout"])
 def test_other_tokens_of_the_same_issuer_are_refused(typ: str) -> None:
     refuse(token(typ=typ), "not an access token")
+
+
+@pytest.mark.parametrize("name", ["at_hash", "c_hash", "s_hash", "events"])
+@pytest.mark.parametrize("typ", [..., "Bearer"])
+def test_claims_of_other_tokens_are_refused_whatever_they_are(name: str, typ: object) -> None:
+    values: list[Any] = [None, "", {}, "x"]
+    for value in values:
+        refuse(token(typ=typ, **{name: value}), "not an access token")
+
+
+def test_a_nonce_is_accepted_only_in_what_says_that_it_is_an_access_token() -> None:
+    for typ in (..., None, "bearer", "JWT", ["Bearer"]):
+        refuse(token(nonce="n-1", typ=typ), "not an access token")
+
+    for typ in ("Bearer", "DPoP"):
+        assert check(token(nonce="n-1", typ=typ))["nonce"] == "n-1"
+    assert check(token(nonce="n-1", typ=..., header={"typ": "at+jwt"}))["nonce"] == "n-1"
+
+
+def test_the_clients_that_a_token_may_be_issued_to() -> None:
+    key = signing_key("ES256")
+    for parties in (["gateway"], ("other", "gateway"), frozenset({"gateway"}), {"gateway": 1}):
+        assert verify(token(azp="gateway"), key, Policy("service", 10, parties), now=NOW)["azp"] == "gateway"
+    for changes in ({}, {"azp": "gate"}, {"azp": None}, {"azp": 1}, {"client_id": ["gateway"]}):
+        with pytest.raises(TokenInvalid, match="authorized party") as caught:
+            verify(token(**changes), key, Policy("service", 10, ["gateway"]), now=NOW)
+        assert caught.value.claim == "azp"
+
+
+def at_hash(access_token: str, hash_name: str) -> str:
+    digest = hashlib.new(hash_name, access_token.encode()).digest()
+    return encode(digest[: len(digest) // 2])
+
+
+@pytest.mark.parametrize("alg", [None, *sorted(ALGORITHMS)])
+@pytest.mark.parametrize("hash_name", ["sha256", "sha384", "sha512"])
+def test_the_hash_of_an_id_token_is_its_algorithms(alg: str | None, hash_name: str) -> None:
+    fits = alg in (None, "EdDSA") or alg[2:] == hash_name[3:]
+    claims = {"iss": ISSUER, "sub": "u-1", "at_hash": at_hash("token", hash_name)}
+
+    assert (id_token_problem(claims, CLAIMS, "token", alg) is None) == fits
+    assert id_token_problem(claims, CLAIMS, "another token", alg) is not None
+
+
+@pytest.mark.parametrize("value", [*ODD_VALUES[1:], "A" * 22, "A" * 43, "é" * 22])
+@pytest.mark.parametrize("alg", [None, "RS256", "EdDSA"])
+def test_an_odd_hash_fits_no_token(value: object, alg: str | None) -> None:
+    assert id_token_problem({"iss": ISSUER, "sub": "u-1", "at_hash": value}, CLAIMS, "token", alg) is not None
+
+
+@pytest.mark.parametrize("name", ["iss", "sub"])
+@pytest.mark.parametrize("value", [..., *ODD_VALUES])
+def test_an_id_token_of_another_issuer_or_subject_fits_no_token(name: str, value: Any) -> None:
+    claims = {"iss": ISSUER, "sub": "u-1", "at_hash": at_hash("token", "sha256"), name: value}
+    claims = {k: v for k, v in claims.items() if v is not ...}
+
+    assert id_token_problem(claims, CLAIMS, "token", "RS256") == f"its {name} is not the access token's"
 
 
 @pytest.mark.parametrize(("name", "value"), list(itertools.product([*CLAIMS, "nbf", "azp", "scope"], ODD_VALUES)))

@@ -140,7 +140,7 @@ class _Run:
         try:
             with self._store.locked():
                 stored = self._store.read()
-                with tempfile.TemporaryFile(dir=self._store.path.parent):
+                with tempfile.TemporaryFile(dir=self._store.place.parent):
                     pass
         except (StoreError, OSError) as error:
             remedy = f"mend that, or set {TOKEN_STORE.env} to a folder that this user can write to"
@@ -148,9 +148,9 @@ class _Run:
         except IssuerUnavailable as error:
             raise _Fault(str(error), "wait until that process is done, or end it") from None
         if stored is None:
-            return f"none yet in {self._store.path.parent}"
+            return f"none yet in {self._store.place.parent}"
         self._refresh_token = stored.refresh_token
-        return f"a session is in {self._store.path}"
+        return f"a session is in {self._store.place}"
 
     def listener(self) -> str:
         host, port = self._settings.host, self._settings.port

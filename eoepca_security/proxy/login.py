@@ -65,8 +65,7 @@ def login(settings: Settings, *, scope: str | None, browser: bool) -> int:
 
     who = by_browser(provider, settings, scope, finish) if browser else finish(by_device(provider, scope), None)
     click.echo(
-        f"Logged in as {who}.\nThe session is kept in {store.path}; proxies with these settings use it, those that run "
-        "already, too."
+        f"Logged in as {who}.\nThe session is kept in {store.place}; proxies with these settings use it, running ones, too."
     )
     return 0
 
@@ -81,7 +80,7 @@ def logout(settings: Settings) -> int:
     with store.locked():
         stored = store.read()
         if stored is None:
-            click.echo(f"No session is kept in {store.path.parent} for these settings: there is nothing to do.")
+            click.echo(f"No session is kept in {store.place.parent} for these settings: there is nothing to do.")
             return 0
         try:
             offered = provider.metadata().revocation_endpoint is not None
@@ -96,7 +95,7 @@ def logout(settings: Settings) -> int:
         click.echo("The issuer has ended the session.")
     else:
         click.echo("The issuer offers no way to end the session (RFC 7009); where it has account pages, use those.")
-    click.echo(f"It is forgotten here ({store.path}).")
+    click.echo(f"It is forgotten here ({store.place}).")
     if settings.refresh_token is not None:
         click.echo(f"{REFRESH_TOKEN.env} is still set: the next start tries it.")
     return 1 if fault is not None else 0
@@ -168,10 +167,10 @@ def _identity_claims(
         if request is not None and "openid" in scope.split():
             raise TokenInvalid("the issuer gave no ID token, so it is not certain whose login this is")
         return unverified_claims(response.access_token)
-    verified = asyncio.run(provider.verify_id_token(response.id_token, {client_id}, LEEWAY))
+    claims, _ = asyncio.run(provider.verify_id_token(response.id_token, {client_id}, LEEWAY))
     if request is not None:
-        check_nonce(request, verified.claims)
-    return verified.claims
+        check_nonce(request, claims)
+    return claims
 
 
 def _keep(store: TokenStore, response: TokenResponse) -> None:
@@ -182,6 +181,7 @@ def _keep(store: TokenStore, response: TokenResponse) -> None:
         )
     lifetime = response.refresh_expires_in
     with store.locked():
+        store.read()  # so that what is written counts as its successor
         # Without the access token: a proxy that starts gets one of its own in any case.
         store.write(Stored(response.refresh_token, session_ends_at=time.time() + lifetime if lifetime else None))
 

@@ -23,7 +23,9 @@ STARTED = re.compile(r"Uvicorn running on http://0\.0\.0\.0:(\d+)")
 
 @pytest.fixture
 def issuer() -> Iterator[FakeIssuer]:
-    with FakeIssuer(Behaviour(refresh_tokens="rotate", lifetime=2), client_id="gateway", client_secret="secret-of-the-gateway") as issuer:
+    with FakeIssuer(
+        Behaviour(refresh_tokens="rotate", lifetime=2), client_id="gateway", client_secret="secret-of-the-gateway"
+    ) as issuer:
         yield issuer
 
 
