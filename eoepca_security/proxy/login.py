@@ -65,8 +65,8 @@ def login(settings: Settings, *, scope: str | None, browser: bool) -> int:
 
     who = by_browser(provider, settings, scope, finish) if browser else finish(by_device(provider, scope), None)
     click.echo(
-        f"Logged in as {who}.\nThe session is kept in {store.place}; proxies with these settings use it, also those that "
-        "run already."
+        f"Logged in as {who}.\nThe session is kept in {store.place}; proxies with these settings use it, those "
+        "that run, too."
     )
     return 0
 
