@@ -1,12 +1,12 @@
 """A service with a certificate of a CA that the system does not know."""
 
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from conftest import StartProxy, settings_for
-from helpers_tls import write_certificate
 
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import FakeIssuer
@@ -19,15 +19,10 @@ class Echo(Handler):
 
 
 @pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """Where the service's certificate will be."""
-    return tmp_path / "certificate.pem"
-
-
-@pytest.fixture
 def https_service(certificate: Path) -> Iterator[str]:
     server = LocalServer(Echo)
-    context = write_certificate(certificate)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
     server._server.socket = context.wrap_socket(server._server.socket, server_side=True)
     with server:
         yield server.url.replace("http://", "https://")
