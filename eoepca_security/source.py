@@ -89,13 +89,9 @@ class TokenSource:
         refresh that is under way, together with all others; its failure is theirs too. Raises IssuerUnavailable,
         CredentialsRejected or TokenInvalid, after `MAX_WAIT` seconds at the latest.
         """
-        now = self._now()
-        token = self._token
-        # A clock that was set back says nothing about how old the token is.
-        if token is not None and token.obtained_at <= now + 1 and now < token.expires_at:
-            if now >= self._refresh_at and self._retry_in(now) == 0:
-                self._ensure_refresh(0)
+        if token := self.token_at_hand():
             return token
+        now = self._now()
         delay = self._retry_in(now)
         if self._refresh is None and self._failure is not None and delay > PATIENCE:
             # Somebody logged in meanwhile, so what was rejected is not what would be sent now.
@@ -113,6 +109,16 @@ class TokenSource:
         if self._token is None:
             raise IssuerUnavailable("there is no token")
         return self._token
+
+    def token_at_hand(self) -> AccessToken | None:
+        """Return an access token that is good to send now, or None when `token` would have to wait for one."""
+        now, token = self._now(), self._token
+        # A clock that was set back says nothing about how old the token is.
+        if token is None or token.obtained_at > now + 1 or now >= token.expires_at:
+            return None
+        if now >= self._refresh_at and self._retry_in(now) == 0:
+            self._ensure_refresh(0)
+        return token
 
     async def replace(self, refused: str) -> AccessToken | None:
         """Return another access token than the one that the service refused though it should be good.

@@ -22,6 +22,7 @@ from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
 from eoepca_security.proxy.addon import OIDCAuthProxy
+from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.settings import CA_FILE, HOST, PORT, UPSTREAM, Settings
 from eoepca_security.transport import ca_bundle
 
@@ -47,9 +48,11 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             self.event_loop.set_exception_handler(_ignore_cancelled)
             # At the end of the chain: whatever other add-ons do to a request, ours has the last word.
             self.addons.add(OIDCAuthProxy(settings, self._started))
+            cache_hooks(self)
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
             nonlocal exit_code
+            settle_memory()
             if isinstance(failure, CredentialsRejected):
                 exit_code = 1
                 print(f"{failure.code}: {failure}", file=sys.stderr)  # noqa: T201  the command's own output
