@@ -210,6 +210,7 @@ def _retry_after(answer: Answer) -> float | None:
         return float(value)
     try:
         then, now = (parsedate_to_datetime(text) for text in (value, answer.headers.get("Date", "")))
-        return max((then - now).total_seconds(), 0.0)
+        seconds = max((then - now).total_seconds(), 0.0)
     except (TypeError, ValueError):
         return None
+    return seconds if seconds < 86_400 else None  # or one of the clocks, or the date, is wrong

@@ -215,11 +215,13 @@ def test_retry_after_is_passed_on(
     assert from_token_endpoint.value.retry_after == seconds
 
 
-@pytest.mark.parametrize(("then", "seconds"), [("00:00:25", 20), ("00:00:01", 0), ("soon", None)])
+@pytest.mark.parametrize(
+    ("then", "seconds"), [("01 Jan 2035 00:00:25", 20), ("01 Jan 2035 00:00:01", 0), ("01 Jan 2036 00:00:00", None)]
+)
 def test_a_date_to_retry_after_is_counted_from_the_answers_own(
     then: str, seconds: float | None, provider: Provider, transport: FakeTransport
 ) -> None:
-    headers = {"Retry_After": f"Mon, 01 Jan 2035 {then} GMT", "Date": "Mon, 01 Jan 2035 00:00:05 GMT"}
+    headers = {"Retry_After": f"Mon, {then} GMT", "Date": "Mon, 01 Jan 2035 00:00:05 GMT"}
     transport.replies[DISCOVERY] = ok({}, 503, **headers)
     with pytest.raises(IssuerUnavailable) as caught:
         provider.metadata()

@@ -41,13 +41,16 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcomes(start: StartProxy) -> dict[str, Outcome]:
+def outcomes(start: StartProxy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """Run all variations side by side, each with a proxy of its own."""
+    home = tmp_path_factory.mktemp("new-home")
 
     def run(variation: str) -> Outcome:
         behaviour, secret = VARIATIONS[variation]
         with FakeIssuer(behaviour, client_secret=secret) as issuer, Service(issuer) as service:
-            proxy = start("launcher", service.url, settings_for(issuer))
+            # Twelve that make mitmproxy's CA together, in one new home.
+            proxy = start("launcher", service.url, settings_for(issuer, HOME=str(home)))
+            assert proxy.url, proxy.output
             statuses = []
             end = time.monotonic() + DURATION
             with httpx.Client(trust_env=False, timeout=20) as client:
