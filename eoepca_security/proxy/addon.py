@@ -267,23 +267,23 @@ class OIDCAuthProxy:
     def _own_answer(self, flow: HTTPFlow) -> Response | None:
         """Return the answer to a request that must not or need not be forwarded."""
         request = flow.request
-        is_forward = isinstance(flow.client_conn.proxy_mode, RegularMode)
-        is_explicit = is_forward and flow.server_conn.address is None
+        is_explicit = isinstance(flow.client_conn.proxy_mode, RegularMode) and flow.server_conn.address is None
         if not forwarding.is_one_request(request) or (is_explicit and wire.is_origin_form(request)):
             return Response.make(400, b"the request is not well-formed\n")
-        if flow.is_replay is not None:
-            # It was let in before, or comes from whoever sits at mitmproxy's console.
-            return None
-        values = request.headers.get_all
-        if (refusal := self._refusal(flow)) is not None:
+        # A replay was let in before, or comes from whoever sits at mitmproxy's console.
+        if flow.is_replay is None and (refusal := self._refusal(flow)) is not None:
             self._codes[flow] = refusal.code
             return problem.answer(refusal, method=request.method)
-        if (headers := self._guard.preflight(request.method, values)) is not None:
+        if (headers := self._guard.preflight(request.method, request.headers.get_all)) is not None:
             return Response.make(204, b"", headers)
+        return self._termination(flow)
+
+    def _termination(self, flow: HTTPFlow) -> Response | None:
         endpoint = self._settings.termination_endpoint if self._settings is not None else None
-        if endpoint is None or is_forward or request.path.partition("?")[0] != endpoint:
+        is_meant = flow.request.path.partition("?")[0] == endpoint
+        if not is_meant or not isinstance(flow.client_conn.proxy_mode, ReverseMode):
             return None
-        if request.method != "POST":
+        if flow.request.method != "POST":
             return Response.make(405, b"", {"Allow": "POST"})
         # Which does not end before this request has its answer.
         ctx.master.shutdown()
@@ -420,7 +420,7 @@ class OIDCAuthProxy:
         except OSError as error:
             reason = f"{ADMIN.env}: cannot listen on {settings.admin} ({error.strerror or error})"
             if settings.admin_is_set:
-                logger.error("%s: choose another address, or off", reason)
+                logger.error("%s: choose another address, or off", reason)  # noqa: TRY400  one line, for people
             else:
                 logger.warning("%s, so there is no admin listener", reason)
             return
@@ -504,7 +504,8 @@ def _target(flow: HTTPFlow) -> Target:
 
 def _is_elsewhere(flow: HTTPFlow, settings: Settings | None) -> bool:
     """Tell whether a request in forward mode is to a host that gets no token."""
-    if not isinstance(flow.client_conn.proxy_mode, RegularMode):
+    mode = flow.client_conn.proxy_mode
+    if not isinstance(mode, RegularMode) or not _is_protected(mode, settings):
         return False
     target = _target(flow)
     return not _may_inject(settings, target.scheme, (target.host, target.port))
@@ -566,8 +567,9 @@ def _addresses(settings: Settings | None) -> tuple[str, str]:
     server = ctx.master.addons.get("proxyserver")
     addresses = server.listen_addrs() if isinstance(server, Proxyserver) else []
     host, port = addresses[0][:2] if addresses else ("nowhere", 0)
-    upstream = ctx.options.mode[0].removeprefix("reverse:")
-    if settings is not None and isinstance(ProxyMode.parse(ctx.options.mode[0]), RegularMode):
+    mode = ProxyMode.parse(ctx.options.mode[0])
+    upstream = mode.data
+    if settings is not None and isinstance(mode, RegularMode):
         upstream = ", ".join(settings.inject_hosts)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
 

@@ -42,6 +42,7 @@ def is_one_request(request: Request) -> bool:
     return (
         re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", data.method) is not None
         and re.fullmatch(rb"\*|/[^\x00-\x20\x7f]*", data.path) is not None
+        and data.http_version in (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"HTTP/3")
         and not any(re.search(rb"[\r\n\x00]", part) for field in data.headers.fields for part in field)
         and _FRAMING.isdisjoint(_connection_options(data.headers))
     )

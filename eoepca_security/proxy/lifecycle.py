@@ -54,7 +54,9 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> None:
             loop.add_signal_handler(number, hurry.set)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_TIMEOUT):
-            while not hurry.is_set() and (is_busy() or _unsent(server)):
+            await asyncio.sleep(_INTERVAL)
+            # There is no event for a buffer that is empty.
+            while not hurry.is_set() and (is_busy() or _unsent(server)):  # noqa: ASYNC110
                 await asyncio.sleep(_INTERVAL)
 
 
