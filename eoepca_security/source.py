@@ -50,7 +50,8 @@ class TokenSource:
     block, and runs in a thread of its own. `store` keeps the session across restarts and shares it between processes.
     `check` is called with each new access token, in the thread too, and raises TokenError when it must not be used.
     `access_token` is used first, while it lives. `continues` is a source whose login this one goes on with, whatever
-    token that has come to by now. `now` is epoch seconds. One instance belongs to one event loop.
+    token that has come to by now. `now` is epoch seconds. `observe` is told of each refresh: what it failed for, if it
+    did, and how many seconds it took. One instance belongs to one event loop.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class TokenSource:
         check: Callable[[str], object] | None = None,
         now: Callable[[], float] = time.time,
         continues: "TokenSource | None" = None,
+        observe: Callable[[TokenError | None, float], None] | None = None,
     ) -> None:
         if continues is None:
             self._session = RefreshSession(request_token, refresh_token, store=store, now=now)
@@ -72,6 +74,7 @@ class TokenSource:
         self._initial = access_token
         self._check = check or (lambda _token: None)
         self._now = now
+        self._observe = observe or (lambda _failure, _seconds: None)
         self._token: AccessToken | None = None
         self._refresh_at = 0.0
         self._refresh: asyncio.Task[TokenError | None] | None = None
@@ -89,9 +92,12 @@ class TokenSource:
         refresh that is under way, together with all others; its failure is theirs too. Raises IssuerUnavailable,
         CredentialsRejected or TokenInvalid, after `MAX_WAIT` seconds at the latest.
         """
-        if token := self.token_at_hand():
-            return token
         now = self._now()
+        token = self.at_hand
+        if token is not None:
+            if now >= self._refresh_at and self._retry_in(now) == 0:
+                self._ensure_refresh(0)
+            return token
         delay = self._retry_in(now)
         if self._refresh is None and self._failure is not None and delay > PATIENCE:
             # Somebody logged in meanwhile, so what was rejected is not what would be sent now.
@@ -109,16 +115,6 @@ class TokenSource:
         if self._token is None:
             raise IssuerUnavailable("there is no token")
         return self._token
-
-    def token_at_hand(self) -> AccessToken | None:
-        """Return an access token that is good to send now, or None when `token` would have to wait for one."""
-        now, token = self._now(), self._token
-        # A clock that was set back says nothing about how old the token is.
-        if token is None or token.obtained_at > now + 1 or now >= token.expires_at:
-            return None
-        if now >= self._refresh_at and self._retry_in(now) == 0:
-            self._ensure_refresh(0)
-        return token
 
     async def replace(self, refused: str) -> AccessToken | None:
         """Return another access token than the one that the service refused though it should be good.
@@ -148,6 +144,19 @@ class TokenSource:
             self._keep_alive.cancel()
 
     @property
+    def at_hand(self) -> AccessToken | None:
+        """The access token that is good to send now, if there is one; the issuer is not asked."""
+        now, token = self._now(), self._token
+        # A clock that was set back says nothing about how old the token is.
+        is_good = token is not None and token.obtained_at <= now + 1 and now < token.expires_at
+        return token if is_good else None
+
+    @property
+    def failure(self) -> TokenError | None:
+        """What the last refresh failed for, if it did."""
+        return self._failure
+
+    @property
     def rotated(self) -> bool:
         """Whether the issuer has replaced the refresh token that this source began with."""
         return self._session.rotated
@@ -168,6 +177,7 @@ class TokenSource:
 
     async def _run_refresh(self, delay: float) -> TokenError | None:
         """Get the next token; returns the failure rather than raising it, as nobody may be waiting."""
+        started_at = self._now() + delay
         try:
             # With eager tasks this coroutine would run before the task is stored and cleared.
             await asyncio.sleep(delay)
@@ -194,6 +204,7 @@ class TokenSource:
         finally:
             self._refresh = None
             self._keep_session_alive()
+            self._observe(self._failure, self._now() - started_at)
 
     def _keep_session_alive(self) -> None:
         """See to it that a session that ends when it is not used is used, even when nobody asks for a token."""

@@ -11,16 +11,19 @@ from mitmproxy import exceptions
 from mitmproxy.addons.onboarding import Onboarding
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.flow import Error
-from mitmproxy.http import HTTPFlow, Response
+from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.proxy.mode_specs import ProxyMode
 from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
+from eoepca_security.proxy import wire
 from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy, identity
 from eoepca_security.proxy.settings import OPTIONS, Settings
+from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.session import AccessToken
 
+SERVICE = Target("https", "service.example", 443)
 SETTINGS = Settings(issuer_url="https://issuer.example", client=Client("client"), refresh_token="r")
 
 
@@ -62,7 +65,7 @@ def addon_with(source: StubSource | None, context: Any) -> OIDCAuthProxy:
 
 
 def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
-    flow = tflow.tflow(req=tutils.treq(method=method.encode(), headers=(), content=b""))
+    flow = tflow.tflow(req=tutils.treq(method=method.encode(), headers=((b"Host", b"localhost:8080"),), content=b""))
     flow.client_conn.proxy_mode = ProxyMode.parse("reverse:https://service.example")
     for name, value in headers.items():
         flow.request.headers[name.replace("_", "-")] = value
@@ -70,12 +73,20 @@ def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
     return flow
 
 
+def sent(flow: HTTPFlow, target: Target = SERVICE) -> Request:
+    """Return the request as it leaves."""
+    request = wire.outgoing(flow.request, target)
+    assert request is not None
+    return request
+
+
 async def test_the_token_replaces_every_authorization_header(context: Any) -> None:
     flow = flow_for()
     flow.request.headers.set_all("authorization", ["Basic x", "Bearer y"])
     await addon_with(StubSource(), context).requestheaders(flow)
-    assert flow.request.headers.get_all("Authorization") == ["Bearer the-token"]
+    assert sent(flow).headers.get_all("Authorization") == ["Bearer the-token"]
     assert flow.response is None
+    assert "the-token" not in str(flow.get_state())
 
 
 async def test_a_request_that_mitmproxy_refused_is_left_alone(context: Any) -> None:
@@ -160,24 +171,26 @@ async def test_a_request_that_is_being_decided_about_has_an_answer_already(conte
 
 
 async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(context: Any) -> None:
-    flow = flow_for(Authorization="Bearer older")
+    flow = flow_for()
     addon = addon_with(StubSource(), context)
+    wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
     await addon.request(flow)
-    assert flow.request.headers["Authorization"] == "Bearer the-token"
-    flow.request.headers["Authorization"] = "Bearer sent already"
+    assert sent(flow).headers["Authorization"] == "Bearer the-token"
+    wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
     flow.request.stream = True
     await addon.request(flow)
-    assert flow.request.headers["Authorization"] == "Bearer sent already"
+    assert sent(flow).headers["Authorization"] == "Bearer sent already"
 
 
-async def test_an_absolute_target_loses_its_host_on_http1_only(context: Any) -> None:
+async def test_an_absolute_target_loses_its_host_on_http1_and_is_the_services_on_http2(context: Any) -> None:
     addon = addon_with(StubSource(), context)
-    for version, authority in ((b"HTTP/1.1", ""), (b"HTTP/2.0", "evil.example")):
+    for version, authority in ((b"HTTP/1.1", ""), (b"HTTP/2.0", "service.example")):
         flow = flow_for()
         flow.request.data.http_version = version
-        flow.request.authority = "evil.example"
+        flow.request.authority = "localhost:8080"
         await addon.requestheaders(flow)
-        assert flow.request.authority == authority
+        assert sent(flow).authority == authority
+        assert sent(flow).headers["Host"] == "service.example"
 
 
 # --- options -----------------------------------------------------------------------------------------------------
@@ -229,12 +242,18 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     )
     addon._running = True
     source = addon._source
-    for change in ({"oidc_url": "ftp://x"}, {"mode": ["regular"]}, {"ignore_hosts": [".*"]}):
+    for change in (
+        {"oidc_url": "ftp://x"},
+        {"mode": ["regular"]},
+        {"ignore_hosts": [".*"]},
+        {"keep_host_header": False},
+        {"validate_inbound_headers": False},
+    ):
         with pytest.raises(exceptions.OptionsError):
             context.options.update(**change)
     assert addon._source is source
     assert context.options.oidc_url == "https://issuer.example"
-    context.options.update(validate_inbound_headers=False)
+    context.options.update(websocket=False)
     assert addon._source is source  # with its rotated refresh token
     assert source is not None
     source._session._adopt("rotated")

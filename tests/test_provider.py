@@ -44,7 +44,7 @@ class FakeTransport:
         self.posts: list[tuple[str, Mapping[str, str], Mapping[str, str]]] = []
         self.timeouts: set[float] = set()
 
-    def get(self, url: str, *, timeout: float) -> Answer:
+    def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         self.gets.append(url)
         self.timeouts.add(timeout)
         return self._reply(url)
