@@ -33,7 +33,7 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import forwarding, problem, wire
+from eoepca_security.proxy import forwarding, problem, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.lifecycle import DaemonThreads, drain
@@ -44,9 +44,6 @@ from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
 from eoepca_security.verify import unverified_claims
-
-MAX_REPLAYED_BODY: Final = 1024 * 1024
-"""Longest request body, in bytes, that is sent again when the service refuses the token."""
 
 READY_WAIT: Final = 0.8
 """Seconds that a readiness probe waits for a token; probes usually give up after one."""
@@ -110,6 +107,7 @@ class OIDCAuthProxy:
     def load(self, loader: Loader) -> None:
         """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
         wire.install()
+        stream.install()
         loader.master.event_loop.set_default_executor(DaemonThreads())
         for variable in OPTIONS:
             loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")
@@ -214,10 +212,11 @@ class OIDCAuthProxy:
             return
         self._prepare(flow)
         await self._authorize(flow)
+        flow.request.stream = flow.response is None and stream.streams_request(flow.request)
 
     async def request(self, flow: HTTPFlow) -> None:
         """Authorize again what was held back until its body was complete: the token may have ended meanwhile."""
-        is_ours = flow.error is None and flow.response is None and not flow.request.stream
+        is_ours = flow.error is None and flow.response is None and flow.request.raw_content is not None
         if is_ours and not _is_elsewhere(flow, self._settings):
             await self._authorize(flow)
 
@@ -225,6 +224,7 @@ class OIDCAuthProxy:
         """Let an allowed origin read the answer, and a client that keeps its connection know when the proxy ends."""
         if flow.response is None or flow.response.status_code == 101 or _is_elsewhere(flow, self._settings):
             return
+        flow.response.stream = stream.streams_response(flow.response)
         headers = flow.response.headers
         if (origin := self._guard.allowed_origin(flow.request.headers.get_all)) is not None:
             headers["Access-Control-Allow-Origin"] = origin
@@ -240,6 +240,11 @@ class OIDCAuthProxy:
                 await self._repeat(flow)
         finally:
             self._ended(flow)
+
+    def websocket_message(self, flow: HTTPFlow) -> None:
+        """Keep a long conversation from piling up in memory."""
+        if flow.websocket is not None:
+            del flow.websocket.messages[:-1]
 
     def error(self, flow: HTTPFlow) -> None:
         """Count what ended without an answer of the service."""
@@ -522,9 +527,9 @@ def _may_be_repeated(flow: HTTPFlow) -> bool:
         response is not None
         and response.status_code == 401
         and flow.is_replay is None
-        and not request.stream
-        and not response.stream
-        and len(request.raw_content or b"") <= MAX_REPLAYED_BODY
+        and request.raw_content is not None
+        and response.raw_content is not None
+        and len(request.raw_content) <= stream.MAX_HELD
     )
 
 

@@ -89,7 +89,7 @@ class CachedAddonManager(AddonManager):
         """Call the event's hook on all add-ons that have it, in the order of the chain."""
         calls = self._calls_of(event)
         if calls is None:
-            await super().trigger_event(event)  # type: ignore[no-untyped-call]
+            await super().trigger_event(event)
             return
         arguments = _arguments(event)
         for functions in calls:
@@ -103,7 +103,7 @@ class CachedAddonManager(AddonManager):
                 return
             except Exception:
                 # mitmproxy's own guard decides what becomes of it.
-                with safecall():  # type: ignore[no-untyped-call]
+                with safecall():
                     raise
 
     def _calls_of(self, event: Hook) -> Calls | None:
@@ -129,8 +129,8 @@ class CachedAddonManager(AddonManager):
 
 def cache_hooks(master: Master) -> None:
     """Make `master` remember which of its add-ons have which hooks."""
-    manager = master.addons
-    if type(manager) is AddonManager:
+    manager: Any = master.addons
+    if manager.__class__ is AddonManager:
         manager.__class__ = CachedAddonManager
         manager.forget()
         master.options.changed.connect(manager.options_changed)

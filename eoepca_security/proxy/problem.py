@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Final
 
 from mitmproxy.http import Response
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.protocol import printable
 from eoepca_security.proxy.guard import Refusal
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
@@ -17,6 +19,8 @@ _ANSWERS: Final[dict[str, tuple[int, str]]] = {
     IssuerUnavailable.code: (503, "The identity provider does not give a token"),
     CredentialsRejected.code: (502, "The identity provider rejected the proxy's credentials"),
     TokenInvalid.code: (502, "The identity provider's token cannot be used"),
+    "upstream_unavailable": (502, "The protected service does not answer"),
+    "upstream_timeout": (504, "The protected service does not answer in time"),
 }
 
 _HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
@@ -25,10 +29,30 @@ LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUna
 """The answer for the time in which there is no better one, and when making a better one fails."""
 
 
-def parts(error: TokenError | Refusal, *, retry_after: float = 1) -> tuple[int, dict[str, str], bytes]:
+@dataclass(frozen=True)
+class UpstreamFault:
+    """Why the protected service gives no answer; `code` is of the public interface."""
+
+    code: str
+    detail: str
+
+
+def upstream_fault(service: str, reason: str) -> UpstreamFault:
+    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do."""
+    if "certificate verify failed" in reason.lower():
+        remedy = "TLS_CA_FILE adds a CA to those that are trusted"
+    elif "server closed connection" in reason:
+        remedy = "it hung up without an answer; its log may say why"
+    else:
+        remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
+    code = "upstream_timeout" if "timed out" in reason.lower() else "upstream_unavailable"
+    return UpstreamFault(code, f"{service}: {printable(reason)}; {remedy}")
+
+
+def parts(error: TokenError | Refusal | UpstreamFault, *, retry_after: float = 1) -> tuple[int, dict[str, str], bytes]:
     """Return status, headers and body that tell of `error`; `retry_after` is in seconds."""
     status, title = _ANSWERS[error.code]
-    detail = error.detail if isinstance(error, Refusal) else str(error)
+    detail = str(error) if isinstance(error, TokenError) else error.detail
     body = {"title": title, "status": status, "detail": detail, "code": error.code}
     headers = _HEADERS | {ERROR_HEADER: error.code}
     if status == 503:
@@ -36,7 +60,7 @@ def parts(error: TokenError | Refusal, *, retry_after: float = 1) -> tuple[int, 
     return status, headers, json.dumps(body).encode()
 
 
-def answer(error: TokenError | Refusal, *, method: str, retry_after: float = 1) -> Response:
+def answer(error: TokenError | Refusal | UpstreamFault, *, method: str, retry_after: float = 1) -> Response:
     """Return the answer to a request that is not forwarded; `retry_after` is in seconds."""
     status, headers, body = parts(error, retry_after=retry_after)
     # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
