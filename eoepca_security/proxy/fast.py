@@ -154,4 +154,3 @@ def _arguments(event: Hook) -> list[Any]:
     if names is None:
         names = _names[kind] = tuple(field.name for field in fields(event))  # type: ignore[arg-type]
     return [getattr(event, name) for name in names]
-

@@ -21,6 +21,7 @@ from mitmproxy.tools import main as mitmproxy_main
 from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
+from eoepca_security.proxy import pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.settings import CA_FILE, HOST, PORT, UPSTREAM, Settings
@@ -49,6 +50,7 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             # At the end of the chain: whatever other add-ons do to a request, ours has the last word.
             self.addons.add(OIDCAuthProxy(settings, self._started))
             cache_hooks(self)
+            pool.install(pool.Pool())
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
             nonlocal exit_code
