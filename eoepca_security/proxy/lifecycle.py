@@ -13,6 +13,7 @@ from mitmproxy.addons.proxyserver import Proxyserver
 DRAIN_TIMEOUT: Final = 8.0
 """Seconds that the end waits for requests that are being served; docker kills after 10."""
 
+_CLOSING_TIMEOUT: Final = 1.0
 _INTERVAL: Final = 0.02
 
 
@@ -42,7 +43,10 @@ class DaemonThreads(ThreadPoolExecutor):
 
 
 async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> None:
-    """Stop accepting connections, and wait until nothing is being served, a second signal, or `DRAIN_TIMEOUT`."""
+    """Stop accepting connections, and wait until nothing is being served, a second signal, or `DRAIN_TIMEOUT`.
+
+    Then all connections are closed.
+    """
     for instance in server.servers:
         if instance.is_running:
             await instance.stop()
@@ -57,6 +61,14 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> None:
             await asyncio.sleep(_INTERVAL)
             # There is no event for a buffer that is empty.
             while not hurry.is_set() and (is_busy() or _unsent(server)):  # noqa: ASYNC110
+                await asyncio.sleep(_INTERVAL)
+    for handler in tuple(server.connections.values()):
+        client = handler.transports.get(handler.client)
+        if client is not None and client.handler is not None:
+            client.handler.cancel("the proxy ends")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSING_TIMEOUT):
+            while server.connections:  # noqa: ASYNC110  as above
                 await asyncio.sleep(_INTERVAL)
 
 
