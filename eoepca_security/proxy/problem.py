@@ -25,9 +25,12 @@ LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUna
 """The answer for the time in which there is no better one, and when making a better one fails."""
 
 
-def parts(error: TokenError | Refusal, *, retry_after: float = 1) -> tuple[int, dict[str, str], bytes]:
-    """Return status, headers and body that tell of `error`; `retry_after` is in seconds."""
-    status, title = _ANSWERS[error.code]
+def parts(
+    error: TokenError | Refusal, *, retry_after: float = 1, status: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Return status (the usual one unless given), headers and body of an answer; `retry_after` is in seconds."""
+    usual, title = _ANSWERS[error.code]
+    status = status or usual
     detail = error.detail if isinstance(error, Refusal) else str(error)
     body = {"title": title, "status": status, "detail": detail, "code": error.code}
     headers = _HEADERS | {ERROR_HEADER: error.code}

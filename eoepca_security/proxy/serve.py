@@ -46,7 +46,7 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             self.event_loop.set_exception_handler(_ignore_cancelled)
             self.addons.add(OIDCAuthProxy(settings, self._started))
-            # Where mitmproxy has scripts: behind its own authentication of clients, ahead of what shows and saves flows.
+            # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
             chain = self.addons.chain
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
 
