@@ -446,3 +446,22 @@ async def test_an_idle_session_is_kept_alive_and_no_more_than_that(issuer: Issue
     await asyncio.sleep(0)
     assert source._keep_alive is not None
     assert source._keep_alive.cancelled()
+
+
+# --- what others may know ----------------------------------------------------------------------------------------
+
+
+async def test_refreshes_are_told_of_and_the_token_at_hand_is_one_to_send(issuer: Issuer, clock: Clock) -> None:
+    told: list[TokenError | None] = []
+    source = TokenSource(issuer, refresh_token="first", now=clock, observe=lambda error, _seconds: told.append(error))
+    assert source.at_hand is None
+    issuer.answers = [IssuerUnavailable("down")]
+    with pytest.raises(IssuerUnavailable):
+        await source.token()
+    assert str(source.failure) == "down"
+    token = await source.token()
+    assert source.at_hand is token
+    assert source.failure is None
+    assert [error and error.code for error in told] == ["issuer_unavailable", None]
+    clock.time += 60
+    assert source.at_hand is None
