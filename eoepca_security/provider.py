@@ -93,7 +93,7 @@ class Provider:
             secrets=(*request.secrets, self._client.secret or ""),
         )
 
-    def userinfo(self, access_token: str) -> Mapping[str, Any] | None:
+    def userinfo(self, access_token: str) -> dict[str, Any] | None:
         """Return the claims about the user (OpenID Connect Core §5.3), or None when the issuer has no such endpoint.
 
         Raises IssuerUnavailable.
