@@ -104,3 +104,10 @@ def test_a_copy_of_a_request_needs_a_clearance_of_its_own() -> None:
     wire.clear(request, Clearance(SERVICE))
     assert wire.outgoing(request, SERVICE) is request
     assert wire.outgoing(request.copy(), SERVICE) is None
+
+
+def test_the_authority_is_as_in_a_url() -> None:
+    assert Target("https", "a.example", 443).authority == "a.example"
+    assert Target("http", "a.example", 443).authority == "a.example:443"
+    assert Target("http", "::1", 80).authority == "[::1]"
+    assert Target("http", "::1", 9000).authority == "[::1]:9000"

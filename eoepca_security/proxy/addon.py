@@ -25,7 +25,6 @@ from mitmproxy.exceptions import OptionsError
 from mitmproxy.http import HTTPFlow, Response
 from mitmproxy.log import ALERT
 from mitmproxy.master import Master
-from mitmproxy.net.http.url import hostport
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
@@ -293,19 +292,18 @@ class OIDCAuthProxy:
         request, values = flow.request, flow.request.headers.get_all
         if isinstance(flow.client_conn.proxy_mode, RegularMode):
             target = _target(flow)
-            own = f"{target.scheme}://{hostport(target.scheme, target.host, target.port)}"
-            return self._guard.cross_site(own, values)
+            return self._guard.cross_site(f"{target.scheme}://{target.authority}", values)
         authority = [request.authority] if request.authority else []
         scheme = "https" if flow.client_conn.tls else "http"
         return self._guard.refusal(scheme, [*authority, *values("Host")], values)
 
     def _prepare(self, flow: HTTPFlow) -> None:
         """Make of the client's request the one that the service is to see."""
-        request, target = flow.request, _target(flow)
+        request = flow.request
         forwarding.drop_hop_by_hop(request)
         if self._apisix is not None:
             forwarding.drop_gateway_headers(request.headers)
-        request.host_header = hostport(target.scheme, target.host, target.port)
+        request.host_header = _target(flow).authority
         if not (request.is_http2 or request.is_http3):
             # An absolute target (RFC 9112 §3.2.2) would be forwarded as it is.
             request.authority = ""

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from h11 import EndOfMessage
 from h11._readers import ChunkedReader
 from mitmproxy.http import Request
+from mitmproxy.net.http.url import default_port
 from mitmproxy.proxy.commands import CloseConnection
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.events import Event
@@ -36,6 +37,12 @@ class Target:
     scheme: str
     host: str
     port: int
+
+    @property
+    def authority(self) -> str:
+        """Host and port as they stand in a URL, without the scheme's own port (RFC 9110 §4.2.3)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if default_port(self.scheme) == self.port else f"{host}:{self.port}"
 
 
 @dataclass(frozen=True)

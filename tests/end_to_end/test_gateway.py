@@ -58,10 +58,10 @@ def service(issuer: Issuer) -> Iterator[str]:
     careful = scheme_module.OIDCProxyScheme(**arguments)
     trusting = scheme_module.OIDCProxyScheme(**arguments, trust_unsigned_id_token=True, scheme_name="trusting")
 
-    async def careful_route(who: Any = fastapi.Depends(careful)) -> Any:  # noqa: B008, FAST002  how FastAPI has it
+    async def careful_route(who: Any = fastapi.Depends(careful)) -> Any:  # noqa: B008  how FastAPI has it
         return {"claims": who["claims"], "id_token": who["id_token"]}
 
-    async def trusting_route(request: Any, who: Any = fastapi.Depends(trusting)) -> Any:  # noqa: B008, FAST002
+    async def trusting_route(request: Any, who: Any = fastapi.Depends(trusting)) -> Any:  # noqa: B008
         return {"claims": who["claims"], "userinfo": request.headers["X-Userinfo"], "raw": who["access_token"]}
 
     trusting_route.__annotations__["request"] = fastapi.Request
