@@ -19,8 +19,9 @@ from mitmproxy.test import taddons, tflow, tutils
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import wire
-from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy, identity
+from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy, exposure
 from eoepca_security.proxy.settings import OPTIONS, Settings
+from eoepca_security.proxy.status import identity
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.session import AccessToken
 
@@ -390,3 +391,12 @@ async def test_regular_mode_needs_hosts_to_inject_to(context: Any) -> None:
     context.master.addons.add(addon)
     context.options.update(listen_port=1)
     assert addon._problems == []
+
+
+def test_listening_beyond_this_machine_is_told_in_one_line() -> None:
+    line = exposure("http://0.0.0.0:8080", SETTINGS)
+    assert "acts with this identity" in line
+    assert "PROXY_ALLOWED_HOSTS" in line
+    assert "\n" not in line
+    assert "PROXY_ALLOWED_HOSTS" not in exposure("http://[::]:8080", replace(SETTINGS, allowed_hosts=("proxy",)))
+    assert "PROXY_ALLOWED_HOSTS" not in exposure("http://192.0.2.7:8080", SETTINGS)

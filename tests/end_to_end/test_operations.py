@@ -205,6 +205,21 @@ def test_options_show_no_secret(base_environment: dict[str, str], issuer: FakeIs
     assert not [canary for canary in canaries(issuer) if canary in done.stdout + done.stderr]
 
 
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+def test_mitmproxys_own_password_can_stand_before_the_proxy(
+    entry: str, start: StartProxy, issuer: FakeIssuer, client: httpx.Client
+) -> None:
+    recorder = Recorder()
+    with recorder.server() as service:
+        proxy = start(entry, service.url, settings_for(issuer), "--proxyauth", "name:password")
+        statuses = [
+            client.get(proxy.url, auth=auth).status_code for auth in (None, ("name", "x"), ("name", "password"))
+        ]
+        assert statuses == [401, 401, 200]
+    (received,) = recorder.requests
+    assert issuer.accepts(received.values("Authorization")[0].removeprefix("Bearer "))
+
+
 # --- the admin listener's address --------------------------------------------------------------------------------
 
 
