@@ -133,12 +133,17 @@ async def test_without_a_source_nothing_passes(context: Any) -> None:
     assert flow.response.status_code == 503
 
 
-@pytest.mark.parametrize("mode", ["regular", "socks5", "reverse:tcp://service.example:1", "upstream:http://proxy:1"])
+@pytest.mark.parametrize(
+    "mode",
+    ["regular", "socks5", "reverse:tcp://service.example:1", "upstream:http://proxy:1", "reverse:https://evil.example"],
+)
 async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
     flow = flow_for()
     flow.client_conn.proxy_mode = ProxyMode.parse(mode)
     await addon_with(StubSource(), context).requestheaders(flow)
     assert flow.response is not None
+    assert flow.response.status_code == 503
+    assert wire.clearance(flow.request) is None
     assert "Authorization" not in flow.request.headers
 
 
@@ -359,6 +364,7 @@ async def test_the_address_listened_on_is_a_name_of_the_proxy_unless_it_is_all(c
         context.options.update(mode=[mode], listen_host=listen_host)
         for host in ("192.0.2.7:8080", "proxy.test:8080", "[fd00::7]:8080", "0.0.0.0:8080", "localhost:8080"):
             flow = flow_for(Host=host)
+            flow.client_conn.proxy_mode = ProxyMode.parse(mode)
             await addon.requestheaders(flow)
             is_allowed = host in (allowed, "localhost:8080")
             assert (flow.response is None) is is_allowed, (listen_host, mode, host)

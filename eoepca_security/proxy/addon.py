@@ -1,7 +1,7 @@
 """The mitmproxy add-on: options -> TokenSource -> Authorization header.
 
-A hook that raises forwards the request as it is, and one that hangs hangs the client; so every hook that decides about
-a request stands inside one `try`, and waits with a bound.
+mitmproxy goes on with a request whose hook raises, and a hook that hangs hangs the client. So a request has an answer,
+an error, while it is decided about; nothing leaves without a clearance (`wire`); and every wait has a bound.
 """
 
 import asyncio
@@ -296,7 +296,9 @@ class OIDCAuthProxy:
     async def _token(self, flow: HTTPFlow) -> AccessToken:
         if self._source is None or self._settings is None:
             raise IssuerUnavailable("the proxy is not configured")
-        if not options.is_protected(flow.client_conn.proxy_mode, self._settings):
+        mode = flow.client_conn.proxy_mode
+        # A flow that is replayed from a file brings a mode of its own.
+        if mode.full_spec not in ctx.options.mode or not options.is_protected(mode, self._settings):
             raise IssuerUnavailable("the proxy does not work in this mode")
         try:
             return await self._source.token()
@@ -307,7 +309,7 @@ class OIDCAuthProxy:
 
     async def _repeat(self, flow: HTTPFlow) -> None:
         sent = wire.clearance(flow.request)
-        if sent is None or self._source is None:
+        if sent is None or not sent.headers or self._source is None:
             return
         try:
             if await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer ")) is None:
