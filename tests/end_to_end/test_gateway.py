@@ -1,21 +1,19 @@
 """A service behind the proxy as it is behind APISIX: the proxy sends what the gateway would, the scheme believes it."""
 
 import base64
-import hashlib
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import fastapi
 import httpx
 import pytest
+import uvicorn
 from conftest import StartProxy, eventually, settings_for
 
+from eoepca_security import OIDCProxyScheme
 from eoepca_security.local_server import Handler
 from eoepca_security.testing import FakeIssuer
-
-scheme_module = pytest.importorskip("eoepca_security.fastapi")
-fastapi = pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
 
 
 class Issuer(FakeIssuer):
@@ -27,11 +25,7 @@ class Issuer(FakeIssuer):
     def answer_token_request(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
         status, answer = super().answer_token_request(authorization, body)
         if status == 200:
-            digest = hashlib.sha256(answer["access_token"].encode()).digest()[:16]
-            now = int(self.now())
-            claims = {"iss": self.url, "aud": self.client_id, "sub": "u-1", "iat": now, "exp": now + 60, "name": "Zoë"}
-            half = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-            answer["id_token"] = self.sign(claims | {"at_hash": half})
+            answer["id_token"] = self.id_token(answer["access_token"], name="Zoë")
         return status, answer
 
 
@@ -54,17 +48,18 @@ def issuer() -> Iterator[Issuer]:
 @pytest.fixture
 def service(issuer: Issuer) -> Iterator[str]:
     app = fastapi.FastAPI()
-    arguments = {"openIdConnectUrl": issuer.url, "audience": issuer.behaviour.audience}
-    careful = scheme_module.OIDCProxyScheme(**arguments)
-    trusting = scheme_module.OIDCProxyScheme(**arguments, trust_unsigned_id_token=True, scheme_name="trusting")
+    url, audience = issuer.url, issuer.behaviour.audience
+    careful = OIDCProxyScheme(openIdConnectUrl=url, audience=audience)
+    trusting = OIDCProxyScheme(
+        openIdConnectUrl=url, audience=audience, trust_unsigned_id_token=True, scheme_name="trusting"
+    )
 
     async def careful_route(who: Any = fastapi.Depends(careful)) -> Any:  # noqa: B008  how FastAPI has it
         return {"claims": who["claims"], "id_token": who["id_token"]}
 
-    async def trusting_route(request: Any, who: Any = fastapi.Depends(trusting)) -> Any:  # noqa: B008
+    async def trusting_route(request: fastapi.Request, who: Any = fastapi.Depends(trusting)) -> Any:  # noqa: B008
         return {"claims": who["claims"], "userinfo": request.headers["X-Userinfo"], "raw": who["access_token"]}
 
-    trusting_route.__annotations__["request"] = fastapi.Request
     app.get("/careful")(careful_route)
     app.get("/trusting")(trusting_route)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
