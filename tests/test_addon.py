@@ -406,3 +406,14 @@ def test_listening_beyond_this_machine_is_told_in_one_line() -> None:
     assert "\n" not in line
     assert "PROXY_ALLOWED_HOSTS" not in exposure("http://[::]:8080", replace(SETTINGS, allowed_hosts=("proxy",)))
     assert "PROXY_ALLOWED_HOSTS" not in exposure("http://192.0.2.7:8080", SETTINGS)
+
+
+async def test_while_it_ends_clients_are_told_to_close_their_connections(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    for version, ending, told in ((b"HTTP/1.1", False, None), (b"HTTP/1.1", True, "close"), (b"HTTP/2.0", True, None)):
+        addon._ending = ending
+        flow = flow_for()
+        flow.request.data.http_version = version
+        flow.response = Response.make(200)
+        addon.responseheaders(flow)
+        assert flow.response.headers.get("Connection") == told
