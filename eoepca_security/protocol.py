@@ -399,7 +399,7 @@ def _without_secrets(text: object, secrets: Collection[str]) -> str:
         # Shorter ones are no secrets, and hiding them would garble the words.
         if len(secret) >= 4:
             for form in (secret, quote_plus(secret), quote(secret, safe="")):
-                text = text.replace(form, "…")
+                text = re.sub(re.escape(form), "…", text, flags=re.IGNORECASE)
     return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
 
 

@@ -29,8 +29,9 @@ from eoepca_security.transport import Answer, Transport
 from eoepca_security.verify import Policy, TrustedKeys, Unverified, read_access_token, read_id_token, read_keys
 
 DISCOVERY_TIMEOUT: Final = 5.0
-TOKEN_TIMEOUT: Final = 10.0
-"""Seconds that one exchange may take as a whole. A token endpoint may have to ask a directory first."""
+TOKEN_TIMEOUT: Final = 20.0
+"""Seconds that one exchange may take as a whole. A token endpoint may have to ask a directory first, and an answer that
+is given up may have had the only valid refresh token; nobody waits that long for it."""
 
 METADATA_LIFETIME: Final = 3600.0
 KEYS_LIFETIME: Final = 300.0
@@ -81,6 +82,7 @@ class Provider:
         self._scope = scope
         self._allow_http = allow_http
         self.now = now
+        self._in_doubt = False
         self._metadata = _Cached(METADATA_LIFETIME, now, self._fetch_metadata)
         self._keys = _Cached(KEYS_LIFETIME, now, self._fetch_keys, stale=KEYS_STALE)
 
@@ -93,13 +95,16 @@ class Provider:
 
         Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
         """
-        metadata = self.metadata()
+        metadata = self._metadata.get(anew=self._in_doubt)
+        self._in_doubt = False
         if not metadata.token_endpoint:
             raise IssuerUnavailable(f"{self._discovery_url} names no token_endpoint")
         request = build_token_request(
             self._client, metadata, now=self.now(), refresh_token=refresh_token, scope=self._scope
         )
         answer = self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
+        # Said of a moved endpoint, or of a client authentication that is not offered any more.
+        self._in_doubt = answer.status in (401, 404, 405, 410)
         return read_token_response(
             answer.status,
             answer.body,

@@ -1,6 +1,7 @@
 """Ending: what is waited for, and for how long."""
 
 import asyncio
+import signal
 import socket
 import threading
 import time
@@ -31,7 +32,7 @@ def server_with(*instances: Instance) -> Proxyserver:
 async def test_it_waits_until_nothing_is_served_and_no_longer() -> None:
     listening, never_started = Instance(is_running=True), Instance(is_running=False)
     busy = [True, True, True]
-    await drain(server_with(listening, never_started), lambda: bool(busy) and busy.pop())
+    assert not await drain(server_with(listening, never_started), lambda: bool(busy) and busy.pop())
     assert busy == []
     assert (listening.stopped, never_started.stopped) == (1, 0)
 
@@ -39,6 +40,13 @@ async def test_it_waits_until_nothing_is_served_and_no_longer() -> None:
 async def test_it_waits_no_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifecycle, "DRAIN_TIMEOUT", 0.1)
     await asyncio.wait_for(drain(server_with(), lambda: True), 5)
+
+
+async def test_a_second_signal_ends_the_waiting() -> None:
+    ending = asyncio.ensure_future(drain(server_with(), lambda: True))
+    await asyncio.sleep(0)
+    signal.raise_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(ending, 5)
 
 
 def test_the_bound_leaves_docker_time() -> None:

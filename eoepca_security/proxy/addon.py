@@ -153,13 +153,18 @@ class OIDCAuthProxy:
         return asyncio.get_running_loop().create_task(self._end(master if is_end else None))
 
     async def _end(self, master: Master | None) -> None:
-        waiting = [self._source.finish()] if self._source is not None else []
+        finishing = asyncio.ensure_future(self._source.finish()) if self._source is not None else None
         server = master.addons.get("proxyserver") if master is not None else None
+        hurried = False
         if isinstance(server, Proxyserver):
             self._ending = True
-            waiting.append(drain(server, lambda: any(flow.live and not flow.websocket for flow in self._in_flight)))
-        await asyncio.gather(*waiting)
+            hurried = await drain(server, lambda: self._is_serving() or not (finishing is None or finishing.done()))
+        if finishing is not None and not hurried:
+            await finishing
         self._stop_admin()
+
+    def _is_serving(self) -> bool:
+        return any(flow.live and not flow.websocket for flow in self._in_flight)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 

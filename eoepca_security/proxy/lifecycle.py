@@ -42,10 +42,10 @@ class DaemonThreads(ThreadPoolExecutor):
         return future
 
 
-async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> None:
-    """Stop accepting connections, and wait until nothing is being served, a second signal, or `DRAIN_TIMEOUT`.
+async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
+    """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
 
-    Then all connections are closed.
+    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after a second signal; returns whether there was one.
     """
     for instance in server.servers:
         if instance.is_running:
@@ -70,6 +70,7 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> None:
         async with asyncio.timeout(_CLOSING_TIMEOUT):
             while server.connections:  # noqa: ASYNC110  as above
                 await asyncio.sleep(_INTERVAL)
+    return hurry.is_set()
 
 
 def _unsent(server: Proxyserver) -> bool:
