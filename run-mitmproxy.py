@@ -10,6 +10,8 @@ if __debug__ and __name__ == "__main__":
 
 try:
     from eoepca_security.proxy.launcher import main
+except KeyboardInterrupt:
+    sys.exit(130)
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is not installed: run this with `uv run --no-dev --extra proxy run-mitmproxy.py`")
 

@@ -1,7 +1,12 @@
 """OIDC access tokens for tools that cannot log in, and verified claims for services behind a gateway.
 
-Importing this package needs neither mitmproxy nor FastAPI.
+Importing this package needs neither mitmproxy nor FastAPI. `OIDCProxyScheme`, `Authentication` and `require_roles` are
+here too, once FastAPI is installed.
 """
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Final
 
 from eoepca_security.errors import (
     CredentialsRejected,
@@ -17,6 +22,11 @@ from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
 from eoepca_security.transport import HttpTransport, trust
 
+if TYPE_CHECKING:
+    from eoepca_security.fastapi import Authentication as Authentication
+    from eoepca_security.fastapi import OIDCProxyScheme as OIDCProxyScheme
+    from eoepca_security.fastapi import require_roles as require_roles
+
 __all__ = [
     "AccessToken",
     "Client",
@@ -31,3 +41,18 @@ __all__ = [
     "TokenSource",
     "trust",
 ]
+
+_OF_FASTAPI: Final = ("Authentication", "OIDCProxyScheme", "require_roles")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_FASTAPI:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module("eoepca_security.fastapi"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{name} needs FastAPI: pip install "eoepca-security[fastapi]"') from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *(_OF_FASTAPI if find_spec("fastapi") else ())])

@@ -20,7 +20,7 @@ class SecurityError(Exception):
     """Base of every error that this package raises on purpose."""
 
 
-class SettingsError(SecurityError):
+class SettingsError(SecurityError, ValueError):
     """One or more settings are wrong; `problems` has a line for each."""
 
     def __init__(self, *problems: str) -> None:

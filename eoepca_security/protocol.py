@@ -85,7 +85,10 @@ class Client:
 
 @dataclass(frozen=True)
 class ProviderMetadata:
-    """The part of a discovery document that we use (OpenID Connect Discovery §3)."""
+    """The part of a discovery document that we use (OpenID Connect Discovery §3).
+
+    `token_endpoint` is empty where there is none: to verify tokens, only keys are needed.
+    """
 
     issuer: str
     token_endpoint: str
@@ -198,11 +201,9 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         if problem:
             raise IssuerUnavailable(f"{url}: its {name} {printable(value)} {problem}")
         endpoints[name] = value
-    if "token_endpoint" not in endpoints:
-        raise IssuerUnavailable(f"{url} names no token_endpoint")
     return ProviderMetadata(
         issuer=issuer,
-        token_endpoint=endpoints["token_endpoint"],
+        token_endpoint=endpoints.get("token_endpoint", ""),
         jwks_uri=endpoints.get("jwks_uri"),
         # Of use only for extra headers, so a bad one is none rather than an error.
         userinfo_endpoint=_good_url(document.get("userinfo_endpoint"), allow_http=allow_http),
@@ -398,7 +399,7 @@ def _without_secrets(text: object, secrets: Collection[str]) -> str:
         # Shorter ones are no secrets, and hiding them would garble the words.
         if len(secret) >= 4:
             for form in (secret, quote_plus(secret), quote(secret, safe="")):
-                text = text.replace(form, "…")
+                text = re.sub(re.escape(form), "…", text, flags=re.IGNORECASE)
     return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
 
 

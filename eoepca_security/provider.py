@@ -1,12 +1,13 @@
 """All I/O with the issuer: discovery, keys and the token endpoint, with their caches.
 
-Everything here blocks and may be called from several threads; nothing here decides *when* to get a token.
+What is no coroutine blocks, and may be called from several threads; nothing here decides *when* to get a token.
 """
 
+import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any, Final, Generic, TypeVar
@@ -25,19 +26,30 @@ from eoepca_security.protocol import (
 )
 from eoepca_security.strict_json import parse_object
 from eoepca_security.transport import Answer, Transport
-from eoepca_security.verify import Header, Policy, SigningKey, read_header, read_keys, select_key, verify
+from eoepca_security.verify import Policy, TrustedKeys, Unverified, read_access_token, read_id_token, read_keys
 
 DISCOVERY_TIMEOUT: Final = 5.0
-TOKEN_TIMEOUT: Final = 10.0
-"""Seconds that one exchange may take as a whole. A token endpoint may have to ask a directory first."""
+TOKEN_TIMEOUT: Final = 20.0
+"""Seconds that one exchange may take as a whole. A token endpoint may have to ask a directory first, and an answer that
+is given up may have had the only valid refresh token; nobody waits that long for it."""
 
 METADATA_LIFETIME: Final = 3600.0
 KEYS_LIFETIME: Final = 300.0
 """Seconds after which a cached document is asked for again; the old one serves on while the issuer does not answer."""
 
+KEYS_STALE: Final = 3600.0
+"""Age in seconds from which keys are not used any more, even while the issuer does not answer."""
+
 RETRY_INTERVAL: Final = 30.0
-"""Seconds between two attempts to renew a cached document, so that neither an issuer that is down nor tokens with
-unknown keys make us hammer."""
+"""Seconds between two attempts to renew a cached document, so that an issuer that is down is not hammered; and between
+two that tokens with unknown keys cause."""
+
+FAILURE_PAUSE: Final = 0.5
+"""Least time in seconds that callers who must not wait long share one failure; a failure that took longer is shared for
+as long as it took."""
+
+MAX_WAIT: Final = DISCOVERY_TIMEOUT
+"""Longest time that a request waits for keys, in seconds."""
 
 T = TypeVar("T")
 
@@ -69,9 +81,10 @@ class Provider:
         self._transport = transport
         self._scope = scope
         self._allow_http = allow_http
-        self._now = now
+        self.now = now
+        self._in_doubt = False
         self._metadata = _Cached(METADATA_LIFETIME, now, self._fetch_metadata)
-        self._keys = _Cached(KEYS_LIFETIME, now, self._fetch_keys)
+        self._keys = _Cached(KEYS_LIFETIME, now, self._fetch_keys, stale=KEYS_STALE)
 
     def metadata(self) -> ProviderMetadata:
         """Return the issuer's discovery document; raises IssuerUnavailable."""
@@ -82,10 +95,16 @@ class Provider:
 
         Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
         """
+        metadata = self._metadata.get(anew=self._in_doubt)
+        self._in_doubt = False
+        if not metadata.token_endpoint:
+            raise IssuerUnavailable(f"{self._discovery_url} names no token_endpoint")
         request = build_token_request(
-            self._client, self.metadata(), now=self._now(), refresh_token=refresh_token, scope=self._scope
+            self._client, metadata, now=self.now(), refresh_token=refresh_token, scope=self._scope
         )
         answer = self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
+        # Said of a moved endpoint, or of a client authentication that is not offered any more.
+        self._in_doubt = answer.status in (401, 404, 405, 410)
         return read_token_response(
             answer.status,
             answer.body,
@@ -93,7 +112,7 @@ class Provider:
             secrets=(*request.secrets, self._client.secret or ""),
         )
 
-    def userinfo(self, access_token: str) -> Mapping[str, Any] | None:
+    def userinfo(self, access_token: str) -> dict[str, Any] | None:
         """Return the claims about the user (OpenID Connect Core §5.3), or None when the issuer has no such endpoint.
 
         Raises IssuerUnavailable.
@@ -111,19 +130,28 @@ class Provider:
             raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with claims about the user")
         return claims
 
-    def verify(self, token: str, audience: str) -> Mapping[str, Any]:
+    def verify(self, token: str, audience: str) -> dict[str, Any]:
         """Return the verified claims of an access token for `audience`; raises TokenInvalid or IssuerUnavailable."""
-        header = read_header(token)
-        key = self._key(header)
-        return verify(token, key, Policy(self.metadata().issuer, audience), now=self._now())
+        unverified = read_access_token(token, Policy(audience), now=self.now())
+        return _known(self._keys.get().confirm(unverified) or self._keys.get(anew=True).confirm(unverified))
 
-    def _key(self, header: Header) -> SigningKey:
-        key = select_key(self._keys.get(), header)
-        if key is None:
-            key = select_key(self._keys.get(max_age=RETRY_INTERVAL), header)
-        if key is None:
-            raise TokenInvalid("no key of the issuer fits the token")
-        return key
+    async def verify_access_token(self, token: str, policy: Policy) -> dict[str, Any]:
+        """Return the verified claims of an access token, without ever blocking the event loop.
+
+        Does no I/O while the keys are cached; waits at most `MAX_WAIT` seconds for them. Raises as `verify` does.
+        """
+        return await self._confirm(read_access_token(token, policy, now=self.now()))
+
+    async def verify_id_token(
+        self, token: str, client_ids: Collection[str], leeway: float
+    ) -> tuple[dict[str, Any], str]:
+        """Do the same with an ID token of one of these clients; return its algorithm too."""
+        unverified = read_id_token(token, client_ids, leeway=leeway, now=self.now())
+        return await self._confirm(unverified), unverified.header.alg
+
+    async def _confirm(self, token: Unverified) -> dict[str, Any]:
+        claims = (await self._keys.soon()).confirm(token)
+        return _known(claims or (await self._keys.soon(anew=True)).confirm(token))
 
     def _get(self, url: str) -> Answer:
         try:
@@ -140,8 +168,9 @@ class Provider:
             error.retry_after = _retry_after(answer)
             raise
 
-    def _fetch_keys(self) -> tuple[SigningKey, ...]:
-        url = self.metadata().jwks_uri
+    def _fetch_keys(self) -> TrustedKeys:
+        metadata = self.metadata()
+        url = metadata.jwks_uri
         if url is None:
             raise IssuerUnavailable(
                 "the issuer's discovery document names no jwks_uri, so its tokens cannot be verified"
@@ -153,54 +182,104 @@ class Provider:
             document = {}
         if answer.status != 200 or "keys" not in document:
             raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with a set of keys")
-        return read_keys(document)
+        return TrustedKeys(metadata.issuer, read_keys(document))
 
 
 class _Cached(Generic[T]):
-    """A document that is fetched when it is first needed and again when it is old; one fetch at a time."""
+    """A document that is fetched when it is first needed and again when it is old; one fetch at a time.
 
-    def __init__(self, lifetime: float, now: Callable[[], float], fetch: Callable[[], T]) -> None:
+    After a failed fetch the old one serves on until it is `stale` seconds old.
+    """
+
+    def __init__(
+        self, lifetime: float, now: Callable[[], float], fetch: Callable[[], T], *, stale: float = float("inf")
+    ) -> None:
         self._lifetime = lifetime
+        self._stale = stale
         self._now = now
         self._fetch = fetch
         self._lock = threading.Lock()
         self._value: T | None = None
         self._fetched_at = 0.0
         self._attempted_at = 0.0
+        self._wanted_anew_at = 0.0
         self._fetching: Future[T] | None = None
+        self._failure: IssuerUnavailable | None = None
+        self._failure_until = 0.0
 
-    def get(self, *, max_age: float | None = None) -> T:
-        """Return the document, not older than `max_age` seconds (its usual lifetime) if that can be had.
+    def get(self, *, anew: bool = False) -> T:
+        """Return the document; with `anew` a newer one than before, at most once in `RETRY_INTERVAL` seconds.
 
         Callers that come during a fetch share its result and its error; those that an old document serves do not wait.
         """
-        with self._lock:
-            now, value = self._now(), self._value
-            if value is not None and 0 <= now - self._fetched_at < (max_age or self._lifetime):
-                return value
-            if value is not None and 0 <= now - self._attempted_at < RETRY_INTERVAL and self._fetching is None:
-                return value
-            fetching = self._fetching
-            if fetching is None:
-                mine = self._fetching = Future[T]()
-                self._attempted_at = now
-        if fetching is not None:
-            return value if value is not None and max_age is None else fetching.result()
+        found, mine = self._look(anew=anew)
+        if mine:
+            self._run(mine)
+        return found.result() if isinstance(found, Future) else found
+
+    async def soon(self, *, anew: bool = False) -> T:
+        """Do as `get`, with the fetch in a thread of its own and a bounded wait; a failure is shared for a moment."""
+        found, mine = self._look(anew=anew, patient=False)
+        if mine:
+            try:
+                threading.Thread(target=self._run, args=(mine,), name="issuer-fetch", daemon=True).start()
+            except RuntimeError:
+                self._settle(mine, IssuerUnavailable("no thread can be started to ask the issuer"))
+        if not isinstance(found, Future):
+            return found
         try:
-            fetched = self._fetch()
-        except BaseException as error:
-            with self._lock:
-                self._fetching = None
-            if value is not None and isinstance(error, IssuerUnavailable):
-                logger.info("using the issuer's earlier answer: %s", error)
-                mine.set_result(value)
-                return value
-            mine.set_exception(error)
-            raise
+            async with asyncio.timeout(MAX_WAIT):
+                return await asyncio.wrap_future(found)
+        except TimeoutError:
+            raise IssuerUnavailable(f"the issuer did not answer within {MAX_WAIT:g} s") from None
+
+    def _look(self, *, anew: bool, patient: bool = True) -> tuple["T | Future[T]", "Future[T] | None"]:
+        """Return the document or the fetch to wait for, and that fetch if the caller has to run it."""
         with self._lock:
-            self._value, self._fetched_at, self._fetching = fetched, now, None
-        mine.set_result(fetched)
-        return fetched
+            now = self._now()
+            age = now - self._fetched_at
+            value = self._value if age < self._stale else None
+            if self._fetching is not None:
+                return (value if value is not None and not anew else self._fetching), None
+            if value is not None:
+                wait = self._wanted_anew_at if anew else self._attempted_at
+                if (0 <= age < self._lifetime and not anew) or 0 <= now - wait < RETRY_INTERVAL:
+                    return value, None
+            elif not patient and self._failure is not None and now < self._failure_until:
+                raise self._failure.with_traceback(None)  # or it would collect the traceback of every request
+            self._attempted_at = now
+            self._wanted_anew_at = now if anew else self._wanted_anew_at
+            fetching = self._fetching = Future[T]()
+            fetching.set_running_or_notify_cancel()  # nobody who waits can cancel it now
+            return fetching, fetching
+
+    def _run(self, fetching: "Future[T]") -> None:
+        try:
+            self._settle(fetching, self._fetch())
+        except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
+            self._settle(fetching, error)
+
+    def _settle(self, fetching: "Future[T]", outcome: T | BaseException) -> None:
+        with self._lock:
+            now, self._fetching = self._now(), None
+            if not isinstance(outcome, BaseException):
+                self._value, self._fetched_at = outcome, self._attempted_at
+            elif isinstance(outcome, IssuerUnavailable):
+                self._failure = outcome
+                self._failure_until = now + max(FAILURE_PAUSE, now - self._attempted_at)
+                if self._value is not None and now - self._fetched_at < self._stale:
+                    logger.info("using the issuer's earlier answer: %s", outcome)
+                    outcome = self._value
+        if isinstance(outcome, BaseException):
+            fetching.set_exception(outcome)
+        else:
+            fetching.set_result(outcome)
+
+
+def _known(claims: dict[str, Any] | None) -> dict[str, Any]:
+    if claims is None:
+        raise TokenInvalid("no key of the issuer fits the token")
+    return claims
 
 
 def _retry_after(answer: Answer) -> float | None:

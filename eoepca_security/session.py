@@ -20,6 +20,9 @@ from eoepca_security.verify import unverified_claims
 DEFAULT_LIFETIME: Final = 60.0
 """Seconds that a token is taken to live when neither the issuer nor the token says: short is safe, and costs little."""
 
+MAX_CLOCK_OFFSET: Final = 600.0
+"""Seconds that the issuer's clock may be behind ours before its tokens count as old ones."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,6 +61,10 @@ class Stored:
 class Store(Protocol):
     """Where a session is kept; `eoepca_security.store.TokenStore` is one, on disk. All may raise StoreError."""
 
+    @property
+    def place(self) -> object:
+        """What is the same for two stores of one session."""
+
     def locked(self) -> AbstractContextManager[None]:
         """Hold the session for this process alone."""
 
@@ -83,7 +90,9 @@ def token_end(response: TokenResponse, *, sent_at: float, received_at: float) ->
         lifetime = response.expires_in or DEFAULT_LIFETIME
         # Slow issuers take their time before they issue rather than after, but that is not certain.
         return received_at + lifetime - min(received_at - sent_at, 0.1 * lifetime)
-    if issued_at is not None and not sent_at - 1.25 <= issued_at <= received_at + 0.25:
+    is_off = issued_at is not None and not sent_at - 1.25 <= issued_at <= received_at + 0.25
+    # Minutes ago, it was issued before, and kept for those who ask: clocks are not off by that much.
+    if is_off and issued_at is not None and issued_at > sent_at - MAX_CLOCK_OFFSET:
         # `iat` has lost its fraction of a second, so up to one second of the lifetime may be gone.
         exp = sent_at + exp - issued_at - 1
     return min(exp, received_at + response.expires_in) if response.expires_in else exp
@@ -112,7 +121,8 @@ class RefreshSession:
         self._answer_was_lost = False
         self._seen_at = 0
         self._is_ahead = False
-        self._trouble = ""
+        self._unsaved: Stored | None = None
+        self._told: set[str] = set()
         self.rotated = False
         """Whether the issuer has replaced the refresh token that this session began with."""
         self.ends_at: float | None = None
@@ -128,32 +138,66 @@ class RefreshSession:
             store = self._store
             if store is None:
                 return self._request()
+            trouble = None
             try:
                 held.enter_context(store.locked())
+            except StoreError as error:
+                trouble = error  # but the newest token that is there is still the one to use
+            try:
                 stored = store.read()
             except StoreError as error:
-                self._warn(error)
-                self._seen_at, self._is_ahead = store.changed_at(), True
+                self._warn(trouble or error)
                 # What could not be read is not overwritten either.
-                return self._request()
+                return self._request_in_memory(store)
+            if trouble is not None:
+                self._warn(trouble)
             changed_at = store.changed_at()
             # What could not be saved is newer than what is there, unless somebody else has written since.
             if stored is not None and not (self._is_ahead and changed_at == self._seen_at):
                 self._refresh_token, self.ends_at = stored.refresh_token, stored.session_ends_at
-                self._seen_at, self._is_ahead = changed_at, False
+                self._seen_at, self._is_ahead, self._unsaved = changed_at, False, None
                 if stale is not None and stored.access_token not in (None, stale) and self._is_young(stored):
                     return AccessToken(stored.access_token, stored.obtained_at, stored.ends_at, stored.id_token)
             return self._request_and_save(store)
 
     def continue_with(self, request_token: Callable[[str | None], TokenResponse], store: Store | None) -> None:
         """Ask in another way from now on, and keep the session elsewhere, without losing what memory alone has."""
-        if (store is None) != (self._store is None):
+        if (store and store.place) != (self._store and self._store.place):
             self._seen_at, self._is_ahead = store.changed_at() if store is not None else 0, True
         self._request_token, self._store = request_token, store
 
     def has_news(self) -> bool:
         """Tell whether another process has written the session since this one last looked, e.g. a new login."""
         return self._store is not None and self._store.changed_at() not in (0, self._seen_at)
+
+    def look(self) -> None:
+        """Learn from the store what is known of the session, without asking the issuer; blocks."""
+        with contextlib.suppress(StoreError):
+            stored = self._store.read() if self._store is not None else None
+            if stored is not None:
+                self.ends_at = stored.session_ends_at
+
+    @property
+    def is_unsaved(self) -> bool:
+        """Whether memory alone has the newest refresh token, though there is a store."""
+        return self._unsaved is not None
+
+    def save(self) -> None:
+        """Try again to save what could not be saved, unless somebody else has written since; blocks."""
+        with self._mutex, contextlib.suppress(StoreError, IssuerUnavailable):
+            store, unsaved = self._store, self._unsaved
+            if store is not None and unsaved is not None:
+                with store.locked():
+                    if store.changed_at() == self._seen_at:
+                        self._save(store, unsaved)
+
+    def _request_in_memory(self, store: Store) -> AccessToken:
+        before = self._refresh_token
+        try:
+            return self._request()
+        finally:
+            if self._refresh_token != before:
+                self._seen_at, self._is_ahead = store.changed_at(), True
 
     def _request_and_save(self, store: Store) -> AccessToken:
         before, token = self._refresh_token, None
@@ -201,19 +245,23 @@ class RefreshSession:
         try:
             store.write(session)
         except StoreError as error:
+            self._unsaved, self._is_ahead = session, True
             self._warn(error)
-            self._is_ahead = True
         else:
-            self._trouble, self._is_ahead = "", False
+            self._unsaved, self._is_ahead = None, False
+            self._told.clear()
         self._seen_at = store.changed_at()
 
     def _is_young(self, stored: Stored) -> bool:
-        return self._now() < stored.ends_at - 0.25 * (stored.ends_at - stored.obtained_at)
+        now = self._now()
+        return stored.obtained_at <= now + 1 and now < stored.ends_at - 0.25 * (stored.ends_at - stored.obtained_at)
 
     def _warn(self, error: StoreError) -> None:
-        if str(error) != self._trouble:
-            logger.warning("the session is kept in memory only: %s", error)
-            self._trouble = str(error)
+        if str(error) not in self._told:
+            self._told.add(str(error))
+            # A log handler that raises must not cost a token.
+            with contextlib.suppress(Exception):
+                logger.warning("the session is kept in memory only: %s", error)
 
 
 def _stored(refresh_token: str, token: AccessToken | None, session_ends_at: float | None) -> Stored:

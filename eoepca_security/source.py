@@ -28,15 +28,17 @@ FORCED_INTERVAL: Final = 120.0
 """Seconds between two refreshes that a refusal of the service causes: a service that refuses everybody must not make us
 hammer the issuer."""
 
-LAST_WAIT: Final = 3.0
+LAST_WAIT: Final = 8.0
 """Longest time that the end of the process waits for a refresh, in seconds."""
 
 _FIRST_RETRY: Final = 0.25
 _FIRST_RETRY_REJECTED: Final = 0.5
 _LAST_RETRY: Final = 30.0
 _LONGEST_RETRY: Final = 300.0
-_GIVE_UP: Final = 30.0
+_GIVE_UP: Final = 60.0
 _BRIEF: Final = 0.2
+_LAST_SAVE: Final = 1.0
+_SAVE_INTERVAL: Final = 2.0
 
 T = TypeVar("T")
 
@@ -84,6 +86,8 @@ class TokenSource:
         self._forced_at = -FORCED_INTERVAL
         self._keep_alive: asyncio.TimerHandle | None = None
         self._retired = False
+        self._refresh_began = 0.0
+        self._looking: asyncio.Future[bool] | None = None
 
     async def token(self) -> AccessToken:
         """Return an access token that is good to send now.
@@ -101,19 +105,17 @@ class TokenSource:
         delay = self._retry_in(now)
         if self._refresh is None and self._failure is not None and delay > PATIENCE:
             # Somebody logged in meanwhile, so what was rejected is not what would be sent now.
-            if not (isinstance(self._failure, CredentialsRejected) and self._session.has_news()):
+            if not (isinstance(self._failure, CredentialsRejected) and await self._has_news()):
                 raise self._failure.with_traceback(None)  # or it would collect the traceback of every request
             delay = 0
         refresh = self._ensure_refresh(delay)
-        # The task is shielded: it belongs to all who wait, so one of them giving up must not end it.
-        done, _ = await asyncio.wait({refresh}, timeout=MAX_WAIT)
-        if not done:
+        if not await self._wait_for(refresh):
             raise IssuerUnavailable("the issuer did not give a token in time; still waiting for it")
         failure = refresh.result()
         if failure is not None:
             raise failure.with_traceback(None)
-        if self._token is None:
-            raise IssuerUnavailable("there is no token")
+        if self._token is None or self._now() >= self._token.expires_at:
+            raise IssuerUnavailable("the token that the issuer gave has ended already")
         return self._token
 
     async def replace(self, refused: str) -> AccessToken | None:
@@ -128,14 +130,16 @@ class TokenSource:
                 if 0 <= now - self._forced_at < FORCED_INTERVAL or self._retry_in(now) > 0:
                     return None
                 self._forced_at = now
-            await asyncio.wait({self._ensure_refresh(0)}, timeout=MAX_WAIT)
+            await self._wait_for(self._ensure_refresh(0))
         token = await self.token()
         return token if token.value != refused else None
 
     async def finish(self) -> None:
-        """Wait a moment for a refresh that is under way: its answer may hold the only valid refresh token."""
+        """Wait a moment for a refresh that is under way, and save: its answer may hold the only valid refresh token."""
         if self._refresh is not None:
             await asyncio.wait({self._refresh}, timeout=LAST_WAIT)
+        if self._session.is_unsaved:
+            await asyncio.wait({asyncio.ensure_future(in_thread(self._session.save))}, timeout=_LAST_SAVE)
 
     def retire(self) -> None:
         """Keep the session alive no longer: another source does, or nobody needs it."""
@@ -170,9 +174,28 @@ class TokenSource:
         delay = self._retry_at - now
         return delay if 0 < delay <= _LONGEST_RETRY else 0.0
 
+    async def _wait_for(self, refresh: "asyncio.Task[TokenError | None]") -> bool:
+        """Wait until a refresh ends, `MAX_WAIT` seconds from its start; tell whether it did.
+
+        The task is shielded: it belongs to all who wait, so one of them giving up must not end it. Who comes late has
+        less to wait, so that a silent issuer does not cost every request the whole time.
+        """
+        left = self._refresh_began + MAX_WAIT - asyncio.get_running_loop().time()
+        done, _ = await asyncio.wait({refresh}, timeout=max(left, 0.0))
+        return bool(done)
+
+    async def _has_news(self) -> bool:
+        """Ask the store, which may be on a file system that hangs, whether somebody has logged in."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(in_thread(self._session.has_news))
+        done, _ = await asyncio.wait({self._looking}, timeout=PATIENCE)
+        return bool(done) and self._looking.exception() is None and self._looking.result()
+
     def _ensure_refresh(self, delay: float) -> "asyncio.Task[TokenError | None]":
         if self._refresh is None:
-            self._refresh = asyncio.get_running_loop().create_task(self._run_refresh(delay))
+            loop = asyncio.get_running_loop()
+            self._refresh_began = loop.time()
+            self._refresh = loop.create_task(self._run_refresh(delay))
         return self._refresh
 
     async def _run_refresh(self, delay: float) -> TokenError | None:
@@ -204,7 +227,18 @@ class TokenSource:
         finally:
             self._refresh = None
             self._keep_session_alive()
+            self._save_later()
             self._observe(self._failure, self._now() - started_at)
+
+    def _save_later(self) -> None:
+        """Try again, and again, to save what could not be saved: the disk may have room by then."""
+        if self._session.is_unsaved and not self._retired:
+            asyncio.get_running_loop().call_later(_SAVE_INTERVAL, self._save)
+
+    def _save(self) -> None:
+        if self._refresh is None:
+            saving = asyncio.ensure_future(in_thread(self._session.save))
+            saving.add_done_callback(lambda _: self._save_later())
 
     def _keep_session_alive(self) -> None:
         """See to it that a session that ends when it is not used is used, even when nobody asks for a token."""
@@ -214,7 +248,7 @@ class TokenSource:
         if self._retired or ends_at is None or ends_at <= now or isinstance(self._failure, CredentialsRejected):
             return
         delay = 0.7 * (ends_at - now) if self._failure is None else self._retry_in(now)
-        self._keep_alive = asyncio.get_running_loop().call_later(max(delay, 1.0), self._ensure_refresh, 0)
+        self._keep_alive = asyncio.get_running_loop().call_later(max(delay, _BRIEF), self._ensure_refresh, 0)
 
     async def _next_token(self) -> AccessToken:
         if self._initial is not None:
@@ -229,6 +263,7 @@ class TokenSource:
                 _log(f"the initial access token is not used: {error}")
             else:
                 self._initial = None
+                await self._bounded(self._session.look)
                 return token
         stale = self._token.value if self._token is not None else None
         token = await self._bounded(lambda: self._session.renew(stale))

@@ -5,6 +5,7 @@ the disk before its tokens are used: a process that is killed loses at most an a
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -25,8 +26,14 @@ VERSION: Final = 1
 MAX_FILE: Final = 256 * 1024
 """Longest file that is read, in bytes."""
 
-LOCK_TIMEOUT: Final = 12.0
+_ROOM: Final = 16 * 1024
+"""Least size of a file, in bytes, so that the next one has room where this one was."""
+
+LOCK_TIMEOUT: Final = 22.0
 """How long to wait for another process that holds the lock while it asks the issuer, in seconds."""
+
+# What says nothing of the folder, only of the moment.
+_PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
 _TYPES: Final[dict[str, Any]] = {
     "refresh_token": str,
@@ -53,8 +60,15 @@ class TokenStore:
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._folder = folder
         self._file = folder / f"{name}.json"
+        self._next = folder / f"{name}.next"
         self._lock_file = folder / f"{name}.lock"
+        self._serial = 0
         self._owner = {"issuer": issuer_url.rstrip("/"), "client_id": client_id}
+
+    @property
+    def place(self) -> Path:
+        """The file."""
+        return self._file
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -69,6 +83,9 @@ class TokenStore:
         except Timeout:
             raise IssuerUnavailable(f"another process has held {self._lock_file} for {LOCK_TIMEOUT:g} s") from None
         except OSError as error:
+            if error.errno in _PASSING:
+                # Whoever has the lock may be replacing the token that would be used without it.
+                raise IssuerUnavailable(f"{self._lock_file} cannot be locked now ({error.strerror})") from None
             raise StoreError(f"{self._lock_file} cannot be locked ({error.strerror})") from None
         try:
             yield
@@ -84,37 +101,56 @@ class TokenStore:
 
     def read(self) -> Stored | None:
         """Return the session, or None when there is none yet; raises StoreError."""
-        try:
-            descriptor = os.open(self._file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise StoreError(f"{self._file} cannot be read ({error.strerror})") from None
-        try:
-            self._check_mode(descriptor)
-            return self._parse(os.read(descriptor, MAX_FILE + 1))
-        finally:
-            os.close(descriptor)
+        session, self._serial = self._read(self._file)
+        # A process that was killed just before it put its successor in place had written it already.
+        with contextlib.suppress(StoreError):
+            successor, serial = self._read(self._next)
+            if successor is not None and serial > self._serial:
+                session, self._serial = successor, serial
+        return session
 
     def write(self, session: Stored) -> None:
         """Replace the session, all or nothing, and return when it is on the disk; raises StoreError."""
-        members = {"version": VERSION, **self._owner, **asdict(session)}
-        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+        members = {"version": VERSION, "serial": self._serial + 1, **self._owner, **asdict(session)}
+        data = json.dumps(members).encode().ljust(_ROOM)
+        if len(data) > MAX_FILE:
+            raise StoreError(f"{self._file} cannot be written (the tokens are far too long)")
         try:
             self._prepare_folder()
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(json.dumps(members).encode())
-                file.flush()
-                os.fsync(descriptor)
-            temporary.replace(self._file)
+            self._fill(self._next, data)
+            self._next.replace(self._file)
+            self._serial += 1
             self._sync_folder()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise StoreError(f"{self._file} cannot be written ({error.strerror})") from None
+        # The room of the one that was replaced is there for the next, should the disk be full by then.
+        with contextlib.suppress(OSError):
+            self._fill(self._next, bytes(_ROOM))
+
+    def _fill(self, path: Path, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(descriptor)
+
+    def _read(self, path: Path) -> tuple[Stored | None, int]:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None, 0
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror})") from None
+        try:
+            self._check_mode(descriptor)
+            return self._parse(os.read(descriptor, MAX_FILE + 1))
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror})") from None
+        finally:
+            os.close(descriptor)
 
     def _prepare_folder(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -126,7 +162,9 @@ class TokenStore:
     def _sync_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.fsync(descriptor)
+            # Not every file system can do this with a folder.
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
@@ -139,10 +177,13 @@ class TokenStore:
                 f"{self._file} belongs to another user (uid {status.st_uid}): remove it, or run as that user"
             )
         if status.st_mode & 0o077:
-            logger.warning("%s could be read by others: its mode is 0600 now; consider a new login", self._file)
-            os.fchmod(descriptor, 0o600)
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, 0o600)
+            closed = os.fstat(descriptor).st_mode & 0o077 == 0
+            now = "its mode is 0600 now" if closed else "make its mode 0600"
+            logger.warning("%s could be read by others: %s; consider a new login", self._file, now)
 
-    def _parse(self, data: bytes) -> Stored:
+    def _parse(self, data: bytes) -> tuple[Stored, int]:
         try:
             members = parse_object(data if len(data) <= MAX_FILE else b"")
         except ValueError:
@@ -154,4 +195,5 @@ class TokenStore:
         values: dict[str, Any] = {name: members.get(name) for name in _TYPES}
         if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or "" in values.values():
             raise StoreError(f"{self._file} is damaged: remove it")
-        return Stored(**values)
+        serial = members.get("serial")
+        return Stored(**values), serial if isinstance(serial, int) else 0

@@ -1,7 +1,7 @@
 """JSON from strangers: strict where Python's `json` is lenient."""
 
 import json
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 
 def parse_object(data: bytes, *, unique_keys: bool = False) -> dict[str, Any]:
@@ -11,11 +11,7 @@ def parse_object(data: bytes, *, unique_keys: bool = False) -> dict[str, Any]:
     or not an object; with `unique_keys` also an object that has a member twice (RFC 8725 §2.4 on why that matters).
     """
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_unique if unique_keys else None,
-        )
+        value = (_UNIQUE if unique_keys else _PLAIN).decode(data.decode("utf-8"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
@@ -32,3 +28,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("a member appears twice")
     return members
+
+
+# `json.loads` would make one for each call, which takes as long as a small document itself.
+_PLAIN: Final = json.JSONDecoder(parse_constant=_refuse_constant)
+_UNIQUE: Final = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)

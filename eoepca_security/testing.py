@@ -1,9 +1,23 @@
-"""FakeIssuer: an OpenID Connect issuer in a thread, whose every behaviour can be chosen while it runs."""
+"""FakeIssuer: an OpenID Connect issuer in a thread, whose every behaviour can be chosen while it runs.
+
+With pytest::
+
+    @pytest.fixture
+    def issuer():
+        with FakeIssuer() as issuer:
+            yield issuer
+
+    def test_alice_is_greeted(issuer):
+        scheme = OIDCProxyScheme(openIdConnectUrl=issuer.url, audience="service")
+        ...  # a request with the header Authorization: f"Bearer {issuer.issue(scope='read')}"
+"""
 
 import base64
+import hashlib
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -11,7 +25,7 @@ from typing import Any, Final, Self
 from urllib.parse import parse_qsl, unquote_plus, urlsplit
 
 import jwt
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.protocol import PrivateKey
@@ -24,6 +38,12 @@ ALL_AUTH_METHODS: Final = (
     "private_key_jwt",
     "none",
 )
+
+_NEW_KEY: Final[Mapping[str, Callable[[], PrivateKey]]] = {
+    "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "RS256": lambda: rsa.generate_private_key(65537, 2048),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate,
+}
 
 
 @dataclass
@@ -49,6 +69,8 @@ class Behaviour:
     audience: str = "service"
     claims: dict[str, Any] = field(default_factory=lambda: {"sub": "u-1", "preferred_username": "alice"})
     """Claims of every access token, besides the issuer's own."""
+    down: bool = False
+    """Every request is hung up on without an answer."""
     fault: Callable[[Handler], bool] | None = None
     """Called first with each request; when it returns True it has answered, in whatever way."""
 
@@ -66,7 +88,8 @@ class FakeIssuer:
     """An issuer with one client, on a free loopback port while its `with` block lasts.
 
     `behaviour` can be changed at any time. `refresh_token` is a valid one to begin with, `requests` are the token
-    requests so far, and `key` is the signing key.
+    requests so far, `fetches` counts all requests by the last part of their path (`openid-configuration`, `certs`,
+    `token`), and `key` is the signing key, for the `algorithm` ES256, RS256 or EdDSA.
     """
 
     def __init__(
@@ -77,12 +100,15 @@ class FakeIssuer:
         client_secret: str | None = None,
         client_key: PrivateKey | None = None,
         path: str = "/realms/test",
+        algorithm: str = "ES256",
     ) -> None:
         self.behaviour = behaviour or Behaviour()
         self.client_id = client_id
         self.client_secret = client_secret
         self.client_key = client_key
+        self.algorithm = algorithm
         self.requests: list[TokenRequestSeen] = []
+        self.fetches: Counter[str] = Counter()
         self.reuses = 0
         self._lock = threading.Lock()
         self._issued: dict[str, float] = {}
@@ -108,7 +134,7 @@ class FakeIssuer:
 
     def rotate_keys(self) -> None:
         """Sign with a new key from now on, and publish only that one."""
-        self.key: EllipticCurvePrivateKey = generate_private_key(SECP256R1())
+        self.key = _NEW_KEY[self.algorithm]()
         self.kid = secrets.token_hex(4)
 
     def new_session(self) -> str:
@@ -128,10 +154,12 @@ class FakeIssuer:
 
     def sign(self, claims: Mapping[str, Any], headers: Mapping[str, Any] | None = None) -> str:
         """Return a JWT with exactly these claims, signed with the issuer's key."""
-        return jwt.encode(dict(claims), self.key, algorithm="ES256", headers={"kid": self.kid, **(headers or {})})
+        return jwt.encode(
+            dict(claims), self.key, algorithm=self.algorithm, headers={"kid": self.kid, **(headers or {})}
+        )
 
-    def issue(self) -> str:
-        """Return a new access token, as the token endpoint would give it."""
+    def issue(self, **claims: Any) -> str:
+        """Return a new access token, as the token endpoint would give it; `claims` are added or come instead."""
         now, behaviour = self.now(), self.behaviour
         if behaviour.opaque:
             token = "opaque-" + secrets.token_urlsafe(24)
@@ -146,10 +174,21 @@ class FakeIssuer:
                     "exp": end,
                     "jti": secrets.token_hex(8),
                     **behaviour.claims,
+                    **claims,
                 }
             )
         self._issued[token] = end
         return token
+
+    def id_token(self, access_token: str, **claims: Any) -> str:
+        """Return an ID token of the client that belongs to an access token; `claims` are added or come instead."""
+        now = int(self.now())
+        # What EdDSA's hash is, is a custom (SHA-512 for Ed25519), not a standard.
+        digest = hashlib.new("sha512" if self.algorithm == "EdDSA" else "sha256", access_token.encode()).digest()
+        half = base64.urlsafe_b64encode(digest[: len(digest) // 2]).rstrip(b"=").decode()
+        own = {"iss": self.url, "aud": self.client_id, "azp": self.client_id, "typ": "ID", "at_hash": half}
+        times = {"iat": now, "exp": now + int(self.behaviour.lifetime)}
+        return self.sign({**own, **times, **self.behaviour.claims, **claims})
 
     def accepts(self, token: str) -> bool:
         """Tell whether this is an access token of ours that has not expired, by our clock and without leeway."""
@@ -157,8 +196,9 @@ class FakeIssuer:
 
     def jwks(self) -> dict[str, Any]:
         """Return the JWK Set."""
-        key = jwt.algorithms.ECAlgorithm.to_jwk(self.key.public_key(), as_dict=True)
-        return {"keys": [{**key, "kid": self.kid, "use": "sig", "alg": "ES256"}]}
+        algorithm: Any = jwt.get_algorithm_by_name(self.algorithm)
+        key = algorithm.to_jwk(self.key.public_key(), as_dict=True)
+        return {"keys": [{**key, "kid": self.kid, "use": "sig", "alg": self.algorithm, "key_ops": ["verify"]}]}
 
     def discovery(self) -> dict[str, Any]:
         """Return the discovery document."""
@@ -258,6 +298,10 @@ class FakeIssuer:
 
         class IssuerHandler(Handler):
             def respond(self) -> None:
+                issuer.fetches[urlsplit(self.path).path.rpartition("/")[2]] += 1
+                if issuer.behaviour.down:
+                    self.close_connection = True
+                    return
                 if issuer.behaviour.fault is not None and issuer.behaviour.fault(self):
                     return
                 base = urlsplit(issuer.url).path

@@ -97,8 +97,11 @@ class HttpTransport:
         finally:
             watchdog.cancel()
             adapter.forget()
-        # A connection that was cut may look like one that ended well.
-        if answer is None or adapter.was_cut:
+        # A connection that was cut may look like one that ended well, unless the answer says where it ends.
+        is_whole = answer is not None and not {"content-length", "transfer-encoding"}.isdisjoint(
+            name.lower() for name in answer.headers
+        )
+        if answer is None or (adapter.was_cut and not is_whole):
             raise IssuerUnavailable(
                 f"{request.url} did not answer within {timeout:g} s{_by_proxy(adapter)}",
                 was_sent=adapter.was_connected,

@@ -1,9 +1,14 @@
-"""A token string, keys and a policy in; verified claims out. No I/O, and one place for the policy (RFC 8725)."""
+"""A token string, keys and a policy in; verified claims out. No I/O, and one place for the policy (RFC 8725).
+
+What needs no key is checked first: `read_access_token` or `read_id_token`. Only `TrustedKeys.confirm` gives claims.
+"""
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
 import jwt
@@ -31,6 +36,12 @@ ALGORITHMS: Final = frozenset().union(*_ALGORITHMS_OF_KEY.values())
 # What Keycloak writes into the claim `typ` of tokens that are not access tokens.
 _OTHER_TOKEN_TYPES: Final = ("ID", "Refresh", "Offline", "Logout")
 
+# Claims that only ID tokens (OpenID Connect Core §3.3.2.11) and logout tokens (Back-Channel Logout §2.4) have.
+_CLAIMS_OF_OTHER_TOKENS: Final = frozenset({"at_hash", "c_hash", "s_hash", "events"})
+
+# The hash of an `at_hash` by its length in base64url, of which it is the left half (OpenID Connect Core §3.1.3.6).
+_HASH_BY_LENGTH: Final = {22: "sha256", 32: "sha384", 43: "sha512"}
+
 
 @dataclass(frozen=True)
 class SigningKey:
@@ -43,19 +54,61 @@ class SigningKey:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a token has to say; `leeway` is the accepted clock difference in seconds."""
+    """What an access token has to say besides being the issuer's.
 
-    issuer: str
+    `leeway` is the accepted clock difference in seconds. With `authorized_parties` the client that it was issued to
+    (`azp`, or `client_id` of RFC 9068) has to be one of these.
+    """
+
     audience: str
     leeway: float = 10
+    authorized_parties: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
 class Header:
-    """The part of a token's header that decides which key is asked for."""
+    """The part of a token's header that decides which key is asked for, and its media type."""
 
     alg: str
     kid: str | None
+    typ: str = "jwt"
+
+
+@dataclass(frozen=True)
+class Unverified:
+    """A token that passed every check but those of its issuer and its signature. Do not believe it."""
+
+    header: Header
+    claims: dict[str, Any] = field(repr=False)
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TrustedKeys:
+    """An issuer and its keys, as fetched from it."""
+
+    issuer: str
+    keys: tuple[SigningKey, ...]
+
+    def confirm(self, token: Unverified) -> dict[str, Any] | None:
+        """Return the claims of a token that is the issuer's, or None when no key fits it, which a newer set may have.
+
+        Raises TokenInvalid for a token that is not the issuer's.
+        """
+        if token.claims.get("iss") != self.issuer:
+            raise TokenInvalid("the token is from another issuer")
+        key = select_key(self.keys, token.header)
+        if key is None:
+            return None
+        signed, _, signature = token.text.rpartition(".")
+        try:
+            algorithm = jwt.get_algorithm_by_name(token.header.alg)
+            genuine = algorithm.verify(signed.encode("ascii"), key.key, _decode(signature))
+        except ValueError:
+            raise TokenInvalid("the token is not well-formed") from None
+        if not genuine:
+            raise TokenInvalid("the token's signature does not fit")
+        return token.claims
 
 
 def looks_like_jwt(token: str) -> bool:
@@ -82,14 +135,90 @@ def unverified_claims(token: str) -> Mapping[str, Any]:
         return {}
 
 
+def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
+    """Read an access token and check what can be checked without keys; `now` is epoch seconds. Raises TokenInvalid."""
+    unverified = _read(token, policy.leeway, now)
+    claims, audience, party = unverified.claims, policy.audience, unverified.claims.get("azp")
+    if audience not in _audiences(claims, audience):
+        raise TokenInvalid(f"the token is not for the audience {audience}", claim="aud")
+    if claims.get("typ") in _OTHER_TOKEN_TYPES or not _CLAIMS_OF_OTHER_TOKENS.isdisjoint(claims):
+        raise TokenInvalid("the token is not an access token")
+    # Keycloak before version 24 puts the nonce of the login into access tokens too, but says what they are.
+    if "nonce" in claims and unverified.header.typ == "jwt" and claims.get("typ") not in ("Bearer", "DPoP"):
+        raise TokenInvalid("the token is not an access token")
+    if policy.authorized_parties is not None:
+        party = claims.get("client_id") if party is None else party
+        if not isinstance(party, str) or party not in policy.authorized_parties:
+            raise TokenInvalid("the token was issued to a client that is not an authorized party", claim="azp")
+    return unverified
+
+
+def read_id_token(token: str, client_ids: Collection[str], *, leeway: float, now: float) -> Unverified:
+    """Read an ID token of one of these clients, as `read_access_token` does (OpenID Connect Core §3.1.3.7).
+
+    Whether it belongs to an access token is for `id_token_problem` to say.
+    """
+    unverified = _read(token, leeway, now)
+    claims = unverified.claims
+    if not any(audience in client_ids for audience in _audiences(claims, "that of a known client")):
+        raise TokenInvalid("the ID token is for another client", claim="aud")
+    party = claims.get("azp")
+    if party is not None and (not isinstance(party, str) or party not in client_ids):
+        raise TokenInvalid("the ID token is for another client", claim="azp")
+    if unverified.header.typ != "jwt" or claims.get("typ", "ID") != "ID" or "events" in claims:
+        raise TokenInvalid("the token is not an ID token")
+    return unverified
+
+
+def id_token_problem(
+    id_claims: Mapping[str, Any], access_claims: Mapping[str, Any], access_token: str, alg: str | None = None
+) -> str | None:
+    """Say why ID claims do not belong to a verified access token, or None when they do.
+
+    `alg` is the ID token's signature algorithm. Without a signature only its `at_hash` binds it, so that must be there.
+    """
+    for name in ("iss", "sub"):
+        if id_claims.get(name) != access_claims[name]:
+            return f"its {name} is not the access token's"
+    at_hash = id_claims.get("at_hash")
+    if at_hash is None and alg is not None:
+        return None
+    hash_name = _HASH_BY_LENGTH.get(len(at_hash)) if isinstance(at_hash, str) else None
+    # EdDSA does not name its hash; issuers do not agree on one.
+    if hash_name is None or alg not in (None, "EdDSA", *(kind + hash_name[3:] for kind in ("RS", "PS", "ES"))):
+        return "its at_hash is not one of its algorithm"
+    digest = hashlib.new(hash_name, access_token.encode()).digest()
+    half = base64.urlsafe_b64encode(digest[: len(digest) // 2]).rstrip(b"=").decode()
+    return None if half == at_hash else "its at_hash is not the access token's"
+
+
+def read_unsigned(value: str, *, leeway: float, now: float) -> dict[str, Any]:
+    """Read the base64 JSON, of either alphabet, that gateways make of an ID token. Anybody can write such a thing.
+
+    Raises TokenInvalid.
+    """
+    try:
+        text = value.rstrip("=").replace("-", "+").replace("_", "/")
+        claims = parse_object(base64.b64decode(text + "=" * (-len(text) % 4), validate=True), unique_keys=True)
+    except ValueError:
+        raise TokenInvalid("the ID claims are not a JSON object in base64") from None
+    _check_times(claims, leeway, now)
+    return claims
+
+
 def read_header(token: str) -> Header:
     """Return the token's header after the checks that need no key; raises TokenInvalid."""
     if len(token) > MAX_TOKEN_SIZE:
         raise TokenInvalid("the token is longer than 16 KiB")
     if token.count(".") != 2:
         raise TokenInvalid("the token is not a signed JWT")
+    return _read_header(token.partition(".")[0])
+
+
+@lru_cache(maxsize=64)  # an issuer's tokens all have the same few
+def _read_header(segment: str) -> Header:
     try:
-        header = parse_object(_decode(token.partition(".")[0]), unique_keys=True)
+        header = parse_object(_decode(segment), unique_keys=True)
     except ValueError:
         raise TokenInvalid("the token's header is not a JSON object in base64url") from None
     alg, kid, typ = header.get("alg"), header.get("kid"), header.get("typ", "JWT")
@@ -100,9 +229,10 @@ def read_header(token: str) -> Header:
     if kid is not None and not isinstance(kid, str):
         raise TokenInvalid("the token's kid is not a string")
     # RFC 9068 §2.1; a media type may carry its prefix (RFC 7515 §4.1.9).
-    if not isinstance(typ, str) or typ.lower().removeprefix("application/") not in ("jwt", "at+jwt"):
+    typ = typ.lower().removeprefix("application/") if isinstance(typ, str) else None
+    if typ not in ("jwt", "at+jwt"):
         raise TokenInvalid("the token's header names another type than JWT or at+jwt")
-    return Header(alg, kid)
+    return Header(alg, kid, typ)
 
 
 def read_keys(document: Mapping[str, Any]) -> tuple[SigningKey, ...]:
@@ -121,44 +251,26 @@ def select_key(keys: Collection[SigningKey], header: Header) -> SigningKey | Non
     return matching[0] if matching else None
 
 
-def verify(token: str, key: SigningKey, policy: Policy, *, now: float) -> dict[str, Any]:
-    """Return the claims of an access token whose signature and claims hold; `now` is epoch seconds.
-
-    Raises TokenInvalid with what is wrong, without any part of the token.
-    """
+def _read(token: str, leeway: float, now: float) -> Unverified:
+    """Check what all kinds of tokens have in common."""
     header = read_header(token)
-    if header.alg not in key.algorithms:
-        raise TokenInvalid("the token's signature algorithm is not the key's")
-    signed, _, signature = token.rpartition(".")
     try:
-        genuine = jwt.get_algorithm_by_name(header.alg).verify(signed.encode("ascii"), key.key, _decode(signature))
-        claims = parse_object(_decode(signed.partition(".")[2]), unique_keys=True) if genuine else None
+        claims = parse_object(_decode(token.split(".")[1]), unique_keys=True)
     except ValueError:
         raise TokenInvalid("the token is not well-formed") from None
-    if claims is None:
-        raise TokenInvalid("the token's signature does not fit")
-    _check_claims(claims, policy, now)
-    return claims
-
-
-def _check_claims(claims: Mapping[str, Any], policy: Policy, now: float) -> None:
-    if claims.get("iss") != policy.issuer:
-        raise TokenInvalid("the token is from another issuer")
-    _check_audience(claims.get("aud"), policy.audience)
-    _check_times(claims, policy.leeway, now)
+    _check_times(claims, leeway, now)
     subject = claims.get("sub")
     if not isinstance(subject, str) or not subject:
         raise TokenInvalid("the token names no subject")
-    if claims.get("typ") in _OTHER_TOKEN_TYPES:
-        raise TokenInvalid("the token is not an access token")
+    return Unverified(header, claims, token)
 
 
-def _check_audience(audience: object, expected: str) -> None:
+def _audiences(claims: Mapping[str, Any], expected: str) -> list[str]:
+    audience = claims.get("aud")
     audiences = [audience] if isinstance(audience, str) else audience
     if not isinstance(audiences, list) or not all(isinstance(item, str) for item in audiences):
         raise TokenInvalid(f"the token has no audience; it needs {expected}", claim="aud")
-    if expected not in audiences:
-        raise TokenInvalid(f"the token is not for the audience {expected}", claim="aud")
+    return audiences
 
 
 def _check_times(claims: Mapping[str, Any], leeway: float, now: float) -> None:

@@ -1,7 +1,7 @@
 """A service that writes down what reaches it, and answers in all the ways that a proxy has to get through."""
 
 import contextlib
-import json
+import re
 import socket
 import ssl
 import threading
@@ -61,7 +61,7 @@ class Recorder:
                     case "/held":
                         recorder.waiting.release()
                         recorder.release.wait(20)
-                        self.answer(200, b"x" * 4_000_000)
+                        self.answer(200, b"x" * 4_000_000, {"Content-Type": "application/octet-stream"})
                     case "/redirect":
                         self.answer(302, b"", {"Location": "http://127.0.0.1:9/elsewhere"})
                     case "/cors":
@@ -122,32 +122,59 @@ def websocket_echo(port: int, text: str, headers: list[tuple[bytes, bytes]], hos
     raise AssertionError("the connection ended without an answer")
 
 
-def http2_get(port: int, headers: dict[str, str], authority: str = "localhost") -> int:
-    """Ask the proxy over HTTP/2 and return the status, 0 when it ended the connection."""
+def exchange(port: int, request: bytes) -> bytes:
+    """Send bytes to the proxy and return its answer, or nothing when it ended the connection."""
+    answer = b""
+    with contextlib.suppress(ConnectionResetError), socket.create_connection(("127.0.0.1", port), 10) as connection:
+        connection.sendall(request)
+        while data := connection.recv(65536):
+            answer += data
+            head, _, body = answer.partition(b"\r\n\r\n")
+            lengths = re.findall(rb"\r\ncontent-length: ([0-9]+)", head.lower())
+            if lengths and len(body) >= int(lengths[0]):
+                break
+    return answer
+
+
+def http2_get(
+    port: int,
+    headers: dict[str, str],
+    authority: str = "localhost",
+    *,
+    server_name: str = "localhost",
+    tunnel_to: str | None = None,
+) -> int:
+    """Ask the proxy over HTTP/2 and return the status, 0 when it ended the connection.
+
+    `server_name` is what TLS asks for; with `tunnel_to` all that goes through a CONNECT.
+    """
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # mitmproxy's own CA
     context.set_alpn_protocols(["h2"])
     config = h2.config.H2Configuration(header_encoding="utf-8", validate_outbound_headers=False)
     connection = h2.connection.H2Connection(config)
     pseudo = {":method": "GET", ":scheme": "https", ":authority": authority, ":path": "/"}
-    with (
-        socket.create_connection(("127.0.0.1", port), 10) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as stream,
-    ):
+    with contextlib.ExitStack() as opened:
+        plain = opened.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+        if tunnel_to is not None:
+            plain.sendall(f"CONNECT {tunnel_to} HTTP/1.1\r\nHost: {tunnel_to}\r\n\r\n".encode())
+            assert b" 200 " in plain.recv(4096)
+        stream = opened.enter_context(context.wrap_socket(plain, server_hostname=server_name))
         assert stream.selected_alpn_protocol() == "h2"
-        connection.initiate_connection()
-        connection.send_headers(1, list((pseudo | headers).items()), end_stream=True)
-        stream.sendall(connection.data_to_send())
-        while data := stream.recv(65536):
-            for event in connection.receive_data(data):
-                if isinstance(event, h2.events.ResponseReceived):
-                    return int(dict(event.headers or ())[":status"])
+        with contextlib.suppress(ConnectionResetError):
+            connection.initiate_connection()
+            connection.send_headers(1, list((pseudo | headers).items()), end_stream=True)
             stream.sendall(connection.data_to_send())
+            while data := stream.recv(65536):
+                for event in connection.receive_data(data):
+                    if isinstance(event, h2.events.ResponseReceived):
+                        return next(int(value) for name, value in event.headers or () if str(name) == ":status")
+                stream.sendall(connection.data_to_send())
     return 0
 
 
 class Http2Service:
-    """A TLS server that speaks HTTP/2 only and answers each request with its headers as JSON."""
+    """A TLS server that speaks HTTP/2 only and writes requests down, and the names by which TLS asked for it."""
 
     def __init__(self, certificate: Path) -> None:
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -156,6 +183,7 @@ class Http2Service:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"https://127.0.0.1:{self._listener.getsockname()[1]}"
         self.names: list[str | None] = []
+        self.requests: list[Received] = []
         self._context.sni_callback = lambda _socket, name, _context: self.names.append(name)
 
     def __enter__(self) -> "Http2Service":
@@ -179,7 +207,7 @@ class Http2Service:
             while data := stream.recv(65536):
                 for event in connection.receive_data(data):
                     if isinstance(event, h2.events.RequestReceived):
-                        body = json.dumps([list(pair) for pair in event.headers or ()]).encode()
-                        connection.send_headers(event.stream_id or 0, [(":status", "200")])
-                        connection.send_data(event.stream_id or 0, body, end_stream=True)
+                        headers = [(str(name), str(value)) for name, value in event.headers or ()]
+                        self.requests.append(Received("", "", headers))
+                        connection.send_headers(event.stream_id or 0, [(":status", "200")], end_stream=True)
                 stream.sendall(connection.data_to_send())

@@ -2,11 +2,16 @@
 
 import re
 import tomllib
+from typing import Any
 
 from conftest import ROOT
+from helpers_fastapi import bearer, get
 
 import eoepca_security
 from eoepca_security.proxy.settings import VARIABLES
+from eoepca_security.testing import FakeIssuer
+
+PATHS = ("/me", "/catalogue", "/admin")
 
 
 def test_env_example_explains_every_variable_and_no_other() -> None:
@@ -31,6 +36,8 @@ def test_env_example_shows_the_defaults() -> None:
         "TLS_NO_VERIFY": "false",
         "PROXY_HOST": "127.0.0.1",
         "PROXY_PORT": "8080",
+        "PROXY_ADMIN": "127.0.0.1:8081",
+        "PROXY_FORWARD_AS": "bearer",
     }
 
 
@@ -43,6 +50,20 @@ def test_every_setting_that_the_readme_names_exists() -> None:
 def test_the_changelog_has_the_version_or_unreleased_changes() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert re.search(rf"^## (Unreleased|{re.escape(version)})", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
+async def test_the_protected_service_of_the_readme_works() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (code,) = (block for block in blocks if "OIDCProxyScheme" in block)
+    example: dict[str, Any] = {}
+    with FakeIssuer() as issuer:
+        exec(code.replace("https://keycloak.example/realms/eoepca", issuer.url), example)
+        roles = {"resource_access": {"my-service": {"roles": ["admin"]}}, "scope": "catalogue:read"}
+        user, admin = (bearer(issuer.issue(aud="my-service", **claims)) for claims in ({}, roles))
+        answers = [await get(example["app"], headers, path) for headers in (user, admin) for path in PATHS]
+
+    assert [answer.status_code for answer in answers] == [200, 403, 403, 200, 200, 200]
+    assert answers[0].json() == "u-1"
 
 
 def test_all_public_names_exist() -> None:

@@ -13,6 +13,8 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Setti
 from eoepca_security.local_server import Handler
 from eoepca_security.protocol import Client, ProviderMetadata
 from eoepca_security.provider import KEYS_LIFETIME, METADATA_LIFETIME, RETRY_INTERVAL, Provider
+from eoepca_security.source import _GIVE_UP
+from eoepca_security.store import LOCK_TIMEOUT
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.transport import Answer, HttpTransport, trust
 
@@ -41,11 +43,13 @@ class FakeTransport:
     def __init__(self, **changes: Any) -> None:
         self.replies: dict[str, Reply] = {DISCOVERY: discovery(**changes), KEYS: ok({"keys": []})}
         self.gets: list[str] = []
+        self.get_headers: Mapping[str, str] | None = None
         self.posts: list[tuple[str, Mapping[str, str], Mapping[str, str]]] = []
         self.timeouts: set[float] = set()
 
     def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         self.gets.append(url)
+        self.get_headers = headers
         self.timeouts.add(timeout)
         return self._reply(url)
 
@@ -237,14 +241,35 @@ def test_endpoints_over_plain_http_are_spoken_to_only_when_allowed(transport: Fa
     assert Provider(ISSUER, Client("client"), transport, allow_http=True).metadata().token_endpoint == plain
 
 
-def test_every_exchange_has_a_timeout_that_fits_into_the_longest_wait(
+def test_every_exchange_has_a_timeout_and_all_end_before_they_are_given_up(
     provider: Provider, transport: FakeTransport
 ) -> None:
     transport.replies[TOKEN] = ok({"access_token": "a", "token_type": "Bearer"})
     provider.request_token("r-1")
 
     assert len(transport.timeouts) == 2
-    assert 0 < sum(transport.timeouts) <= 15
+    assert min(transport.timeouts) > 0
+    assert sum(transport.timeouts) + LOCK_TIMEOUT < _GIVE_UP
+
+
+@pytest.mark.parametrize("status", [401, 404, 405])
+def test_an_endpoint_that_has_moved_is_found(
+    status: int, provider: Provider, transport: FakeTransport, clock: Clock
+) -> None:
+    moved = f"{TOKEN}/moved"
+    transport.replies[TOKEN] = transport.replies[moved] = ok({"error": "invalid_client"}, status)
+
+    def fails(times: int) -> None:
+        for _ in range(times):
+            with pytest.raises((IssuerUnavailable, CredentialsRejected)):
+                provider.request_token("r-1")
+
+    fails(5)
+    assert transport.gets.count(DISCOVERY) == 2  # or a wrong secret would double the load
+    transport.replies |= {DISCOVERY: discovery(token_endpoint=moved), moved: ok({"access_token": "a"})}
+    fails(1)
+    clock.time += RETRY_INTERVAL
+    assert provider.request_token("r-1").access_token == "a"
 
 
 # --- several threads ----------------------------------------------------------------------------------------------
@@ -411,6 +436,15 @@ def test_no_token_is_asked_for_without_discovery(provider: Provider, transport: 
     assert transport.posts == []
 
 
+def test_no_token_is_asked_for_without_token_endpoint_but_keys_are_used(verifying: "Verifying") -> None:
+    verifying.transport.replies[DISCOVERY] = discovery(token_endpoint=...)
+
+    with pytest.raises(IssuerUnavailable, match=rf"{DISCOVERY} names no token_endpoint"):
+        verifying.provider.request_token(REFRESH_TOKEN)
+    assert verifying.transport.posts == []
+    assert verifying.provider.verify(verifying.token(), "service")["sub"] == "u-1"
+
+
 def test_each_token_request_is_sent_once_even_when_it_fails(provider: Provider, transport: FakeTransport) -> None:
     transport.replies[TOKEN] = down()
 
@@ -564,12 +598,12 @@ def test_a_key_that_is_no_longer_published_is_no_longer_trusted(verifying: Verif
 
 def test_a_new_key_is_fetched_when_a_token_needs_it(verifying: Verifying) -> None:
     verifying.provider.verify(verifying.token(), "service")
-    verifying.signer.rotate_keys()
-    verifying.publish()
-    verifying.clock.time += RETRY_INTERVAL
-
-    assert verifying.provider.verify(verifying.token(), "service")["sub"] == "u-1"
-    assert verifying.key_fetches == 2
+    for fetches in (2, 3):
+        verifying.signer.rotate_keys()
+        verifying.publish()
+        assert verifying.provider.verify(verifying.token(), "service")["sub"] == "u-1"
+        assert verifying.key_fetches == fetches
+        verifying.clock.time += RETRY_INTERVAL
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -598,7 +632,7 @@ def test_tokens_with_unknown_keys_do_not_make_us_fetch_more_often_than_that(veri
                 verifying.provider.verify(verifying.token({"kid": kid}), "service")
         verifying.clock.time += 1
 
-    assert verifying.key_fetches == 1 + 3
+    assert verifying.key_fetches == 1 + 4
     assert verifying.provider.verify(verifying.token(), "service")["sub"] == "u-1"
 
 
@@ -687,3 +721,28 @@ def test_an_issuer_that_must_not_be_spoken_to_is_refused_at_once(transport: Fake
         Provider("http://issuer.example", Client("client"), transport)
     Provider("http://issuer.example", Client("client"), transport, allow_http=True)
     assert transport.gets == []
+
+
+# --- claims about the user ---------------------------------------------------------------------------------------
+
+USERINFO = f"{ISSUER}/userinfo"
+
+
+def test_userinfo_is_asked_with_the_access_token() -> None:
+    transport = FakeTransport(userinfo_endpoint=USERINFO)
+    transport.replies[USERINFO] = ok({"sub": "u", "name": "A"})
+    provider = Provider(ISSUER, Client("client"), transport)
+    assert provider.userinfo("the-token") == {"sub": "u", "name": "A"}
+    assert transport.get_headers == {"Authorization": "Bearer the-token"}
+    for reply in (ok({}, 401), Answer(200, b"eyJ.signed.jwt"), ok({}), down()):
+        transport.replies[USERINFO] = reply
+        with pytest.raises(IssuerUnavailable) as caught:
+            provider.userinfo("the-token")
+        assert "the-token" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", [None, 5, "http://issuer.example/userinfo", "nonsense"])
+def test_an_issuer_without_a_good_userinfo_endpoint_is_not_asked(endpoint: object) -> None:
+    transport = FakeTransport(userinfo_endpoint=endpoint)
+    assert Provider(ISSUER, Client("client"), transport).userinfo("the-token") is None
+    assert transport.gets == [DISCOVERY]

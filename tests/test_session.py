@@ -38,6 +38,8 @@ def jwt_with(**claims: object) -> str:
         (TokenResponse(jwt_with(exp=START + 65, iat=START + 5)), START + 59),
         (TokenResponse(jwt_with(exp=START + 55, iat=START - 5)), START + 59),
         (TokenResponse(jwt_with(exp=START + 65, iat=START + 5), expires_in=60), START + 59),
+        # Issued long ago, and kept by the issuer.
+        (TokenResponse(jwt_with(exp=START + 100, iat=START - 3500)), START + 100),
         # Claims that are no times.
         (TokenResponse(jwt_with(exp="soon", iat=START), expires_in=60), START + 60),
         (TokenResponse(jwt_with(exp=True), expires_in=60), START + 60),
@@ -214,6 +216,40 @@ def test_a_store_that_cannot_be_used_is_told_once_and_the_session_goes_on(
     broken = session(issuer, clock, occupied)
     assert [broken.renew(None).value for _ in range(3)] == ["at-1", "at-2", "at-3"]
     assert caplog.text.count("kept in memory only") == 1
+
+
+def test_what_is_stored_is_used_even_where_it_cannot_be_locked_or_written(
+    issuer: StrictIssuer, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    session(issuer, clock, tmp_path).renew(None)
+    mine = session(issuer, clock, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("eoepca_security.store.FileLock.acquire", read_only)
+        patch.setattr(TokenStore, "_fill", read_only)
+        assert mine.renew(None).value == "at-2"
+        assert mine.renew(None).value == "at-3"
+        assert mine.is_unsaved
+    mine.save()
+    assert session(issuer, clock, tmp_path).renew(None).value == "at-4"
+    assert issuer.reuses == 0
+
+
+def test_a_lock_that_fails_once_makes_no_old_memory_count_as_new(
+    issuer: StrictIssuer, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = session(issuer, clock, tmp_path), session(issuer, clock, tmp_path)
+    one.renew(None)
+    two.renew(None)
+    with monkeypatch.context() as patch:
+        patch.setattr("eoepca_security.store.FileLock.acquire", lambda _: (_ for _ in ()).throw(OSError(24, "files")))
+        with pytest.raises(IssuerUnavailable):
+            one.renew(None)
+    two.renew(None)
+    assert one.renew(None).value == "at-4"
+    assert issuer.reuses == 0
 
 
 def test_a_damaged_file_is_not_overwritten(issuer: StrictIssuer, clock: Clock, tmp_path: Path) -> None:

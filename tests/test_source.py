@@ -2,17 +2,18 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
-from eoepca_security.session import AccessToken
+from eoepca_security.session import AccessToken, Stored
 from eoepca_security.source import FORCED_INTERVAL, TokenSource, refresh_time
 
 START = 1_800_000_000.0
@@ -171,9 +172,38 @@ async def test_nobody_waits_for_ever(source: TokenSource, issuer: Issuer, monkey
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable, match="in time"):
         await source.token()
+    # Who comes when the wait is over does not wait again.
+    monkeypatch.setattr("eoepca_security.source.PATIENCE", 60.0)
+    with pytest.raises(IssuerUnavailable, match="in time"):
+        await asyncio.wait_for(source.token(), 5)
     issuer.gate.set()
+    await settled(lambda: source._refresh is None)
     assert (await source.token()).value == "token-1"  # the same refresh, which went on
     assert len(issuer.asked) == 1
+
+
+async def test_a_refused_token_costs_one_wait_and_not_two(
+    source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = await source.token()
+    monkeypatch.setattr("eoepca_security.source.MAX_WAIT", 0.5)
+    issuer.gate.clear()
+    monkeypatch.setattr(source, "_token", None)
+    started = time.monotonic()
+    with pytest.raises(IssuerUnavailable, match="in time"):
+        await source.replace(token.value)
+    assert time.monotonic() - started < 0.9
+    issuer.gate.set()
+    await settled(lambda: source._refresh is None)
+
+
+async def test_a_token_that_ends_while_it_is_checked_is_not_given(issuer: Issuer, clock: Clock) -> None:
+    def check(_: str) -> None:
+        clock.time += 60
+
+    source = TokenSource(issuer, refresh_token="first", check=check, now=clock)
+    with pytest.raises(IssuerUnavailable, match="ended"):
+        await source.token()
 
 
 async def test_a_refresh_that_never_ends_is_given_up(
@@ -362,13 +392,12 @@ async def test_a_log_that_raises_costs_nothing(
         raise UnicodeEncodeError("ascii", "\N{SNOWMAN}", 0, 1, "the terminal has no such letter")
 
     monkeypatch.setattr("eoepca_security.source.logger.warning", emit)
+    monkeypatch.setattr("eoepca_security.source.PATIENCE", 0.0)
     issuer.answers = [CredentialsRejected("no"), CredentialsRejected("no")]
     for _ in range(5):
         with pytest.raises(CredentialsRejected):
             await source.token()
-    assert len(issuer.asked) <= 3  # the backoff was noted
-    issuer.answers = []
-    await settled(lambda: source._refresh is None)
+    assert len(issuer.asked) == 1  # the backoff was noted
 
 
 async def test_an_unexpected_error_is_an_answer_too_and_shows_no_values(
@@ -443,6 +472,112 @@ async def test_an_idle_session_is_kept_alive_and_no_more_than_that(issuer: Issue
     await settled(lambda: len(issuer.asked) == 4)
     assert issuer.asked == ["first", "r-1", "r-1", "r-2"]
     assert time.monotonic() - started > 2.5
-    await asyncio.sleep(0)
+    await settled(lambda: source._refresh is None)
     assert source._keep_alive is not None
     assert source._keep_alive.cancelled()
+
+
+async def test_a_session_whose_first_token_was_given_is_kept_alive_too(issuer: Issuer, clock: Clock) -> None:
+    class Kept(Disk):
+        def read(self) -> Stored | None:
+            return Stored("kept", session_ends_at=START + 600)
+
+    initial = jwt_with(exp=START + 100, iat=START)
+    source = TokenSource(issuer, refresh_token="first", access_token=initial, store=Kept(), now=clock)
+    assert (await source.token()).value == initial
+    await settled(lambda: source._refresh is None)
+    assert source._keep_alive is not None
+    assert not source._keep_alive.cancelled()
+    source.retire()
+
+
+# --- what could not be saved -------------------------------------------------------------------------------------
+
+
+class Disk:
+    """A store whose disk may be full."""
+
+    place = "disk"
+
+    def __init__(self) -> None:
+        self.full = False
+        self.kept: list[Stored] = []
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+    def read(self) -> Stored | None:
+        return self.kept[-1] if self.kept else None
+
+    def write(self, session: Stored) -> None:
+        if self.full:
+            raise StoreError("the disk is full")
+        self.kept.append(session)
+
+    def changed_at(self) -> int:
+        return len(self.kept)
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+async def test_what_could_not_be_saved_is_saved_as_soon_as_it_can(
+    at_the_end: bool, issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eoepca_security.source._SAVE_INTERVAL", 60 if at_the_end else 0.01)
+    disk = Disk()
+    disk.full = True
+    source = TokenSource(issuer, refresh_token="first", store=disk, now=clock)
+    issuer.answers = [TokenResponse("a", expires_in=60, refresh_token="second")]
+    await source.token()
+    assert disk.kept == []
+    disk.full = False
+    if at_the_end:
+        await source.finish()
+    else:
+        await settled(lambda: bool(disk.kept))
+    assert [stored.refresh_token for stored in disk.kept] == ["second"]
+    source.retire()
+
+
+async def test_a_store_that_hangs_does_not_hold_up_a_refusal(
+    issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+
+    class Hanging(Disk):
+        hangs = False
+
+        def changed_at(self) -> int:
+            assert not self.hangs or gate.wait(10)
+            return 1
+
+    monkeypatch.setattr("eoepca_security.source.PATIENCE", 0.05)
+    store = Hanging()
+    source = TokenSource(issuer, refresh_token="first", store=store, now=clock)
+    issuer.answers = [CredentialsRejected("no") for _ in range(9)]
+    with pytest.raises(CredentialsRejected):
+        await source.token()
+    store.hangs = True
+    for _ in range(3):
+        with pytest.raises(CredentialsRejected):
+            await asyncio.wait_for(source.token(), 5)
+    gate.set()
+
+
+# --- what others may know ----------------------------------------------------------------------------------------
+
+
+async def test_refreshes_are_told_of_and_the_token_at_hand_is_one_to_send(issuer: Issuer, clock: Clock) -> None:
+    told: list[TokenError | None] = []
+    source = TokenSource(issuer, refresh_token="first", now=clock, observe=lambda error, _seconds: told.append(error))
+    assert source.at_hand is None
+    issuer.answers = [IssuerUnavailable("down")]
+    with pytest.raises(IssuerUnavailable):
+        await source.token()
+    assert str(source.failure) == "down"
+    token = await source.token()
+    assert source.at_hand is token
+    assert source.failure is None
+    assert [error and error.code for error in told] == ["issuer_unavailable", None]
+    clock.time += 60
+    assert source.at_hand is None

@@ -1,5 +1,6 @@
 """The session on disk: what is written, and what happens when the disk is not as it should be."""
 
+import errno
 import json
 import os
 import subprocess
@@ -73,8 +74,8 @@ def test_a_folder_that_was_made_for_it_is_closed_and_one_with_other_uses_left_al
 
 
 def test_no_name_tells_a_token_and_no_temporary_file_stays(folder: Path, file: Path) -> None:
-    names = [path.name for path in folder.iterdir()]
-    assert names == [file.name]
+    assert {path.name for path in folder.iterdir()} == {file.name, file.with_suffix(".next").name}
+    assert b"canary" not in file.with_suffix(".next").read_bytes()
     assert "canary" not in repr(SESSION)
 
 
@@ -165,21 +166,80 @@ def test_a_store_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         pass
 
 
-def test_a_full_disk_leaves_the_old_session(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(_: int) -> None:
+def test_a_full_disk_leaves_the_old_session(folder: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(_: Path, __: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", no_space)
+    store = store_in(folder)
+    monkeypatch.setattr(store, "_fill", no_space)
     with pytest.raises(StoreError, match="No space left"):
-        store_in(file.parent).write(Stored("new", "new", 0.0, 1.0))
-    assert store_in(file.parent).read() == SESSION
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+        store.write(Stored("new", "new", 0.0, 1.0))
+    assert store_in(folder).read() == SESSION
 
 
-def test_a_temporary_file_of_a_dead_process_is_in_nobodys_way(file: Path) -> None:
-    file.with_suffix(f".{os.getpid()}.tmp").write_text("half of a ses")
-    store_in(file.parent).write(SESSION)
+def test_room_for_the_next_session_is_kept(file: Path) -> None:
+    assert file.with_suffix(".next").stat().st_size >= file.stat().st_size
+    assert file.with_suffix(".next").stat().st_blocks >= file.stat().st_blocks
+
+
+def test_half_a_successor_of_a_dead_process_is_in_nobodys_way(file: Path) -> None:
+    store = store_in(file.parent)
+    file.with_suffix(".next").write_bytes(file.read_bytes()[:200])
+    assert store.read() == SESSION
+    store.write(SESSION)
     assert store_in(file.parent).read() == SESSION
+
+
+def test_a_successor_that_was_written_but_not_put_in_place_is_the_session(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    store, successor = store_in(file.parent), Stored("new", "new", 0.0, 1.0)
+    store.read()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            store.write(successor)
+    again = store_in(file.parent)
+    assert again.read() == successor
+    # And is not taken for a newer one than what comes after it.
+    again.write(SESSION)
+    assert store_in(file.parent).read() == SESSION
+
+
+def test_a_session_that_could_not_be_read_back_is_not_written(file: Path) -> None:
+    with pytest.raises(StoreError, match="too long"):
+        store_in(file.parent).write(Stored("r" * 300_000))
+    assert store_in(file.parent).read() == SESSION
+
+
+def test_a_mode_that_cannot_be_changed_is_told_and_the_session_read(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    file.chmod(0o644)
+    monkeypatch.setattr(os, "fchmod", refuse)
+    assert store_in(file.parent).read() == SESSION
+    assert "make its mode 0600" in caplog.text
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EMFILE, IssuerUnavailable), (errno.EROFS, StoreError)])
+def test_a_lock_that_fails_for_the_moment_is_tried_again(
+    number: int, kind: type[Exception], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr("eoepca_security.store.FileLock.acquire", fail)
+    with pytest.raises(kind), store_in(file.parent).locked():
+        pass
 
 
 # --- the lock ----------------------------------------------------------------------------------------------------

@@ -20,7 +20,16 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.protocol import Client, PrivateKey, ProviderMetadata, build_token_request
 from eoepca_security.testing import ALL_AUTH_METHODS, Behaviour, FakeIssuer
-from eoepca_security.verify import Policy, read_header, read_keys, select_key, verify
+from eoepca_security.verify import (
+    Policy,
+    TrustedKeys,
+    id_token_problem,
+    read_access_token,
+    read_header,
+    read_id_token,
+    read_keys,
+    select_key,
+)
 
 SECRET = "a-secret-of-the-client-that-is-long-enough"
 PATIENCE = 5.0
@@ -128,9 +137,9 @@ def test_an_access_token_verifies_with_the_published_key(issuer: FakeIssuer) -> 
     issuer.behaviour = Behaviour(audience="api", claims={"sub": "u-2", "scope": "read"}, lifetime=90)
     text = issuer.issue()
 
-    key = select_key(read_keys(issuer.jwks()), read_header(text))
-    assert key is not None
-    claims = verify(text, key, Policy(issuer.url, "api"), now=time.time())
+    unverified = read_access_token(text, Policy("api"), now=time.time())
+    claims = TrustedKeys(issuer.url, read_keys(issuer.jwks())).confirm(unverified)
+    assert claims is not None
     assert (claims["sub"], claims["scope"], claims["exp"] - claims["iat"]) == ("u-2", "read", 90)
 
 
@@ -168,6 +177,42 @@ def test_exactly_the_given_claims_and_headers_are_signed(issuer: FakeIssuer) -> 
 
     assert jwt.decode(text, issuer.key.public_key(), algorithms=["ES256"]) == {"a": 1}
     assert jwt.get_unverified_header(text) == {"alg": "ES256", "typ": "at+jwt", "kid": "other"}
+
+
+@pytest.mark.parametrize("algorithm", ["ES256", "RS256", "EdDSA"])
+def test_tokens_of_every_algorithm_verify(algorithm: str) -> None:
+    with FakeIssuer(algorithm=algorithm) as issuer:
+        unverified = read_access_token(issuer.issue(aud="api", scope="read"), Policy("api"), now=time.time())
+        claims = TrustedKeys(issuer.url, read_keys(issuer.jwks())).confirm(unverified)
+
+    assert claims is not None
+    assert (claims["aud"], claims["scope"], unverified.header.alg) == ("api", "read", algorithm)
+
+
+@pytest.mark.parametrize(("algorithm", "length"), [("ES256", 22), ("EdDSA", 43)])
+def test_an_id_token_belongs_to_its_access_token(algorithm: str, length: int) -> None:
+    with FakeIssuer(algorithm=algorithm) as issuer:
+        access_token = issuer.issue()
+        text = issuer.id_token(access_token, nonce="n-1")
+        unverified = read_id_token(text, ["client"], leeway=0, now=time.time())
+        claims = TrustedKeys(issuer.url, read_keys(issuer.jwks())).confirm(unverified)
+
+    assert claims is not None
+    assert (claims["nonce"], claims["exp"] - claims["iat"], len(claims["at_hash"])) == ("n-1", 60, length)
+    access_claims = {"iss": issuer.url, "sub": "u-1"}
+    assert id_token_problem(claims, access_claims, access_token, algorithm) is None
+    assert id_token_problem(claims, access_claims, access_token + "x", algorithm) is not None
+
+
+def test_an_issuer_that_is_down_hangs_up_until_it_is_up_again(issuer: FakeIssuer, http: requests.Session) -> None:
+    url = f"{issuer.url}/.well-known/openid-configuration"
+    issuer.behaviour.down = True
+    with pytest.raises(requests.ConnectionError):
+        http.get(url)
+    issuer.behaviour.down = False
+
+    assert http.get(url).status_code == 200
+    assert issuer.fetches == {"openid-configuration": 2}
 
 
 def test_after_a_rotation_of_keys_only_the_new_one_is_published(issuer: FakeIssuer) -> None:

@@ -1,9 +1,11 @@
 import base64
 import functools
+import hashlib
 import itertools
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jwt
@@ -11,6 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from helpers_tokens import ALPHABET, mutate
 
 from eoepca_security.errors import TokenInvalid
 from eoepca_security.verify import (
@@ -19,25 +22,27 @@ from eoepca_security.verify import (
     Header,
     Policy,
     SigningKey,
+    TrustedKeys,
+    id_token_problem,
     looks_like_jwt,
+    read_access_token,
     read_header,
     read_keys,
     select_key,
     unverified_claims,
-    verify,
 )
 
 NOW = 1_750_000_000.5
-POLICY = Policy("https://issuer.example/realms/test", "service", leeway=10)
+ISSUER = "https://issuer.example/realms/test"
+POLICY = Policy("service", leeway=10)
 CLAIMS: dict[str, Any] = {
-    "iss": POLICY.issuer,
+    "iss": ISSUER,
     "aud": POLICY.audience,
     "sub": "u-1",
     "iat": int(NOW) - 5,
     "exp": int(NOW) + 60,
     "typ": "Bearer",
 }
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 ODD_VALUES: list[Any] = [None, True, 0, -1, 1.5, 2**70, 1e308, "", "x", [], [1], ["x"], {}, {"x": 1}, [[]], "\ud800"]
 
 _EC_CURVES: dict[str, ec.EllipticCurve] = {"ES256": ec.SECP256R1(), "ES384": ec.SECP384R1(), "ES512": ec.SECP521R1()}
@@ -94,6 +99,15 @@ def token(alg: str = "ES256", which: int = 0, /, header: Any = None, **changes: 
         encode(json.dumps({k: v for k, v in part.items() if v is not ...}).encode()) for part in (members, claims)
     )
     return sign_segments(first, second, alg, which)
+
+
+def verify(text: str, key: SigningKey, policy: Policy, *, now: float) -> dict[str, Any]:
+    """Verify with one key, whatever its kid."""
+    unverified = read_access_token(text, policy, now=now)
+    claims = TrustedKeys(ISSUER, (replace(key, kid=unverified.header.kid),)).confirm(unverified)
+    if claims is None:
+        raise TokenInvalid("the token's signature algorithm is not the key's")
+    return claims
 
 
 def check(text: str, alg: str = "ES256") -> dict[str, Any]:
@@ -153,8 +167,8 @@ def test_times_within_the_leeway_are_accepted(changes: dict[str, Any]) -> None:
 
 
 def test_the_leeway_is_the_policys() -> None:
-    assert Policy("issuer", "audience").leeway == 10
-    strict = Policy(POLICY.issuer, POLICY.audience, leeway=0)
+    assert Policy("audience").leeway == 10
+    strict = Policy(POLICY.audience, leeway=0)
     expired, early = token(exp=int(NOW)), token(nbf=int(NOW) + 1)
 
     assert check(expired)
@@ -464,13 +478,13 @@ def test_reads_what_the_header_says_of_its_key() -> None:
 @pytest.mark.parametrize(
     "issuer",
     [
-        POLICY.issuer + "/",
-        POLICY.issuer + "2",
-        POLICY.issuer[:-1],
-        POLICY.issuer.upper(),
-        POLICY.issuer.replace("https", "http"),
+        ISSUER + "/",
+        ISSUER + "2",
+        ISSUER[:-1],
+        ISSUER.upper(),
+        ISSUER.replace("https", "http"),
         "https://evil.example/realms/test",
-        [POLICY.issuer],
+        [ISSUER],
         ...,
         *ODD_VALUES,
     ],
@@ -544,6 +558,63 @@ def test_a_token_without_a_proper_subject_is_refused(subject: object) -> None:
 @pytest.mark.parametrize("typ", ["ID", "Refresh", "Offline", "Logout"])
 def test_other_tokens_of_the_same_issuer_are_refused(typ: str) -> None:
     refuse(token(typ=typ), "not an access token")
+
+
+@pytest.mark.parametrize("name", ["at_hash", "c_hash", "s_hash", "events"])
+@pytest.mark.parametrize("typ", [..., "Bearer"])
+def test_claims_of_other_tokens_are_refused_whatever_they_are(name: str, typ: object) -> None:
+    values: list[Any] = [None, "", {}, "x"]
+    for value in values:
+        refuse(token(typ=typ, **{name: value}), "not an access token")
+
+
+def test_a_nonce_is_accepted_only_in_what_says_that_it_is_an_access_token() -> None:
+    for typ in (..., None, "bearer", "JWT", ["Bearer"]):
+        refuse(token(nonce="n-1", typ=typ), "not an access token")
+
+    for typ in ("Bearer", "DPoP"):
+        assert check(token(nonce="n-1", typ=typ))["nonce"] == "n-1"
+    assert check(token(nonce="n-1", typ=..., header={"typ": "at+jwt"}))["nonce"] == "n-1"
+
+
+def test_the_clients_that_a_token_may_be_issued_to() -> None:
+    key = signing_key("ES256")
+    for parties in (["gateway"], ("other", "gateway"), frozenset({"gateway"}), {"gateway": 1}):
+        assert verify(token(azp="gateway"), key, Policy("service", 10, parties), now=NOW)["azp"] == "gateway"
+    for changes in ({}, {"azp": "gate"}, {"azp": None}, {"azp": 1}, {"client_id": ["gateway"]}):
+        with pytest.raises(TokenInvalid, match="authorized party") as caught:
+            verify(token(**changes), key, Policy("service", 10, ["gateway"]), now=NOW)
+        assert caught.value.claim == "azp"
+
+
+def at_hash(access_token: str, hash_name: str) -> str:
+    digest = hashlib.new(hash_name, access_token.encode()).digest()
+    return encode(digest[: len(digest) // 2])
+
+
+@pytest.mark.parametrize("alg", [None, *sorted(ALGORITHMS)])
+@pytest.mark.parametrize("hash_name", ["sha256", "sha384", "sha512"])
+def test_the_hash_of_an_id_token_is_its_algorithms(alg: str | None, hash_name: str) -> None:
+    fits = alg in (None, "EdDSA") or alg[2:] == hash_name[3:]
+    claims = {"iss": ISSUER, "sub": "u-1", "at_hash": at_hash("token", hash_name)}
+
+    assert (id_token_problem(claims, CLAIMS, "token", alg) is None) == fits
+    assert id_token_problem(claims, CLAIMS, "another token", alg) is not None
+
+
+@pytest.mark.parametrize("value", [*ODD_VALUES[1:], "A" * 22, "A" * 43, "é" * 22])
+@pytest.mark.parametrize("alg", [None, "RS256", "EdDSA"])
+def test_an_odd_hash_fits_no_token(value: object, alg: str | None) -> None:
+    assert id_token_problem({"iss": ISSUER, "sub": "u-1", "at_hash": value}, CLAIMS, "token", alg) is not None
+
+
+@pytest.mark.parametrize("name", ["iss", "sub"])
+@pytest.mark.parametrize("value", [..., *ODD_VALUES])
+def test_an_id_token_of_another_issuer_or_subject_fits_no_token(name: str, value: Any) -> None:
+    claims = {"iss": ISSUER, "sub": "u-1", "at_hash": at_hash("token", "sha256"), name: value}
+    claims = {k: v for k, v in claims.items() if v is not ...}
+
+    assert id_token_problem(claims, CLAIMS, "token", "RS256") == f"its {name} is not the access token's"
 
 
 @pytest.mark.parametrize(("name", "value"), list(itertools.product([*CLAIMS, "nbf", "azp", "scope"], ODD_VALUES)))
@@ -729,27 +800,6 @@ def test_what_is_no_jwt_has_no_claims(text: str) -> None:
 # --- anything at all ----------------------------------------------------------------------------------------------
 
 
-def mutate(text: str, chance: random.Random) -> str:
-    position = chance.randrange(len(text))
-    stranger = chance.choice([chance.choice(ALPHABET), chance.choice(ALPHABET), chance.choice('.=+/ \n"\x00üé🌍')])
-    other = chance.randrange(len(text))
-    start, end = min(position, other), max(position, other)
-    return chance.choice(
-        [
-            text[:position] + stranger + text[position + 1 :],
-            text[:position] + stranger + text[position + 1 :],
-            text[:position] + stranger + text[position:],
-            text[:position] + text[position + 1 :],
-            text[:position],
-            text[position:],
-            text[:start] + text[end:],
-            text[:end] + text[start:],
-            text[:position] + text[position].swapcase() + text[position + 1 :],
-            text[:start] + text[start:end][::-1] + text[end:],
-        ]
-    )
-
-
 @pytest.mark.parametrize("alg", ["RS256", "PS256", "ES256", "EdDSA"])
 def test_no_mutation_of_a_genuine_token_is_accepted(alg: str) -> None:
     chance = random.Random(20260)
@@ -781,5 +831,5 @@ def test_mutated_headers_and_payloads_with_a_genuine_signature_cause_no_other_er
         except TokenInvalid:
             continue
         accepted += 1
-        assert (claims["iss"], claims["aud"]) == (POLICY.issuer, POLICY.audience)
+        assert (claims["iss"], claims["aud"]) == (ISSUER, POLICY.audience)
     assert accepted > 0

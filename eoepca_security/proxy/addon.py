@@ -1,16 +1,15 @@
 """The mitmproxy add-on: options -> TokenSource -> Authorization header.
 
-A hook that raises forwards the request as it is, and one that hangs hangs the client; so every hook that decides about
-a request stands inside one `try`, and waits with a bound.
+mitmproxy goes on with a request whose hook raises, and a hook that hangs hangs the client. So a request has an answer,
+an error, while it is decided about; nothing leaves without a clearance (`wire`); and every wait has a bound.
 """
 
 import asyncio
-import importlib.metadata
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +24,6 @@ from mitmproxy.exceptions import OptionsError
 from mitmproxy.http import HTTPFlow, Response
 from mitmproxy.log import ALERT
 from mitmproxy.master import Master
-from mitmproxy.net.http.url import hostport
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
@@ -33,41 +31,17 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import forwarding, problem, stream, wire
+from eoepca_security.proxy import forwarding, options, problem, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.lifecycle import DaemonThreads, drain
 from eoepca_security.proxy.metrics import Metrics
 from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.status import identity, status, unready
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
-from eoepca_security.verify import unverified_claims
-
-READY_WAIT: Final = 0.8
-"""Seconds that a readiness probe waits for a token; probes usually give up after one."""
-
-# mitmproxy's own options that would undo what this add-on is for.
-_REFUSED_OPTIONS: Final = {
-    "allow_hosts": "connections to other hosts would bypass the add-on",
-    "ignore_hosts": "connections to these hosts would bypass the add-on",
-    "map_remote": "it would carry the token elsewhere",
-    "proxy_debug": "it would show the token",
-    "stickyauth": "it would overwrite the token",
-    "stream_large_bodies": "error answers to large requests would hang",
-    "tcp_hosts": "connections to these hosts would bypass the add-on",
-    "upstream_auth": "it would overwrite the token",
-}
-
-# And those that have to have these values, which are not all mitmproxy's defaults.
-_REQUIRED_OPTIONS: Final = {
-    "connection_strategy": "lazy",  # eager gives the client an empty reply when the service is down
-    "keep_host_header": True,  # or the guard does not see by what name the client addressed us
-    "onboarding": False,  # mitm.it would be answered by mitmproxy itself
-    "rawtcp": False,  # what is not HTTP cannot carry a token
-    "validate_inbound_headers": True,  # what one reads as one request and another as two is not forwarded
-}
 
 _OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
 
@@ -111,18 +85,14 @@ class OIDCAuthProxy:
         loader.master.event_loop.set_default_executor(DaemonThreads())
         for variable in OPTIONS:
             loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")
-        options = loader.master.options
-        for name, value in _REQUIRED_OPTIONS.items():
-            if name in options and getattr(options, name) not in (value, options.default(name)):
-                logger.warning("%s is %s with the OIDC add-on, whatever it is set to", name, value)
-        options.update_known(**_REQUIRED_OPTIONS)
+        options.enforce(loader.master.options)
 
     def configure(self, updated: set[str]) -> None:
         """Read the settings; what is wrong ends the start, and later is refused so that the old ones stay."""
         # Only when they may have changed: this is called for every option, and a secret's file may be a pipe.
         if self._settings_problems is None or not _OPTION_NAMES.isdisjoint(updated):
             self._read_settings()
-        problems = _problems_with_mitmproxy_options(self._settings) + (self._settings_problems or [])
+        problems = options.problems(ctx.options, self._settings) + (self._settings_problems or [])
         if problems and self._running:
             raise OptionsError("; ".join(problems))
         self._problems = problems
@@ -181,18 +151,31 @@ class OIDCAuthProxy:
         return asyncio.get_running_loop().create_task(self._end(master if is_end else None))
 
     async def _end(self, master: Master | None) -> None:
-        waiting = [self._source.finish()] if self._source is not None else []
+        finishing = asyncio.ensure_future(self._source.finish()) if self._source is not None else None
         server = master.addons.get("proxyserver") if master is not None else None
+        hurried = False
         if isinstance(server, Proxyserver):
             self._ending = True
-            waiting.append(drain(server, lambda: any(flow.live and not flow.websocket for flow in self._in_flight)))
-        await asyncio.gather(*waiting)
+            hurried = await drain(server, lambda: self._is_serving() or not (finishing is None or finishing.done()))
+        if finishing is not None and not hurried:
+            await finishing
         self._stop_admin()
+
+    def _is_serving(self) -> bool:
+        return any(flow.live and not flow.websocket for flow in self._in_flight)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
     async def requestheaders(self, flow: HTTPFlow) -> None:
         """Decide about the request before any of it leaves."""
+        await self._decide(flow)
+        if flow.response is None:
+            flow.request.stream = stream.streams_request(flow.request)
+        else:
+            # Nobody is asked to go on with a body.
+            flow.request.headers.pop("Expect", None)
+
+    async def _decide(self, flow: HTTPFlow) -> None:
         if flow.is_replay is None:
             self._in_flight.add(flow)
         # mitmproxy calls this for requests that it has refused already, too.
@@ -212,12 +195,11 @@ class OIDCAuthProxy:
             return
         self._prepare(flow)
         await self._authorize(flow)
-        flow.request.stream = flow.response is None and stream.streams_request(flow.request)
 
     async def request(self, flow: HTTPFlow) -> None:
         """Authorize again what was held back until its body was complete: the token may have ended meanwhile."""
         is_ours = flow.error is None and flow.response is None and flow.request.raw_content is not None
-        if is_ours and not _is_elsewhere(flow, self._settings):
+        if is_ours and not self._is_current(flow) and not _is_elsewhere(flow, self._settings):
             await self._authorize(flow)
 
     def responseheaders(self, flow: HTTPFlow) -> None:
@@ -298,25 +280,29 @@ class OIDCAuthProxy:
         request, values = flow.request, flow.request.headers.get_all
         if isinstance(flow.client_conn.proxy_mode, RegularMode):
             target = _target(flow)
-            own = f"{target.scheme}://{hostport(target.scheme, target.host, target.port)}"
-            return self._guard.cross_site(own, values)
+            return self._guard.cross_site(f"{target.scheme}://{target.authority}", values)
         authority = [request.authority] if request.authority else []
         scheme = "https" if flow.client_conn.tls else "http"
         return self._guard.refusal(scheme, [*authority, *values("Host")], values)
 
     def _prepare(self, flow: HTTPFlow) -> None:
         """Make of the client's request the one that the service is to see."""
-        request, target = flow.request, _target(flow)
+        request = flow.request
         forwarding.drop_hop_by_hop(request)
         if self._apisix is not None:
             forwarding.drop_gateway_headers(request.headers)
-        request.host_header = hostport(target.scheme, target.host, target.port)
+        request.host_header = _target(flow).authority
         if not (request.is_http2 or request.is_http3):
             # An absolute target (RFC 9112 §3.2.2) would be forwarded as it is.
             request.authority = ""
 
+    def _is_current(self, flow: HTTPFlow) -> bool:
+        """Tell whether the request is to be sent with the token that is good now."""
+        token, sent = self._source.at_hand if self._source is not None else None, wire.clearance(flow.request)
+        return token is not None and sent is not None and sent.headers.get("Authorization") == f"Bearer {token.value}"
+
     async def _authorize(self, flow: HTTPFlow) -> None:
-        flow.response = problem.LAST_RESORT.copy()
+        flow.response = flow.response or problem.LAST_RESORT.copy()
         try:
             token = await self._token(flow)
         except TokenError as error:
@@ -332,7 +318,9 @@ class OIDCAuthProxy:
     async def _token(self, flow: HTTPFlow) -> AccessToken:
         if self._source is None or self._settings is None:
             raise IssuerUnavailable("the proxy is not configured")
-        if not _is_protected(flow.client_conn.proxy_mode, self._settings):
+        mode = flow.client_conn.proxy_mode
+        # A flow that is replayed from a file brings a mode of its own.
+        if mode.full_spec not in ctx.options.mode or not options.is_protected(mode, self._settings):
             raise IssuerUnavailable("the proxy does not work in this mode")
         try:
             return await self._source.token()
@@ -343,7 +331,7 @@ class OIDCAuthProxy:
 
     async def _repeat(self, flow: HTTPFlow) -> None:
         sent = wire.clearance(flow.request)
-        if sent is None or self._source is None:
+        if sent is None or not sent.headers or self._source is None:
             return
         try:
             if await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer ")) is None:
@@ -362,7 +350,7 @@ class OIDCAuthProxy:
     def _ended(self, flow: HTTPFlow) -> None:
         if flow.is_replay is None:
             status = flow.response.status_code if flow.response is not None else None
-            self._metrics.request_ended(status, self._codes.get(flow, ""))
+            self._metrics.request_ended(status, self._codes.get(flow) or flow.metadata.get(stream.CODE, ""))
             if not self._ending:
                 self._in_flight.discard(flow)
 
@@ -379,41 +367,20 @@ class OIDCAuthProxy:
         }
 
     async def _ready(self) -> TokenError | None:
-        """Return why there is no token; this asks for one, so that an idle proxy is ready, too."""
-        if self._source is None:
-            return IssuerUnavailable("the proxy is not configured")
-        asking = asyncio.ensure_future(self._source.token())
-        await asyncio.wait({asking}, timeout=READY_WAIT)
-        if not asking.done():
-            asking.cancel()
-            return self._source.failure or IssuerUnavailable("waiting for the issuer")
-        error = asking.exception()
-        if error is None or isinstance(error, TokenError):
-            return error
-        return IssuerUnavailable(f"unexpected {type(error).__name__}")
+        return await unready(self._source)
 
     def _status(self) -> dict[str, Any]:
         listener, upstream = _addresses(self._settings)
-        token = self._source.at_hand if self._source is not None else None
-        failure = self._source.failure if self._source is not None else None
-        claims = unverified_claims(token.value) if token is not None else {}
-        return {
-            "ready": token is not None,
-            "code": failure.code if failure is not None else None,
-            "detail": str(failure) if failure is not None else None,
+        where = {
             "listener": listener,
             "upstream": upstream,
             "issuer": self._settings.issuer_url if self._settings is not None else None,
-            "identity": {name: claims[name] for name in ("sub", "preferred_username") if name in claims},
-            "token": _times(token) if token is not None else None,
-            "last_refresh": self._last_refresh,
-            "refreshes": self._metrics.refreshes(),
-            "requests": self._metrics.requests(),
-            "errors": self._metrics.errors(),
-            "requests_in_flight": len(self._in_flight),
-            "uptime_seconds": round(time.time() - self._metrics.started_at),
-            "version": importlib.metadata.version("eoepca-security"),
         }
+        return (
+            where
+            | status(self._source, self._metrics, self._last_refresh)
+            | {"requests_in_flight": len(self._in_flight)}
+        )
 
     def _start_admin(self, settings: Settings) -> None:
         if settings.admin is None:
@@ -450,7 +417,7 @@ class OIDCAuthProxy:
             logger.warning("%s", line)
         listener, upstream = _addresses(self._settings)
         if not is_loopback(urlsplit(listener).hostname):
-            logger.warning("%s", _exposure(listener, self._settings))
+            logger.warning("%s", exposure(listener, self._settings))
         self._start_admin(self._settings)
         # mitmproxy does not end before this does, so whoever stops it now would wait for a silent issuer.
         first = asyncio.ensure_future(self._source.token())
@@ -479,15 +446,6 @@ class OIDCAuthProxy:
         self._on_started(listener, failure)
 
 
-def identity(token: AccessToken) -> str:
-    """Say whose token this is, as far as it tells; for people to read, not for deciding anything."""
-    claims = unverified_claims(token.value)
-    name, subject = claims.get("preferred_username"), claims.get("sub")
-    if not isinstance(name, str):
-        return printable(subject) if isinstance(subject, str) else "someone (the token does not say)"
-    return f"{printable(name)} (sub {printable(subject)})" if isinstance(subject, str) else printable(name)
-
-
 def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:
     if isinstance(failure, CredentialsRejected):
         logger.error("%s: %s", failure.code, failure)
@@ -507,10 +465,14 @@ def _target(flow: HTTPFlow) -> Target:
     return Target(flow.request.scheme, flow.request.host.lower(), flow.request.port)
 
 
+def _looks_like_ours(name: str) -> bool:
+    return name.startswith("oidc_") or bool(get_close_matches(name, _OPTION_NAMES, 1, 0.85))
+
+
 def _is_elsewhere(flow: HTTPFlow, settings: Settings | None) -> bool:
     """Tell whether a request in forward mode is to a host that gets no token."""
     mode = flow.client_conn.proxy_mode
-    if not isinstance(mode, RegularMode) or not _is_protected(mode, settings):
+    if not isinstance(mode, RegularMode) or not options.is_protected(mode, settings):
         return False
     target = _target(flow)
     return not _may_inject(settings, target.scheme, (target.host, target.port))
@@ -533,35 +495,6 @@ def _may_be_repeated(flow: HTTPFlow) -> bool:
     )
 
 
-def _is_protected(mode: ProxyMode, settings: Settings | None) -> bool:
-    if isinstance(mode, RegularMode):
-        return settings is not None and bool(settings.inject_hosts)
-    return isinstance(mode, ReverseMode) and mode.scheme in ("http", "https")
-
-
-def _looks_like_ours(name: str) -> bool:
-    return name.startswith("oidc_") or bool(get_close_matches(name, _OPTION_NAMES, 1, 0.85))
-
-
-def _problems_with_mitmproxy_options(settings: Settings | None) -> list[str]:
-    problems = [
-        f"{name}: cannot be used together with the OIDC add-on, {reason}"
-        for name, reason in _REFUSED_OPTIONS.items()
-        if getattr(ctx.options, name, None)
-    ]
-    problems += [
-        f"{name}: has to be {value} with the OIDC add-on"
-        for name, value in _REQUIRED_OPTIONS.items()
-        if getattr(ctx.options, name, value) != value
-    ]
-    if not all(_is_protected(ProxyMode.parse(mode), settings) for mode in ctx.options.mode):
-        problems.append(
-            "mode: the OIDC add-on needs --mode reverse:https://service.example (or http://), or regular together with "
-            "inject_hosts"
-        )
-    return problems
-
-
 def _own_hosts() -> list[str]:
     """Return the addresses listened on, as clients name them, where they are names at all."""
     hosts = [ProxyMode.parse(mode).listen_host(ctx.options.listen_host) for mode in ctx.options.mode]
@@ -579,17 +512,9 @@ def _addresses(settings: Settings | None) -> tuple[str, str]:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
 
 
-def _exposure(listener: str, settings: Settings) -> str:
+def exposure(listener: str, settings: Settings) -> str:
+    """Say in one line what listening beyond this machine means."""
     line = f"whatever can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
     if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
         line += f"; it answers to the names {', '.join(LOOPBACK_NAMES)} only, as {ALLOWED_HOSTS.env} is unset"
     return line
-
-
-def _times(token: AccessToken) -> Mapping[str, float]:
-    return {
-        "obtained_at": round(token.obtained_at, 3),
-        "ends_at": round(token.ends_at, 3),
-        "lifetime_seconds": round(token.ends_at - token.obtained_at, 3),
-        "seconds_left": round(token.ends_at - time.time(), 3),
-    }

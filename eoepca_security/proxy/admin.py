@@ -138,7 +138,7 @@ class _Live(_Page):
 class _Ready(_Page):
     async def get(self) -> None:
         if error := await self.subject.ready():
-            self.tell(*problem.parts(error))
+            self.tell(*problem.parts(error, status=503))
         else:
             self.text("ok\n")
 

@@ -17,6 +17,8 @@ import click
 from eoepca_security.errors import SettingsError, TokenError
 from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.wiring import make_source
+from eoepca_security.session import AccessToken
+from eoepca_security.source import TokenSource
 
 EPILOG = """\b
 Settings come from the environment, or from .env in the working directory;
@@ -84,7 +86,7 @@ def token(extra: Sequence[str]) -> int:
     if settings.refresh_token is not None or settings.grant != "refresh_token":
         settings = replace(settings, access_token=None)  # a fresh one is asked for
     source = make_source(settings)
-    click.echo(asyncio.run(source.token()).value)
+    click.echo(asyncio.run(_fresh(source)).value)
     if source.rotated and settings.token_store is None:
         click.echo(
             "warning: the issuer replaced the refresh token, so the one in the settings may be used up now: "
@@ -103,6 +105,14 @@ def demo(extra: Sequence[str], *, once: bool) -> int:
 
     _refuse(extra, "demo")
     return run(once=once)
+
+
+async def _fresh(source: TokenSource) -> AccessToken:
+    try:
+        return await source.token()
+    finally:
+        # Its answer may still be on its way, with the only valid refresh token.
+        await source.finish()
 
 
 def _refuse(extra: Sequence[str], command: str) -> None:

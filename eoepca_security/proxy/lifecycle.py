@@ -13,6 +13,7 @@ from mitmproxy.addons.proxyserver import Proxyserver
 DRAIN_TIMEOUT: Final = 8.0
 """Seconds that the end waits for requests that are being served; docker kills after 10."""
 
+_CLOSING_TIMEOUT: Final = 1.0
 _INTERVAL: Final = 0.02
 
 
@@ -41,8 +42,11 @@ class DaemonThreads(ThreadPoolExecutor):
         return future
 
 
-async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> None:
-    """Stop accepting connections, and wait until nothing is being served, a second signal, or `DRAIN_TIMEOUT`."""
+async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
+    """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
+
+    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after a second signal; returns whether there was one.
+    """
     for instance in server.servers:
         if instance.is_running:
             await instance.stop()
@@ -58,6 +62,15 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> None:
             # There is no event for a buffer that is empty.
             while not hurry.is_set() and (is_busy() or _unsent(server)):  # noqa: ASYNC110
                 await asyncio.sleep(_INTERVAL)
+    for handler in tuple(server.connections.values()):
+        client = handler.transports.get(handler.client)
+        if client is not None and client.handler is not None:
+            client.handler.cancel("the proxy ends")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSING_TIMEOUT):
+            while server.connections:  # noqa: ASYNC110  as above
+                await asyncio.sleep(_INTERVAL)
+    return hurry.is_set()
 
 
 def _unsent(server: Proxyserver) -> bool:

@@ -49,9 +49,12 @@ def upstream_fault(service: str, reason: str) -> UpstreamFault:
     return UpstreamFault(code, f"{service}: {printable(reason)}; {remedy}")
 
 
-def parts(error: TokenError | Refusal | UpstreamFault, *, retry_after: float = 1) -> tuple[int, dict[str, str], bytes]:
-    """Return status, headers and body that tell of `error`; `retry_after` is in seconds."""
-    status, title = _ANSWERS[error.code]
+def parts(
+    error: TokenError | Refusal | UpstreamFault, *, retry_after: float = 1, status: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Return status (the usual one unless given), headers and body of an answer; `retry_after` is in seconds."""
+    usual, title = _ANSWERS[error.code]
+    status = status or usual
     detail = str(error) if isinstance(error, TokenError) else error.detail
     body = {"title": title, "status": status, "detail": detail, "code": error.code}
     headers = _HEADERS | {ERROR_HEADER: error.code}

@@ -29,6 +29,9 @@ from eoepca_security.proxy import problem
 MAX_HELD: Final = 1024 * 1024
 """Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
 
+CODE: Final = "oidc_proxy_error"
+"""In a flow's metadata, the code of the answer that was made here."""
+
 MAX_DISCARDED: Final = 1024 * 1024
 """Longest rest of a request, in bytes, that is read after its answer; then the connection ends."""
 
@@ -114,6 +117,7 @@ class Stream(HttpStream):
             request = self.flow.request
             fault = problem.upstream_fault(f"{request.host}:{request.port}", event.message)
             self.flow.response = problem.answer(fault, method=request.method)
+            self.flow.metadata[CODE] = fault.code
             yield from self._answer()
 
     def _is_in(self, state: Any) -> bool:

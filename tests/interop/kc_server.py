@@ -62,6 +62,7 @@ class Tokens:
 
     access_token: str
     refresh_token: str
+    id_token: str
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,11 @@ class Keycloak:
 
     def login(self, realm: str, client: Client) -> Tokens:
         """A new session of the test user, by the direct grant."""
-        answer = self._post(realm, "token", client, grant_type="password", username=USERNAME, password=PASSWORD)
+        form = {"grant_type": "password", "username": USERNAME, "password": PASSWORD, "scope": "openid"}
+        answer = self._post(realm, "token", client, **form)
         answer.raise_for_status()
         body = answer.json()
-        return Tokens(body["access_token"], body["refresh_token"])
+        return Tokens(body["access_token"], body["refresh_token"], body["id_token"])
 
     def refresh(self, realm: str, client: Client, refresh_token: str) -> httpx.Response:
         return self._post(realm, "token", client, grant_type="refresh_token", refresh_token=refresh_token)

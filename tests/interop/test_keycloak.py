@@ -14,6 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import Depends, FastAPI, Security
+from helpers_fastapi import bearer, make_app
+from helpers_fastapi import get as get_from
 from kc_process import Child, accepts, free_port, running
 from kc_server import (
     AUDIENCE,
@@ -28,6 +31,8 @@ from kc_server import (
     running_keycloak,
 )
 from kc_service import Seen, Service, running_service
+
+from eoepca_security import OIDCProxyScheme, require_roles
 
 # The first test waits for the download and the start of Keycloak too; each wait inside has a deadline of its own.
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
@@ -205,6 +210,52 @@ def test_service_accepts_its_own_realm_only(keycloak: Keycloak, service: Service
     assert get(service.url, keycloak.login(ROTATING_REALM, PUBLIC).access_token).status_code == 401
     assert get(service.url).status_code == 401
     assert len(service.faults()) == 2
+
+
+# The scheme
+
+
+async def test_scheme_tells_the_kinds_of_tokens_apart(keycloak: Keycloak) -> None:
+    login = keycloak.login(REALM, PUBLIC)
+    issuer_url = keycloak.issuer(REALM)
+    app = make_app(
+        OIDCProxyScheme(
+            openIdConnectUrl=issuer_url,
+            audience=AUDIENCE,
+            authorized_parties=[PUBLIC.client_id],
+            require_id_token=True,
+            require_refresh_token=True,
+        )
+    )
+    headers = {"X-ID-Token": login.id_token, "X-Refresh-Token": login.refresh_token}
+
+    found = (await get_from(app, {**bearer(login.access_token), **headers})).json()
+
+    assert (found["claims"]["preferred_username"], found["claims"]["azp"]) == (USERNAME, PUBLIC.client_id)
+    assert found["id_token"]["aud"] == PUBLIC.client_id
+    for audience in (AUDIENCE, PUBLIC.client_id, "account", issuer_url):
+        other = make_app(OIDCProxyScheme(openIdConnectUrl=issuer_url, audience=audience))
+        for token in (login.id_token, login.refresh_token):
+            assert (await get_from(other, bearer(token))).status_code == 401
+    for stranger in (keycloak.login(ROTATING_REALM, PUBLIC), keycloak.login(REALM, CONFIDENTIAL)):
+        assert (await get_from(app, {**bearer(stranger.access_token), **headers})).status_code == 401
+
+
+async def test_scheme_reads_scopes_and_roles(keycloak: Keycloak) -> None:
+    scheme = OIDCProxyScheme(openIdConnectUrl=keycloak.issuer(REALM), audience=AUDIENCE)
+    app, headers = FastAPI(), bearer(keycloak.login(REALM, PUBLIC).access_token)
+    for path, dependency in {
+        "/profile": Security(scheme, scopes=["openid", "profile"]),
+        "/unknown-scope": Security(scheme, scopes=["nobody-has-this"]),
+        "/realm": Depends(require_roles(scheme, "offline_access")),
+        "/account": Depends(require_roles(scheme, "view-profile", client="account")),
+        "/admin": Depends(require_roles(scheme, "admin")),
+    }.items():
+        app.get(path, dependencies=[dependency])(lambda: None)
+
+    statuses = {route: (await get_from(app, headers, route)).status_code for route in app.openapi()["paths"]}
+
+    assert statuses == {"/profile": 200, "/unknown-scope": 403, "/realm": 200, "/account": 200, "/admin": 403}
 
 
 # The launcher

@@ -1,0 +1,120 @@
+"""A service behind a gateway: greets who comes, and calls another protected service in their name.
+
+Configured by the environment, here from a file::
+
+    uv run --env-file .env fastapi dev example/app.py --host=0.0.0.0
+
+`OPEN_ID_CONNECT_URL`, `OPEN_ID_CONNECT_CLIENT_ID` and, if the client has one, `OPEN_ID_CONNECT_CLIENT_SECRET` are the
+gateway's, because its refresh tokens are. `OPEN_ID_CONNECT_AUDIENCE` is the service's, the client id unless set.
+`REMOTE_PROTECTED_ENDPOINT` is what is called; without it people are only greeted.
+
+Where refresh tokens are valid once, gateway and service must not both use one: leave the background calls out then.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import httpx
+from fastapi import Depends, FastAPI
+
+from eoepca_security import (
+    Authentication,
+    Client,
+    CredentialsRejected,
+    HttpTransport,
+    OIDCProxyScheme,
+    Provider,
+    SettingsError,
+    TokenError,
+    TokenSource,
+    trust,
+)
+from eoepca_security.protocol import TokenResponse
+
+INTERVAL = 20.0
+DURATION = 180.0
+"""How often, in seconds, and how long the other service is called after a visit."""
+
+MAX_TASKS = 100
+"""People for whom it is called at the same time."""
+
+issuer_url = os.environ.get("OPEN_ID_CONNECT_URL", "")
+client_id = os.environ.get("OPEN_ID_CONNECT_CLIENT_ID", "")
+client_secret = os.environ.get("OPEN_ID_CONNECT_CLIENT_SECRET") or None
+audience = os.environ.get("OPEN_ID_CONNECT_AUDIENCE") or client_id
+endpoint = os.environ.get("REMOTE_PROTECTED_ENDPOINT", "")
+if not issuer_url or not client_id:
+    raise SettingsError("OPEN_ID_CONNECT_URL and OPEN_ID_CONNECT_CLIENT_ID have to be set")
+
+logger = logging.getLogger("uvicorn.error")  # where fastapi and uvicorn show what they do
+scheme = OIDCProxyScheme(openIdConnectUrl=issuer_url, audience=audience)
+context = trust()
+provider = Provider(issuer_url, Client(client_id, client_secret), HttpTransport(context))
+tasks: dict[str, asyncio.Task[None]] = {}
+
+
+@asynccontextmanager
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    """End with the service what it does in the background."""
+    yield
+    for task in tasks.values():
+        task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+app = FastAPI(title="Example behind a gateway", lifespan=lifespan)
+
+
+@app.get("/")
+async def greet(auth: Annotated[Authentication, Depends(scheme)]) -> dict[str, Any]:
+    """Greet the caller, call the other service once with their token, and go on with that in the background."""
+    claims = auth["claims"]
+    name, user = claims.get("preferred_username") or claims["sub"], claims["sub"]
+    answer = {"message": f"Hello, {name}!"}
+    if endpoint:
+        answer["remote"] = await call_endpoint(auth["access_token"])
+        if user not in tasks and len(tasks) < MAX_TASKS:
+            tasks[user] = asyncio.create_task(keep_calling(user, auth["access_token"], auth["refresh_token"]))
+            tasks[user].add_done_callback(lambda _task: tasks.pop(user))
+    return answer
+
+
+async def call_endpoint(access_token: str) -> str:
+    """Call the other service and say how that went; what it says is for nobody, it may hold tokens."""
+    headers = {"Authorization": f"Bearer {access_token}"}
+    try:
+        # A redirect is not followed: it would take the token elsewhere.
+        async with (
+            asyncio.timeout(10),
+            httpx.AsyncClient(verify=context, follow_redirects=False) as http,
+            http.stream("GET", endpoint, headers=headers) as response,
+        ):
+            return f"answered {response.status_code}"
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        return f"not reached ({type(error).__name__})"
+
+
+async def keep_calling(user: str, access_token: str, refresh_token: str | None) -> None:
+    """Call the other service again and again, with fresh tokens while there is a refresh token for them."""
+
+    def request_token(refresh_token: str | None) -> TokenResponse:
+        if refresh_token is None:  # the provider would get the client's own token
+            raise CredentialsRejected("the access token has ended, and the gateway sent no refresh token")
+        return provider.request_token(refresh_token)
+
+    source = TokenSource(request_token, refresh_token=refresh_token, access_token=access_token)
+    try:
+        async with asyncio.timeout(DURATION):
+            while True:
+                await asyncio.sleep(INTERVAL)
+                token = await source.token()
+                logger.info("%s in the name of %r: %s", endpoint, user, await call_endpoint(token.value))
+    except TimeoutError:
+        pass
+    except TokenError as error:
+        logger.warning("no more calls in the name of %r: %s", user, error)
+    await source.finish()

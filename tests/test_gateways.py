@@ -1,0 +1,58 @@
+"""What gateways send, as files in `gateways/`, and what the scheme makes of it."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from helpers_fastapi import get, make_app, make_scheme
+
+from eoepca_security.testing import FakeIssuer
+
+CASES: dict[str, dict[str, Any]] = {
+    file.stem: json.loads(file.read_text()) for file in (Path(__file__).parent / "gateways").glob("*.json")
+}
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[FakeIssuer]:
+    with FakeIssuer(client_id="gateway") as issuer:
+        yield issuer
+
+
+def as_sent(issuer: FakeIssuer) -> dict[str, str]:
+    access_token = issuer.issue(azp="gateway")
+    id_token = issuer.id_token(access_token, nickname="ally?>")
+    id_claims = jwt.decode(id_token, options={"verify_signature": False})
+    return {
+        "access_token": access_token,
+        "access_payload": access_token.split(".")[1],
+        "id_token": id_token,
+        "id_claims": base64.b64encode(json.dumps(id_claims).encode()).decode(),
+        "userinfo": base64.b64encode(json.dumps({"sub": "u-1", "nickname": "of userinfo"}).encode()).decode(),
+        "refresh_token": issuer.refresh_token,
+    }
+
+
+def test_there_are_gateways() -> None:
+    assert len(CASES) >= 10
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+async def test_what_a_gateway_sends(name: str, issuer: FakeIssuer) -> None:
+    case = CASES[name]
+    tokens = as_sent(issuer)
+    headers = {name: value.format(**tokens) for name, value in case["headers"].items()}
+
+    answer = await get(make_app(make_scheme(issuer, **case["scheme"])), headers)
+
+    assert answer.status_code == case.get("status", 200), answer.text
+    if answer.status_code == 200:
+        found = answer.json()
+        assert {name: found["claims"].get(name) for name in case["claims"]} == case["claims"]
+        assert (found["id_token"] is not None) == case["id_token"]
+        assert found["access_token"] == tokens["access_token"]
+        assert found["refresh_token"] == (tokens["refresh_token"] if "X-Refresh-Token" in headers else None)
