@@ -14,7 +14,6 @@ import os
 import platform
 import shutil
 import socket
-import ssl
 import statistics
 import subprocess
 import sys
@@ -102,9 +101,7 @@ class Bench:
 
     def run(self, command: list[str], port: int, environment: dict[str, str] | None = None) -> Process:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            command, env=environment, cwd=self.folder, stdout=None, stderr=None
-        )
+        process = subprocess.Popen(command, env=environment, cwd=self.folder, stdout=None, stderr=None)
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 return Process(process, port, time.perf_counter() - started)

@@ -48,6 +48,11 @@ class CachedAddonManager(AddonManager):
     _calls: dict[str, Calls]
     _chain: list[Any]
 
+    def begin(self) -> None:
+        """Do what a constructor would: the manager is there already, with add-ons in it."""
+        self.forget()
+        self.master.options.changed.connect(self.options_changed)
+
     def forget(self) -> None:
         """Look for the hooks anew: the add-ons have changed."""
         self._calls = {}
@@ -128,12 +133,10 @@ class CachedAddonManager(AddonManager):
 
 
 def cache_hooks(master: Master) -> None:
-    """Make `master` remember which of its add-ons have which hooks."""
-    manager: Any = master.addons
-    if manager.__class__ is AddonManager:
-        manager.__class__ = CachedAddonManager
-        manager.forget()
-        master.options.changed.connect(manager.options_changed)
+    """Make `master` remember which of its add-ons have which hooks; a manager of another kind is left alone."""
+    if type(master.addons) is AddonManager:
+        master.addons.__class__ = CachedAddonManager
+        CachedAddonManager.begin(master.addons)  # type: ignore[arg-type]
 
 
 def settle_memory() -> None:

@@ -100,7 +100,7 @@ def install(pool: Pool) -> None:
         _pool = pool
 
     mode_servers.ProxyConnectionHandler = Handler  # type: ignore[misc]
-    HttpLayer.get_connection = _get_connection  # type: ignore[method-assign]
+    HttpLayer.get_connection = _get_connection  # type: ignore[method-assign,assignment]
 
 
 _handlers: "WeakValueDictionary[Client, _PoolingHandler]" = WeakValueDictionary()
@@ -135,7 +135,7 @@ class _PoolingHandler(ProxyConnectionHandler):
     http_layer: HttpLayer | None = None
 
     def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+        super().__init__(*arguments)  # type: ignore[no-untyped-call]
         self.max_conns = collections.defaultdict(lambda: asyncio.Semaphore(MAX_CONNECTIONS))
         self._opened_at: dict[Server, float] = {}
         _handlers[self.client] = self
