@@ -95,6 +95,7 @@ class ProviderMetadata:
     jwks_uri: str | None = None
     auth_methods: tuple[str, ...] = ("client_secret_basic",)
     auth_signing_algs: tuple[str, ...] = ()
+    userinfo_endpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,8 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         issuer=issuer,
         token_endpoint=endpoints.get("token_endpoint", ""),
         jwks_uri=endpoints.get("jwks_uri"),
+        # Of use only for extra headers, so a bad one is none rather than an error.
+        userinfo_endpoint=_good_url(document.get("userinfo_endpoint"), allow_http=allow_http),
         # OpenID Connect Discovery §3: client_secret_basic is what an absent list means.
         auth_methods=_strings(document.get("token_endpoint_auth_methods_supported")) or ("client_secret_basic",),
         auth_signing_algs=_strings(document.get("token_endpoint_auth_signing_alg_values_supported")),
@@ -398,6 +401,10 @@ def _without_secrets(text: object, secrets: Collection[str]) -> str:
             for form in (secret, quote_plus(secret), quote(secret, safe="")):
                 text = re.sub(re.escape(form), "…", text, flags=re.IGNORECASE)
     return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
+
+
+def _good_url(value: object, *, allow_http: bool) -> str | None:
+    return value if isinstance(value, str) and url_problem(value, allow_http=allow_http) is None else None
 
 
 def _first_words(error: ValueError) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.proxy import problem
+from eoepca_security.proxy.guard import Refusal
 
 
 @pytest.mark.parametrize(
@@ -14,9 +15,13 @@ from eoepca_security.proxy import problem
         (IssuerUnavailable("why"), 503, "issuer_unavailable", "3"),
         (CredentialsRejected("why"), 502, "credentials_rejected", None),
         (TokenInvalid("why"), 502, "token_invalid", None),
+        (Refusal("host_not_allowed", "why"), 403, "host_not_allowed", None),
+        (Refusal("cross_site_request", "why"), 403, "cross_site_request", None),
     ],
 )
-def test_each_error_has_its_answer(error: TokenError, status: int, code: str, retry_after: str | None) -> None:
+def test_each_error_has_its_answer(
+    error: TokenError | Refusal, status: int, code: str, retry_after: str | None
+) -> None:
     answer = problem.answer(error, method="GET", retry_after=2.1)
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "application/problem+json"

@@ -45,8 +45,10 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             # and what goes wrong, not a line for every connection and request.
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             self.event_loop.set_exception_handler(_ignore_cancelled)
-            # At the end of the chain: whatever other add-ons do to a request, ours has the last word.
             self.addons.add(OIDCAuthProxy(settings, self._started))
+            # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
+            chain = self.addons.chain
+            chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
             nonlocal exit_code
