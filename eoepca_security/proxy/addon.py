@@ -34,7 +34,7 @@ from eoepca_security.protocol import is_loopback, printable
 from eoepca_security.proxy import forwarding, options, problem, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
-from eoepca_security.proxy.lifecycle import DaemonThreads, drain
+from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
 from eoepca_security.proxy.metrics import Metrics
 from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.status import identity, status, unready
@@ -44,6 +44,9 @@ from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
 
 _OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
+
+# What add-ons whose script was edited have left to those that take their place.
+_left: dict[tuple[str | None, ...], TokenSource] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -114,9 +117,9 @@ class OIDCAuthProxy:
         self._settings_problems = []
         if settings == self._settings:
             return
-        before = self._source
+        before = self._source or _left.pop(settings.login, None)
         # A new source would forget what is kept in memory only.
-        goes_on = self._settings is not None and self._settings.login == settings.login
+        goes_on = self._settings is None or self._settings.login == settings.login
         self._settings = settings
         self._apisix = forwarding.ApisixHeaders() if settings.forward_as == "apisix" else None
         self._source = make_source(
@@ -134,6 +137,7 @@ class OIDCAuthProxy:
         This is no coroutine function, because mitmproxy refuses those where it reloads a script that was edited.
         """
         self._running = True
+        end_with_the_terminal(ctx.master.shutdown)
         return asyncio.get_running_loop().create_task(self._start())
 
     def done(self) -> "asyncio.Task[None]":
@@ -146,8 +150,11 @@ class OIDCAuthProxy:
         if self._running and not is_end:
             # A script that is edited well is loaded anew before the loop comes to this.
             master.event_loop.call_soon(_exit_if_unprotected, master)
-            # And its admin listener needs the address.
+            # And its admin listener needs the address, and goes on with the session.
             self._stop_admin()
+            if self._settings is not None and self._source is not None:
+                self._source.retire()
+                _left[self._settings.login] = self._source
         return asyncio.get_running_loop().create_task(self._end(master if is_end else None))
 
     async def _end(self, master: Master | None) -> None:

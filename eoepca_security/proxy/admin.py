@@ -50,7 +50,7 @@ class Admin:
         self._address = settings.admin
         arguments = {"guard": admin_guard(settings, settings.admin), "subject": subject}
         pages = (("/", _Home), ("/livez", _Live), ("/readyz", _Ready), ("/metrics", _Metrics), ("/status", _Status))
-        handlers = [(path, page, arguments) for path, page in (*pages, ("/quitquitquit", _Quit))]
+        handlers: list[Any] = [(path, page, arguments) for path, page in (*pages, ("/quitquitquit", _Quit))]
         self._server = HTTPServer(
             Application(
                 handlers,

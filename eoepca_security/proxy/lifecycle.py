@@ -42,6 +42,13 @@ class DaemonThreads(ThreadPoolExecutor):
         return future
 
 
+def end_with_the_terminal(end: Callable[[], None]) -> None:
+    """Let the end of the terminal end the process like any other signal, unless it is to outlive that (nohup)."""
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, end)
+
+
 async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
     """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
 

@@ -314,7 +314,8 @@ def test_an_addon_that_is_edited_goes_on_and_one_that_is_spoilt_ends_the_proxy(
     script = tmp_path / "addon.py"
     good = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + (ROOT / "mitmproxy-oidc-addon.py").read_text()
     script.write_text(good)
-    with FakeIssuer() as issuer, Service(issuer) as service:
+    # The store is none: what the first one got to is in memory only.
+    with FakeIssuer(Behaviour(refresh_tokens="rotate")) as issuer, Service(issuer) as service:
         mitmdump = str(Path(sys.executable).parent / "mitmdump")
         command = [mitmdump, "-s", str(script), "--mode", f"reverse:{service.url}@127.0.0.1:0"]
         process = run_process(command, base_environment | settings_for(issuer), tmp_path)
@@ -325,6 +326,7 @@ def test_an_addon_that_is_edited_goes_on_and_one_that_is_spoilt_ends_the_proxy(
         spoil(script)
         proxy.wait_until_ended()
         assert all(seen.authorized for seen in service.seen)
+        assert issuer.reuses == 0
 
 
 def test_a_port_in_use_is_told(start: StartProxy) -> None:
