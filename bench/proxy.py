@@ -88,7 +88,7 @@ class Bench:
             "PROXY_PORT": str(port),
             "PROXY_ADMIN": "off",
         }
-        mitmdump = [str(Path(sys.executable).parent / "mitmdump"), "--mode", f"reverse:{upstream}"]
+        mitmdump = [str(Path(sys.executable).parent / "mitmdump"), "-q", "--mode", f"reverse:{upstream}"]
         mitmdump += ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
         mitmdump += ["--set", f"ssl_verify_upstream_trusted_ca={self.folder / 'service.pem'}"]
         command = {
@@ -101,7 +101,9 @@ class Bench:
 
     def run(self, command: list[str], port: int, environment: dict[str, str] | None = None) -> Process:
         started = time.perf_counter()
-        process = subprocess.Popen(command, env=environment, cwd=self.folder, stdout=None, stderr=None)
+        process = subprocess.Popen(
+            command, env=environment, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 return Process(process, port, time.perf_counter() - started)
@@ -120,7 +122,8 @@ class Bench:
         path.write_text(
             f"daemon off; pid {path}.pid; error_log stderr crit; worker_processes 1; events {{ }}\n"
             f"http {{ access_log off; upstream service {{ server {target}; keepalive 32; }}\n"
-            f"  server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {scheme}://service; proxy_http_version 1.1;\n"
+            f"  server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {scheme}://service;\n"
+            f"    proxy_http_version 1.1;\n"
             f'    proxy_set_header Connection ""; proxy_set_header Authorization "Bearer x"; proxy_ssl_verify on;\n'
             f"    proxy_ssl_trusted_certificate {self.folder / 'service.pem'}; proxy_ssl_name 127.0.0.1; }} }} }}\n"
         )
@@ -157,7 +160,7 @@ def make_certificate(folder: Path) -> Path:
 
 
 def throughput(bench: Bench, rounds: int, seconds: float) -> None:
-    """Requests a second, latencies and CPU time, with connections that stay."""
+    """Measure requests a second, latencies and CPU time, with connections that stay."""
     service = bench.peer("service")
     proxies = {kind: bench.start(kind, f"http://127.0.0.1:{service.port}") for kind in KINDS}
     for round_number in range(rounds + 1):
@@ -183,7 +186,7 @@ def throughput(bench: Bench, rounds: int, seconds: float) -> None:
 
 
 def one_shot(bench: Bench, rounds: int) -> None:
-    """A client that connects for each request, over a link with a round trip of 50 ms, with TLS."""
+    """Measure a client that connects for each request, over a link with a round trip of 50 ms, with TLS."""
     service = bench.peer("service", bench.folder / "service-key.pem")
     link = bench.peer("relay", service.port, LINK_DELAY)
     kinds = [*KINDS, *(["nginx"] if shutil.which("nginx") else [])]
@@ -208,7 +211,7 @@ def one_shot(bench: Bench, rounds: int) -> None:
 
 
 def streams(bench: Bench) -> None:
-    """Large bodies, events, and what they and many requests leave behind in memory."""
+    """Measure large bodies, events, and what they take in memory."""
     service = bench.peer("service")
     for kind in KINDS:
         proxy = bench.start(kind, f"http://127.0.0.1:{service.port}")
@@ -244,7 +247,7 @@ def streams(bench: Bench) -> None:
 
 
 def start_up(bench: Bench, rounds: int) -> None:
-    """From the start of the process to the first answer."""
+    """Measure from the start of the process to the first answer."""
     service = bench.peer("service")
     for round_number in range(rounds + 1):
         for kind in KINDS:
@@ -268,10 +271,10 @@ def report(bench: Bench, rounds: int) -> str:
     """Return all medians, as a table with their ratios to bare mitmdump's."""
     kinds = [*KINDS, *(["nginx"] if any("nginx" in by_kind for by_kind in bench.figures.values()) else [])]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mitmproxy", "eoepca-security"))
+    setting = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
+    today = datetime.datetime.now(datetime.UTC).date()
     lines = [
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}, Python {platform.python_version()}, {versions}, "
-        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; medians of {rounds} alternating rounds. "
-        "Ratios are to bare mitmdump.",
+        f"{today}: {setting}, {os.cpu_count()} cores; medians of {rounds} alternating rounds, ratios to bare mitmdump's.",
         "",
         "| measure | " + " | ".join(kinds) + " |",
         "|---|" + "---|" * len(kinds),

@@ -35,6 +35,7 @@ class StubSource:
 
     def __init__(self, failure: BaseException | None = None) -> None:
         self.failure = failure
+        self.at_hand: AccessToken | None = None
 
     async def token(self) -> AccessToken:
         if self.failure is not None:

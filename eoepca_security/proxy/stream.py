@@ -33,8 +33,8 @@ CODE: Final = "oidc_proxy_error"
 """In a flow's metadata, the code of the answer that was made here."""
 
 MAX_DISCARDED: Final = 1024 * 1024 * 1024
-"""Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients do not look
-at an answer before they have sent everything, and would never see it if the connection ended before that."""
+"""Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
+answer only when they have sent everything, and would never see it if the connection ended before that."""
 
 # RFC 9110 §9.2.2: doing these twice is no different from doing them once.
 _IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
