@@ -274,7 +274,7 @@ def report(bench: Bench, rounds: int) -> str:
     setting = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
     today = datetime.datetime.now(datetime.UTC).date()
     lines = [
-        f"{today}: {setting}, {os.cpu_count()} cores; medians of {rounds} alternating rounds, ratios to bare mitmdump's.",
+        f"{today}: {setting}, {os.cpu_count()} cores; medians of {rounds} rounds in turn, ratios to bare mitmdump's.",
         "",
         "| measure | " + " | ".join(kinds) + " |",
         "|---|" + "---|" * len(kinds),

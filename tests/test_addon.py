@@ -186,7 +186,7 @@ async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(conte
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer the-token"
     wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
-    flow.request.stream = True
+    flow.request.data.content = None  # streamed
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer sent already"
 
