@@ -191,7 +191,7 @@ class OIDCAuthProxy:
             return
         # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
         # the connection open when it kills a request whose body is still arriving, and its client hangs.
-        flow.response = problem.LAST_RESORT.copy()
+        flow.response = problem.last_resort()
         if _is_elsewhere(flow, self._settings):
             wire.clear(flow.request, Clearance(_target(flow)))
             flow.response = None
@@ -309,7 +309,7 @@ class OIDCAuthProxy:
         return token is not None and sent is not None and sent.headers.get("Authorization") == f"Bearer {token.value}"
 
     async def _authorize(self, flow: HTTPFlow) -> None:
-        flow.response = flow.response or problem.LAST_RESORT.copy()
+        flow.response = flow.response or problem.last_resort()
         try:
             token = await self._token(flow)
         except TokenError as error:
