@@ -31,7 +31,7 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import forwarding, options, problem, stream, wire
+from eoepca_security.proxy import authority, forwarding, options, problem, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
@@ -92,6 +92,7 @@ class OIDCAuthProxy:
 
     def configure(self, updated: set[str]) -> None:
         """Read the settings; what is wrong ends the start, and later is refused so that the old ones stay."""
+        authority.load(ctx.master)
         # Only when they may have changed: this is called for every option, and a secret's file may be a pipe.
         if self._settings_problems is None or not _OPTION_NAMES.isdisjoint(updated):
             self._read_settings()

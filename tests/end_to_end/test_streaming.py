@@ -1,5 +1,6 @@
 """Bodies that stream, answers that do not wait, and connections that are kept, with real processes."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -214,6 +215,30 @@ def test_a_service_that_hangs_up_is_told_of_too(entry: str, said: bytes, start: 
         proxy = start(entry, f"http://127.0.0.1:{service.port}", settings_for(issuer))
         answer = httpx.post(proxy.url, content=b"x", trust_env=False)
         assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (502, "upstream_unavailable")
+
+
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+def test_a_request_that_comes_before_the_first_token_waits_for_it(
+    entry: str, start: StartProxy, tmp_path: Path, client: httpx.Client
+) -> None:
+    # In a new home, where mitmproxy has no certificate authority yet.
+    streams = Streams()
+    with FakeIssuer(Behaviour(delay=1.5)) as issuer, streams.server:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        environment = settings_for(issuer, HOME=str(tmp_path), PROXY_PORT=str(port))
+        proxy = start(entry, streams.server.url, environment, wait=False)
+        proxy.url = f"http://127.0.0.1:{port}"
+
+        def answered() -> bool:
+            with contextlib.suppress(httpx.ConnectError):
+                return client.get(proxy.url).status_code == 200
+            return False
+
+        eventually(answered)
+        assert proxy.wait_until_started().url
+        assert client.get(proxy.url).status_code == 200
+        assert "rror" not in proxy.output
 
 
 # --- connections that are kept -----------------------------------------------------------------------------------
