@@ -1,5 +1,6 @@
 """The proxy's own answers: problem details (RFC 9457) with a code that programs can rely on. Pure."""
 
+import errno
 import json
 import math
 from copy import copy
@@ -54,7 +55,8 @@ def upstream_fault(service: str, reason: str) -> UpstreamFault:
         remedy = "it hung up without an answer; its log may say why"
     else:
         remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
-    code = "upstream_timeout" if "timed out" in reason.lower() else "upstream_unavailable"
+    is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason
+    code = "upstream_timeout" if is_late else "upstream_unavailable"
     return UpstreamFault(code, f"{service}: {printable(reason)}; {remedy}")
 
 
