@@ -183,7 +183,7 @@ def start(base_environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
             mitmdump = str(Path(sys.executable).parent / "mitmdump")
             mode = f"reverse:{service_url}" if service_url else "regular"
             command = [mitmdump, "-s", str(ROOT / "mitmproxy-oidc-addon.py")]
-            command += ["--mode", f"{mode}@127.0.0.1:0", *arguments]
+            command += ["--mode", f"{mode}@127.0.0.1:{environment.get('PROXY_PORT', '0')}", *arguments]
         proxy = ProxyProcess(run_process(command, base_environment | environment, tmp_path_factory.mktemp("cwd")))
         started.append(proxy)
         return proxy.wait_until_started() if wait else proxy

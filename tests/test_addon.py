@@ -19,9 +19,10 @@ from mitmproxy.test import taddons, tflow, tutils
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import wire
-from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy, exposure
+from eoepca_security.proxy.addon import OIDCAuthProxy, exposure
 from eoepca_security.proxy.settings import OPTIONS, Settings
 from eoepca_security.proxy.status import identity
+from eoepca_security.proxy.stream import MAX_HELD
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.session import AccessToken
 
@@ -34,6 +35,7 @@ class StubSource:
 
     def __init__(self, failure: BaseException | None = None) -> None:
         self.failure = failure
+        self.at_hand: AccessToken | None = None
 
     async def token(self) -> AccessToken:
         if self.failure is not None:
@@ -184,7 +186,7 @@ async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(conte
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer the-token"
     wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
-    flow.request.stream = True
+    flow.request.data.content = None  # streamed
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer sent already"
 
@@ -295,7 +297,7 @@ def test_identity(claims: str, text: str) -> None:
         lambda flow: setattr(flow, "is_replay", "request"),
         lambda flow: setattr(flow.request, "stream", True),
         lambda flow: setattr(flow.response, "stream", True),
-        lambda flow: setattr(flow.request, "content", b"x" * (MAX_REPLAYED_BODY + 1)),
+        lambda flow: setattr(flow.request, "content", b"x" * (MAX_HELD + 1)),
         lambda flow: setattr(flow.response, "status_code", 403),
     ],
 )

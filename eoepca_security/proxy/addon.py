@@ -31,7 +31,7 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import forwarding, options, problem, wire
+from eoepca_security.proxy import authority, forwarding, options, problem, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
@@ -42,9 +42,6 @@ from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
-
-MAX_REPLAYED_BODY: Final = 1024 * 1024
-"""Longest request body, in bytes, that is sent again when the service refuses the token."""
 
 _OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
 
@@ -87,6 +84,7 @@ class OIDCAuthProxy:
     def load(self, loader: Loader) -> None:
         """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
         wire.install()
+        stream.install()
         loader.master.event_loop.set_default_executor(DaemonThreads())
         for variable in OPTIONS:
             loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")
@@ -94,6 +92,7 @@ class OIDCAuthProxy:
 
     def configure(self, updated: set[str]) -> None:
         """Read the settings; what is wrong ends the start, and later is refused so that the old ones stay."""
+        authority.load(ctx.master)
         # Only when they may have changed: this is called for every option, and a secret's file may be a pipe.
         if self._settings_problems is None or not _OPTION_NAMES.isdisjoint(updated):
             self._read_settings()
@@ -177,6 +176,14 @@ class OIDCAuthProxy:
 
     async def requestheaders(self, flow: HTTPFlow) -> None:
         """Decide about the request before any of it leaves."""
+        await self._decide(flow)
+        if flow.response is None:
+            flow.request.stream = stream.streams_request(flow.request)
+        else:
+            # Nobody is asked to go on with a body.
+            flow.request.headers.pop("Expect", None)
+
+    async def _decide(self, flow: HTTPFlow) -> None:
         if flow.is_replay is None:
             self._in_flight.add(flow)
         # mitmproxy calls this for requests that it has refused already, too.
@@ -185,7 +192,7 @@ class OIDCAuthProxy:
             return
         # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
         # the connection open when it kills a request whose body is still arriving, and its client hangs.
-        flow.response = problem.LAST_RESORT.copy()
+        flow.response = problem.last_resort()
         if _is_elsewhere(flow, self._settings):
             wire.clear(flow.request, Clearance(_target(flow)))
             flow.response = None
@@ -199,14 +206,15 @@ class OIDCAuthProxy:
 
     async def request(self, flow: HTTPFlow) -> None:
         """Authorize again what was held back until its body was complete: the token may have ended meanwhile."""
-        is_ours = flow.error is None and flow.response is None and not flow.request.stream
-        if is_ours and not _is_elsewhere(flow, self._settings):
+        is_ours = flow.error is None and flow.response is None and flow.request.raw_content is not None
+        if is_ours and not self._is_current(flow) and not _is_elsewhere(flow, self._settings):
             await self._authorize(flow)
 
     def responseheaders(self, flow: HTTPFlow) -> None:
         """Let an allowed origin read the answer, and a client that keeps its connection know when the proxy ends."""
         if flow.response is None or flow.response.status_code == 101 or _is_elsewhere(flow, self._settings):
             return
+        flow.response.stream = stream.streams_response(flow.response)
         headers = flow.response.headers
         if (origin := self._guard.allowed_origin(flow.request.headers.get_all)) is not None:
             headers["Access-Control-Allow-Origin"] = origin
@@ -222,6 +230,11 @@ class OIDCAuthProxy:
                 await self._repeat(flow)
         finally:
             self._ended(flow)
+
+    def websocket_message(self, flow: HTTPFlow) -> None:
+        """Keep a long conversation from piling up in memory."""
+        if flow.websocket is not None:
+            del flow.websocket.messages[:-1]
 
     def error(self, flow: HTTPFlow) -> None:
         """Count what ended without an answer of the service."""
@@ -291,8 +304,13 @@ class OIDCAuthProxy:
             # An absolute target (RFC 9112 §3.2.2) would be forwarded as it is.
             request.authority = ""
 
+    def _is_current(self, flow: HTTPFlow) -> bool:
+        """Tell whether the request is to be sent with the token that is good now."""
+        token, sent = self._source.at_hand if self._source is not None else None, wire.clearance(flow.request)
+        return token is not None and sent is not None and sent.headers.get("Authorization") == f"Bearer {token.value}"
+
     async def _authorize(self, flow: HTTPFlow) -> None:
-        flow.response = problem.LAST_RESORT.copy()
+        flow.response = flow.response or problem.last_resort()
         try:
             token = await self._token(flow)
         except TokenError as error:
@@ -340,7 +358,7 @@ class OIDCAuthProxy:
     def _ended(self, flow: HTTPFlow) -> None:
         if flow.is_replay is None:
             status = flow.response.status_code if flow.response is not None else None
-            self._metrics.request_ended(status, self._codes.get(flow, ""))
+            self._metrics.request_ended(status, self._codes.get(flow) or flow.metadata.get(stream.CODE, ""))
             if not self._ending:
                 self._in_flight.discard(flow)
 
@@ -479,9 +497,9 @@ def _may_be_repeated(flow: HTTPFlow) -> bool:
         response is not None
         and response.status_code == 401
         and flow.is_replay is None
-        and not request.stream
-        and not response.stream
-        and len(request.raw_content or b"") <= MAX_REPLAYED_BODY
+        and request.raw_content is not None
+        and response.raw_content is not None
+        and len(request.raw_content) <= stream.MAX_HELD
     )
 
 

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from mitmproxy.certs import CertStore
-from mitmproxy.options import CONF_BASENAME, CONF_DIR, KEY_SIZE, Options
+from mitmproxy.options import CONF_DIR, Options
 from mitmproxy.tools import cmdline
 from mitmproxy.tools import main as mitmproxy_main
 from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
+from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
+from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.settings import CA_FILE, HOST, PORT, UPSTREAM, Settings
 from eoepca_security.transport import ca_bundle
 
@@ -49,9 +49,12 @@ def run(settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | N
             # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
             chain = self.addons.chain
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
+            cache_hooks(self)
+            pool.install(pool.Pool())
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
             nonlocal exit_code
+            settle_memory()
             if isinstance(failure, CredentialsRejected):
                 exit_code = 1
                 print(f"{failure.code}: {failure}", file=sys.stderr)  # noqa: T201  the command's own output
@@ -105,26 +108,11 @@ def _writable_confdir() -> Iterator[str]:
     except (OSError, RuntimeError):
         writable = False
     if writable:
-        # What keeps us from it keeps mitmproxy from it too, and it says so.
-        with contextlib.suppress(OSError, Timeout):
-            _make_ca(usual)
+        authority.make(usual)
         yield CONF_DIR
         return
     with tempfile.TemporaryDirectory(prefix="mitmproxy-") as folder:
         yield folder
-
-
-def _make_ca(folder: Path) -> None:
-    """Make mitmproxy's CA as it would, but once and whole: proxies that start together read half-written files."""
-    ca = f"{CONF_BASENAME}-ca.pem"
-    with FileLock(folder / "eoepca-security.lock", timeout=10, mode=0o600):
-        if (folder / ca).exists():
-            return
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            CertStore.create_store(Path(made), CONF_BASENAME, KEY_SIZE)
-            # The file that others look for comes last.
-            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == ca):
-                file.replace(folder / file.name)
 
 
 def _ignore_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
