@@ -101,6 +101,7 @@ class ProviderMetadata:
     revocation_endpoint: str | None = None
     names_itself: bool = False
     """Whether it says in authorization responses which issuer it is (RFC 9207)."""
+    userinfo_endpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         issuer=issuer,
         token_endpoint=endpoints.get("token_endpoint", ""),
         jwks_uri=endpoints.get("jwks_uri"),
+        # Of use only for extra headers, so a bad one is none rather than an error.
+        userinfo_endpoint=_good_url(document.get("userinfo_endpoint"), allow_http=allow_http),
         # OpenID Connect Discovery §3: client_secret_basic is what an absent list means.
         auth_methods=_strings(document.get("token_endpoint_auth_methods_supported")) or ("client_secret_basic",),
         auth_signing_algs=_strings(document.get("token_endpoint_auth_signing_alg_values_supported")),

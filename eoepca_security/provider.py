@@ -156,6 +156,24 @@ class Provider:
         answer = self._post(request)
         read_revocation_response(answer.status, answer.body, secrets=self._secrets(request))
 
+    def userinfo(self, access_token: str) -> dict[str, Any] | None:
+        """Return the claims about the user (OpenID Connect Core §5.3), or None when the issuer has no such endpoint.
+
+        Raises IssuerUnavailable.
+        """
+        url = self.metadata().userinfo_endpoint
+        if url is None:
+            return None
+        headers = {"Authorization": f"Bearer {access_token}"}
+        answer = self._transport.get(url, timeout=DISCOVERY_TIMEOUT, headers=headers)
+        try:
+            claims = parse_object(answer.body)
+        except ValueError:
+            claims = {}
+        if answer.status != 200 or not claims:
+            raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with claims about the user")
+        return claims
+
     def verify(self, token: str, audience: str) -> dict[str, Any]:
         """Return the verified claims of an access token for `audience`; raises TokenInvalid or IssuerUnavailable."""
         unverified = read_access_token(token, Policy(audience), now=self.now())

@@ -52,7 +52,8 @@ class TokenSource:
     block, and runs in a thread of its own. `store` keeps the session across restarts and shares it between processes.
     `check` is called with each new access token, in the thread too, and raises TokenError when it must not be used.
     `access_token` is used first, while it lives. `continues` is a source whose login this one goes on with, whatever
-    token that has come to by now. `now` is epoch seconds. One instance belongs to one event loop.
+    token that has come to by now. `now` is epoch seconds. `observe` is told of each refresh: what it failed for, if it
+    did, and how many seconds it took. One instance belongs to one event loop.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class TokenSource:
         check: Callable[[str], object] | None = None,
         now: Callable[[], float] = time.time,
         continues: "TokenSource | None" = None,
+        observe: Callable[[TokenError | None, float], None] | None = None,
     ) -> None:
         if continues is None:
             self._session = RefreshSession(request_token, refresh_token, store=store, now=now)
@@ -74,6 +76,7 @@ class TokenSource:
         self._initial = access_token
         self._check = check or (lambda _token: None)
         self._now = now
+        self._observe = observe or (lambda _failure, _seconds: None)
         self._token: AccessToken | None = None
         self._refresh_at = 0.0
         self._refresh: asyncio.Task[TokenError | None] | None = None
@@ -94,9 +97,8 @@ class TokenSource:
         CredentialsRejected or TokenInvalid, after `MAX_WAIT` seconds at the latest.
         """
         now = self._now()
-        token = self._token
-        # A clock that was set back says nothing about how old the token is.
-        if token is not None and token.obtained_at <= now + 1 and now < token.expires_at:
+        token = self.at_hand
+        if token is not None:
             if now >= self._refresh_at and self._retry_in(now) == 0:
                 self._ensure_refresh(0)
             return token
@@ -146,6 +148,19 @@ class TokenSource:
             self._keep_alive.cancel()
 
     @property
+    def at_hand(self) -> AccessToken | None:
+        """The access token that is good to send now, if there is one; the issuer is not asked."""
+        now, token = self._now(), self._token
+        # A clock that was set back says nothing about how old the token is.
+        is_good = token is not None and token.obtained_at <= now + 1 and now < token.expires_at
+        return token if is_good else None
+
+    @property
+    def failure(self) -> TokenError | None:
+        """What the last refresh failed for, if it did."""
+        return self._failure
+
+    @property
     def rotated(self) -> bool:
         """Whether the issuer has replaced the refresh token that this source began with."""
         return self._session.rotated
@@ -185,6 +200,7 @@ class TokenSource:
 
     async def _run_refresh(self, delay: float) -> TokenError | None:
         """Get the next token; returns the failure rather than raising it, as nobody may be waiting."""
+        started_at = self._now() + delay
         try:
             # With eager tasks this coroutine would run before the task is stored and cleared.
             await asyncio.sleep(delay)
@@ -212,6 +228,7 @@ class TokenSource:
             self._refresh = None
             self._keep_session_alive()
             self._save_later()
+            self._observe(self._failure, self._now() - started_at)
 
     def _save_later(self) -> None:
         """Try again, and again, to save what could not be saved: the disk may have room by then."""

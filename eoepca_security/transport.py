@@ -37,7 +37,7 @@ class Answer:
 class Transport(Protocol):
     """What the provider needs of the network; raises IssuerUnavailable when there is no whole answer in time."""
 
-    def get(self, url: str, *, timeout: float) -> Answer:
+    def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         """Return the answer to a GET within `timeout` seconds."""
 
     def post(self, url: str, *, form: Mapping[str, str], headers: Mapping[str, str], timeout: float) -> Answer:
@@ -64,9 +64,9 @@ class HttpTransport:
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
 
-    def get(self, url: str, *, timeout: float) -> Answer:
+    def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         """Return the answer to a GET within `timeout` seconds; raises IssuerUnavailable."""
-        return self._exchange(requests.Request("GET", url), timeout)
+        return self._exchange(requests.Request("GET", url, headers=dict(headers or {})), timeout)
 
     def post(self, url: str, *, form: Mapping[str, str], headers: Mapping[str, str], timeout: float) -> Answer:
         """Return the answer to a form POST within `timeout` seconds; raises IssuerUnavailable."""

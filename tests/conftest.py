@@ -1,5 +1,7 @@
 """Fixtures: a controllable issuer, a recording service, and the real proxy as a process between them."""
 
+import datetime
+import ipaddress
 import os
 import re
 import signal
@@ -15,6 +17,10 @@ from typing import Self
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import FakeIssuer
@@ -160,7 +166,10 @@ def base_environment(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def start(base_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartProxy]:
-    """Start the launcher or mitmdump with the add-on; all are stopped at the end of the module."""
+    """Start the launcher, or mitmdump with the add-on (in regular mode where there is no service's URL).
+
+    All are stopped at the end of the module.
+    """
     started: list[ProxyProcess] = []
 
     def start_proxy(
@@ -172,8 +181,9 @@ def start(base_environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
             environment = {"PROXY_PORT": "0", "REMOTE_PROTECTED_DOMAIN": service_url, **environment}
         else:
             mitmdump = str(Path(sys.executable).parent / "mitmdump")
+            mode = f"reverse:{service_url}" if service_url else "regular"
             command = [mitmdump, "-s", str(ROOT / "mitmproxy-oidc-addon.py")]
-            command += ["--mode", f"reverse:{service_url}@127.0.0.1:0", *arguments]
+            command += ["--mode", f"{mode}@127.0.0.1:{environment.get('PROXY_PORT', '0')}", *arguments]
         proxy = ProxyProcess(run_process(command, base_environment | environment, tmp_path_factory.mktemp("cwd")))
         started.append(proxy)
         return proxy.wait_until_started() if wait else proxy
@@ -194,6 +204,34 @@ def run_process(command: Sequence[str], environment: Mapping[str, str], folder: 
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate for 127.0.0.1 and localhost, with its key in the same file."""
+    key = generate_private_key(SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    now = datetime.datetime.now(datetime.UTC)
+    built = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]),
+            critical=False,
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_bytes(
+        built.public_bytes(Encoding.PEM) + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    return path
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ from mitmproxy import exceptions
 from mitmproxy.addons.onboarding import Onboarding
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.flow import Error
-from mitmproxy.http import HTTPFlow, Response
+from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.proxy.mode_specs import ProxyMode
 from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
-from eoepca_security.proxy.addon import MAX_REPLAYED_BODY, OIDCAuthProxy
+from eoepca_security.proxy import wire
+from eoepca_security.proxy.addon import OIDCAuthProxy, exposure
 from eoepca_security.proxy.settings import OPTIONS, Settings
+from eoepca_security.proxy.stream import MAX_HELD
+from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.session import AccessToken
 
+SERVICE = Target("https", "service.example", 443)
 SETTINGS = Settings(issuer_url="https://issuer.example", client=Client("client"), refresh_token="r")
 
 
@@ -29,6 +34,7 @@ class StubSource:
 
     def __init__(self, failure: BaseException | None = None) -> None:
         self.failure = failure
+        self.at_hand: AccessToken | None = None
 
     async def token(self) -> AccessToken:
         if self.failure is not None:
@@ -62,7 +68,7 @@ def addon_with(source: StubSource | None, context: Any) -> OIDCAuthProxy:
 
 
 def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
-    flow = tflow.tflow(req=tutils.treq(method=method.encode(), headers=(), content=b""))
+    flow = tflow.tflow(req=tutils.treq(method=method.encode(), headers=((b"Host", b"localhost:8080"),), content=b""))
     flow.client_conn.proxy_mode = ProxyMode.parse("reverse:https://service.example")
     for name, value in headers.items():
         flow.request.headers[name.replace("_", "-")] = value
@@ -70,12 +76,20 @@ def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
     return flow
 
 
+def sent(flow: HTTPFlow, target: Target = SERVICE) -> Request:
+    """Return the request as it leaves."""
+    request = wire.outgoing(flow.request, target)
+    assert request is not None
+    return request
+
+
 async def test_the_token_replaces_every_authorization_header(context: Any) -> None:
     flow = flow_for()
     flow.request.headers.set_all("authorization", ["Basic x", "Bearer y"])
     await addon_with(StubSource(), context).requestheaders(flow)
-    assert flow.request.headers.get_all("Authorization") == ["Bearer the-token"]
+    assert sent(flow).headers.get_all("Authorization") == ["Bearer the-token"]
     assert flow.response is None
+    assert "the-token" not in str(flow.get_state())
 
 
 async def test_a_request_that_mitmproxy_refused_is_left_alone(context: Any) -> None:
@@ -120,12 +134,17 @@ async def test_without_a_source_nothing_passes(context: Any) -> None:
     assert flow.response.status_code == 503
 
 
-@pytest.mark.parametrize("mode", ["regular", "socks5", "reverse:tcp://service.example:1", "upstream:http://proxy:1"])
+@pytest.mark.parametrize(
+    "mode",
+    ["regular", "socks5", "reverse:tcp://service.example:1", "upstream:http://proxy:1", "reverse:https://evil.example"],
+)
 async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
     flow = flow_for()
     flow.client_conn.proxy_mode = ProxyMode.parse(mode)
     await addon_with(StubSource(), context).requestheaders(flow)
     assert flow.response is not None
+    assert flow.response.status_code == 503
+    assert wire.clearance(flow.request) is None
     assert "Authorization" not in flow.request.headers
 
 
@@ -160,24 +179,26 @@ async def test_a_request_that_is_being_decided_about_has_an_answer_already(conte
 
 
 async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(context: Any) -> None:
-    flow = flow_for(Authorization="Bearer older")
+    flow = flow_for()
     addon = addon_with(StubSource(), context)
+    wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
     await addon.request(flow)
-    assert flow.request.headers["Authorization"] == "Bearer the-token"
-    flow.request.headers["Authorization"] = "Bearer sent already"
-    flow.request.stream = True
+    assert sent(flow).headers["Authorization"] == "Bearer the-token"
+    wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
+    flow.request.data.content = None  # streamed
     await addon.request(flow)
-    assert flow.request.headers["Authorization"] == "Bearer sent already"
+    assert sent(flow).headers["Authorization"] == "Bearer sent already"
 
 
-async def test_an_absolute_target_loses_its_host_on_http1_only(context: Any) -> None:
+async def test_an_absolute_target_loses_its_host_on_http1_and_is_the_services_on_http2(context: Any) -> None:
     addon = addon_with(StubSource(), context)
-    for version, authority in ((b"HTTP/1.1", ""), (b"HTTP/2.0", "evil.example")):
+    for version, authority in ((b"HTTP/1.1", ""), (b"HTTP/2.0", "service.example")):
         flow = flow_for()
         flow.request.data.http_version = version
-        flow.request.authority = "evil.example"
+        flow.request.authority = "localhost:8080"
         await addon.requestheaders(flow)
-        assert flow.request.authority == authority
+        assert sent(flow).authority == authority
+        assert sent(flow).headers["Host"] == "service.example"
 
 
 # --- options -----------------------------------------------------------------------------------------------------
@@ -229,12 +250,18 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     )
     addon._running = True
     source = addon._source
-    for change in ({"oidc_url": "ftp://x"}, {"mode": ["regular"]}, {"ignore_hosts": [".*"]}):
+    for change in (
+        {"oidc_url": "ftp://x"},
+        {"mode": ["regular"]},
+        {"ignore_hosts": [".*"]},
+        {"keep_host_header": False},
+        {"validate_inbound_headers": False},
+    ):
         with pytest.raises(exceptions.OptionsError):
             context.options.update(**change)
     assert addon._source is source
     assert context.options.oidc_url == "https://issuer.example"
-    context.options.update(validate_inbound_headers=False)
+    context.options.update(websocket=False)
     assert addon._source is source  # with its rotated refresh token
     assert source is not None
     source._session._adopt("rotated")
@@ -255,7 +282,7 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
         lambda flow: setattr(flow, "is_replay", "request"),
         lambda flow: setattr(flow.request, "stream", True),
         lambda flow: setattr(flow.response, "stream", True),
-        lambda flow: setattr(flow.request, "content", b"x" * (MAX_REPLAYED_BODY + 1)),
+        lambda flow: setattr(flow.request, "content", b"x" * (MAX_HELD + 1)),
         lambda flow: setattr(flow.response, "status_code", 403),
     ],
 )
@@ -307,3 +334,73 @@ async def test_a_line_break_in_a_header_is_refused(context: Any) -> None:
     await addon_with(StubSource(), context).requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 400
+
+
+# --- forward mode, and names of the proxy ------------------------------------------------------------------------
+
+
+async def test_the_address_listened_on_is_a_name_of_the_proxy_unless_it_is_all(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    for listen_host, mode, allowed in (
+        ("192.0.2.7", "reverse:https://service.example", "192.0.2.7:8080"),
+        ("", "reverse:https://service.example@proxy.test:8080", "proxy.test:8080"),
+        ("fd00::7", "reverse:https://service.example", "[fd00::7]:8080"),
+        ("0.0.0.0", "reverse:https://service.example", None),
+        ("", "reverse:https://service.example", None),
+    ):
+        context.options.update(mode=[mode], listen_host=listen_host)
+        for host in ("192.0.2.7:8080", "proxy.test:8080", "[fd00::7]:8080", "0.0.0.0:8080", "localhost:8080"):
+            flow = flow_for(Host=host)
+            flow.client_conn.proxy_mode = ProxyMode.parse(mode)
+            await addon.requestheaders(flow)
+            is_allowed = host in (allowed, "localhost:8080")
+            assert (flow.response is None) is is_allowed, (listen_host, mode, host)
+
+
+async def test_options_that_would_undo_the_protection_are_refused(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    for name, value in (
+        ("keep_host_header", False),
+        ("rawtcp", True),
+        ("onboarding", True),
+        ("validate_inbound_headers", False),
+        ("connection_strategy", "eager"),
+        ("proxy_debug", True),
+        ("ignore_hosts", ["x"]),
+    ):
+        before = getattr(context.options, name)
+        context.options.update(**{name: value})
+        assert [problem for problem in addon._problems if problem.startswith(name)], name
+        context.options.update(**{name: before})
+    assert addon._problems == []
+
+
+async def test_regular_mode_needs_hosts_to_inject_to(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    context.options.update(mode=["regular"])
+    assert [problem for problem in addon._problems if problem.startswith("mode: ")]
+    addon = OIDCAuthProxy(replace(SETTINGS, inject_hosts=("a.example",)))
+    addon.name = "second"  # type: ignore[attr-defined]
+    context.master.addons.add(addon)
+    context.options.update(listen_port=1)
+    assert addon._problems == []
+
+
+def test_listening_beyond_this_machine_is_told_in_one_line() -> None:
+    line = exposure("http://0.0.0.0:8080", SETTINGS)
+    assert "acts with this identity" in line
+    assert "PROXY_ALLOWED_HOSTS" in line
+    assert "\n" not in line
+    assert "PROXY_ALLOWED_HOSTS" not in exposure("http://[::]:8080", replace(SETTINGS, allowed_hosts=("proxy",)))
+    assert "PROXY_ALLOWED_HOSTS" not in exposure("http://192.0.2.7:8080", SETTINGS)
+
+
+async def test_while_it_ends_clients_are_told_to_close_their_connections(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    for version, ending, told in ((b"HTTP/1.1", False, None), (b"HTTP/1.1", True, "close"), (b"HTTP/2.0", True, None)):
+        addon._ending = ending
+        flow = flow_for()
+        flow.request.data.http_version = version
+        flow.response = Response.make(200)
+        addon.responseheaders(flow)
+        assert flow.response.headers.get("Connection") == told

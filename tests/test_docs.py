@@ -37,6 +37,8 @@ def test_env_example_shows_the_defaults() -> None:
         "TLS_NO_VERIFY": "false",
         "PROXY_HOST": "127.0.0.1",
         "PROXY_PORT": "8080",
+        "PROXY_ADMIN": "127.0.0.1:8081",
+        "PROXY_FORWARD_AS": "bearer",
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.proxy import problem
+from eoepca_security.proxy.guard import Refusal
 
 
 @pytest.mark.parametrize(
@@ -14,9 +15,13 @@ from eoepca_security.proxy import problem
         (IssuerUnavailable("why"), 503, "issuer_unavailable", "3"),
         (CredentialsRejected("why"), 502, "credentials_rejected", None),
         (TokenInvalid("why"), 502, "token_invalid", None),
+        (Refusal("host_not_allowed", "why"), 403, "host_not_allowed", None),
+        (Refusal("cross_site_request", "why"), 403, "cross_site_request", None),
     ],
 )
-def test_each_error_has_its_answer(error: TokenError, status: int, code: str, retry_after: str | None) -> None:
+def test_each_error_has_its_answer(
+    error: TokenError | Refusal, status: int, code: str, retry_after: str | None
+) -> None:
     answer = problem.answer(error, method="GET", retry_after=2.1)
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "application/problem+json"
@@ -36,3 +41,28 @@ def test_an_answer_to_head_has_no_body() -> None:
 def test_text_from_strangers_cannot_break_the_json() -> None:
     answer = problem.answer(IssuerUnavailable('quote " newline \n \udc80'), method="GET", retry_after=1)
     assert json.loads(answer.content or b"")["detail"] == 'quote " newline \n \udc80'
+
+
+@pytest.mark.parametrize(
+    ("reason", "status", "code", "remedy"),
+    [
+        ("[Errno 111] Connect call failed ('127.0.0.1', 1)", 502, "upstream_unavailable", "REMOTE_PROTECTED_DOMAIN"),
+        ("[Errno 110] Connect call failed ('192.0.2.1', 1)", 504, "upstream_timeout", "REMOTE_PROTECTED_DOMAIN"),
+        ("Certificate verify failed: self-signed certificate", 502, "upstream_unavailable", "TLS_CA_FILE"),
+        ("server closed connection", 502, "upstream_unavailable", "its log"),
+        ("line\nbreak", 502, "upstream_unavailable", "line\N{REPLACEMENT CHARACTER}break"),
+    ],
+)
+def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int, code: str, remedy: str) -> None:
+    answer = problem.answer(problem.upstream_fault("service.example:443", reason), method="GET")
+    assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (status, code)
+    body = json.loads(answer.text or "")
+    assert body["detail"].startswith("service.example:443: ")
+    assert remedy in body["detail"]
+
+
+def test_the_last_resort_is_a_new_one_each_time() -> None:
+    first = problem.last_resort()
+    first.headers["X"] = "y"
+    assert "X" not in problem.last_resort().headers
+    assert problem.last_resort().status_code == 503

@@ -43,11 +43,13 @@ class FakeTransport:
     def __init__(self, **changes: Any) -> None:
         self.replies: dict[str, Reply] = {DISCOVERY: discovery(**changes), KEYS: ok({"keys": []})}
         self.gets: list[str] = []
+        self.get_headers: Mapping[str, str] | None = None
         self.posts: list[tuple[str, Mapping[str, str], Mapping[str, str]]] = []
         self.timeouts: set[float] = set()
 
-    def get(self, url: str, *, timeout: float) -> Answer:
+    def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         self.gets.append(url)
+        self.get_headers = headers
         self.timeouts.add(timeout)
         return self._reply(url)
 
@@ -719,3 +721,28 @@ def test_an_issuer_that_must_not_be_spoken_to_is_refused_at_once(transport: Fake
         Provider("http://issuer.example", Client("client"), transport)
     Provider("http://issuer.example", Client("client"), transport, allow_http=True)
     assert transport.gets == []
+
+
+# --- claims about the user ---------------------------------------------------------------------------------------
+
+USERINFO = f"{ISSUER}/userinfo"
+
+
+def test_userinfo_is_asked_with_the_access_token() -> None:
+    transport = FakeTransport(userinfo_endpoint=USERINFO)
+    transport.replies[USERINFO] = ok({"sub": "u", "name": "A"})
+    provider = Provider(ISSUER, Client("client"), transport)
+    assert provider.userinfo("the-token") == {"sub": "u", "name": "A"}
+    assert transport.get_headers == {"Authorization": "Bearer the-token"}
+    for reply in (ok({}, 401), Answer(200, b"eyJ.signed.jwt"), ok({}), down()):
+        transport.replies[USERINFO] = reply
+        with pytest.raises(IssuerUnavailable) as caught:
+            provider.userinfo("the-token")
+        assert "the-token" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", [None, 5, "http://issuer.example/userinfo", "nonsense"])
+def test_an_issuer_without_a_good_userinfo_endpoint_is_not_asked(endpoint: object) -> None:
+    transport = FakeTransport(userinfo_endpoint=endpoint)
+    assert Provider(ISSUER, Client("client"), transport).userinfo("the-token") is None
+    assert transport.gets == [DISCOVERY]

@@ -100,6 +100,20 @@ def test_secrets_do_not_show() -> None:
         ({"REMOTE_PROTECTED_DOMAIN": "http://localhost:8080"}, "REMOTE_PROTECTED_DOMAIN", "itself"),
         ({"PROXY_HOST": "not an address"}, "PROXY_HOST", "127.0.0.1"),
         ({"PROXY_HOST": "300.1.1.1"}, "PROXY_HOST", "no address"),
+        ({"PROXY_ADMIN": "8081"}, "PROXY_ADMIN", "host:port"),
+        ({"PROXY_ADMIN": "localhost:99999"}, "PROXY_ADMIN", "host:port"),
+        ({"PROXY_ADMIN": "::1:8081"}, "PROXY_ADMIN", "host:port"),
+        ({"PROXY_ALLOWED_HOSTS": "good.example,http://bad.example"}, "PROXY_ALLOWED_HOSTS", "http://bad.example"),
+        ({"PROXY_ALLOWED_HOSTS": "*.example"}, "PROXY_ALLOWED_HOSTS", "no host"),
+        ({"PROXY_ALLOWED_ORIGINS": "*"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
+        ({"PROXY_ALLOWED_ORIGINS": "null"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
+        ({"PROXY_ALLOWED_ORIGINS": "app.example"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
+        ({"PROXY_ALLOWED_ORIGINS": "https://app.example/"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
+        ({"PROXY_TERMINATION_ENDPOINT": "/"}, "PROXY_TERMINATION_ENDPOINT", "no path"),
+        ({"PROXY_TERMINATION_ENDPOINT": "end"}, "PROXY_TERMINATION_ENDPOINT", "no path"),
+        ({"PROXY_TERMINATION_ENDPOINT": "/end?now"}, "PROXY_TERMINATION_ENDPOINT", "no path"),
+        ({"PROXY_FORWARD_AS": "nginx"}, "PROXY_FORWARD_AS", "bearer, apisix"),
+        ({"PROXY_INJECT_HOSTS": "*"}, "PROXY_INJECT_HOSTS", "no host"),
         ({"PROXY_PORT": "eighty"}, "PROXY_PORT", "number"),
         ({"PROXY_PORT": "65536"}, "PROXY_PORT", "65535"),
         ({"PROXY_PORT": "-1"}, "PROXY_PORT", "number"),
@@ -341,3 +355,31 @@ def test_a_session_in_the_store_makes_a_refresh_token_optional(tmp_path: Path) -
     store = TokenStore(tmp_path, issuer_url=GOOD["OPEN_ID_CONNECT_URL"], client_id="client", origin=None)
     store.write(Stored("r", "a", 0.0, 60.0))
     assert read_settings(environment).refresh_token is None
+
+
+def test_the_admin_listener_has_a_default_under_the_launcher_only() -> None:
+    launcher, alone = read_settings(GOOD), read_settings(GOOD, need_upstream=False)
+    assert (launcher.admin, launcher.admin_is_set) == (("127.0.0.1", 8081), False)
+    assert (alone.admin, alone.admin_is_set) == (None, False)
+    for value, address in (("off", None), ("0.0.0.0:0", ("0.0.0.0", 0)), ("[::1]:8081", ("::1", 8081))):
+        for need_upstream in (True, False):
+            settings = read_settings(GOOD | {"PROXY_ADMIN": value}, need_upstream=need_upstream)
+            assert (settings.admin, settings.admin_is_set) == (address, True)
+    assert str(read_settings(GOOD | {"PROXY_ADMIN": "[::1]:8081"}).admin) == "[::1]:8081"
+
+
+def test_lists_of_hosts_and_origins() -> None:
+    lists = {
+        "PROXY_ALLOWED_HOSTS": " proxy , Proxy.Test:8080,::1, [fd00::2]:80,*,",
+        "PROXY_ALLOWED_ORIGINS": "HTTPS://App.example:443, http://localhost:3000",
+        "PROXY_INJECT_HOSTS": "service.example,localhost:9000",
+        "PROXY_TERMINATION_ENDPOINT": "/end/it",
+    }
+    settings = read_settings(GOOD | lists, need_upstream=False)
+    assert settings.allowed_hosts == ("proxy", "proxy.test:8080", "[::1]", "[fd00::2]:80", "*")
+    assert settings.allowed_origins == ("https://app.example", "http://localhost:3000")
+    assert settings.inject_hosts == ("service.example", "localhost:9000")
+    assert settings.termination_endpoint == "/end/it"
+    assert settings.warnings == ()
+    (warning,) = read_settings(GOOD | lists).warnings
+    assert "PROXY_INJECT_HOSTS is not used" in warning

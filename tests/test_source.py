@@ -562,3 +562,22 @@ async def test_a_store_that_hangs_does_not_hold_up_a_refusal(
         with pytest.raises(CredentialsRejected):
             await asyncio.wait_for(source.token(), 5)
     gate.set()
+
+
+# --- what others may know ----------------------------------------------------------------------------------------
+
+
+async def test_refreshes_are_told_of_and_the_token_at_hand_is_one_to_send(issuer: Issuer, clock: Clock) -> None:
+    told: list[TokenError | None] = []
+    source = TokenSource(issuer, refresh_token="first", now=clock, observe=lambda error, _seconds: told.append(error))
+    assert source.at_hand is None
+    issuer.answers = [IssuerUnavailable("down")]
+    with pytest.raises(IssuerUnavailable):
+        await source.token()
+    assert str(source.failure) == "down"
+    token = await source.token()
+    assert source.at_hand is token
+    assert source.failure is None
+    assert [error and error.code for error in told] == ["issuer_unavailable", None]
+    clock.time += 60
+    assert source.at_hand is None

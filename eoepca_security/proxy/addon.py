@@ -1,18 +1,20 @@
 """The mitmproxy add-on: options -> TokenSource -> Authorization header.
 
-A hook that raises forwards the request as it is, and one that hangs hangs the client; so every hook that decides about
-a request stands inside one `try`, and waits with a bound.
+mitmproxy goes on with a request whose hook raises, and a hook that hangs hangs the client. So a request has an answer,
+an error, while it is decided about; nothing leaves without a clearance (`wire`); and every wait has a bound.
 """
 
 import asyncio
 import logging
 import math
 import os
-import re
+import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary, WeakSet
 
 from mitmproxy import ctx
 from mitmproxy.addonmanager import Loader, traverse
@@ -22,43 +24,32 @@ from mitmproxy.exceptions import OptionsError
 from mitmproxy.http import HTTPFlow, Response
 from mitmproxy.log import ALERT
 from mitmproxy.master import Master
-from mitmproxy.proxy.mode_specs import ProxyMode, ReverseMode
+from mitmproxy.proxy.layer import NextLayer
+from mitmproxy.proxy.layers import TCPLayer
+from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import problem
+from eoepca_security.proxy import authority, forwarding, options, problem, stream, wire
+from eoepca_security.proxy.admin import Admin, Subject
+from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.identity import identity
+from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
 from eoepca_security.proxy.logs import STARTED
-from eoepca_security.proxy.settings import OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.metrics import Metrics
+from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.status import status, unready
+from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
 from eoepca_security.verify import unverified_claims
 
-MAX_REPLAYED_BODY: Final = 1024 * 1024
-"""Longest request body, in bytes, that is sent again when the service refuses the token."""
-
-# mitmproxy's own options that would undo what this add-on is for.
-_REFUSED_OPTIONS: Final = {
-    "allow_hosts": "connections to other hosts would bypass the add-on",
-    "ignore_hosts": "connections to these hosts would bypass the add-on",
-    "map_remote": "it would carry the token elsewhere",
-    "proxy_debug": "it would show the token",
-    "stickyauth": "it would overwrite the token",
-    "stream_large_bodies": "error answers to large requests would hang",
-    "tcp_hosts": "connections to these hosts would bypass the add-on",
-    "upstream_auth": "it would overwrite the token",
-}
-
-# And those whose defaults do not suit a proxy that adds credentials.
-_PREFERRED_OPTIONS: Final = {
-    "connection_strategy": "lazy",  # eager gives the client an empty reply when the service is down
-    "onboarding": False,  # mitm.it would be answered by mitmproxy itself
-    "rawtcp": False,  # what is not HTTP cannot carry a token
-}
-
 _OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
+
+# What add-ons whose script was edited have left to those that take their place.
+_left: dict[tuple[str | None, ...], TokenSource] = {}
 
 logger = logging.getLogger(__name__)
 
@@ -82,22 +73,39 @@ class OIDCAuthProxy:
         self._settings_problems: list[str] | None = None
         self._problems: list[str] = []
         self._running = False
+        self._ending = False
+        self._guard = Guard(())
+        self._apisix: forwarding.ApisixHeaders | None = None
+        self._admin: Admin | None = None
+        self._in_flight: WeakSet[HTTPFlow] = WeakSet()
+        self._codes: WeakKeyDictionary[HTTPFlow, str] = WeakKeyDictionary()
+        self._metrics = Metrics(lambda: len(self._in_flight))
+        self._last_refresh: dict[str, Any] | None = None
+
+    # --- start, settings, end ----------------------------------------------------------------------------------------
 
     def load(self, loader: Loader) -> None:
         """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
+        wire.install()
+        stream.install()
+        loader.master.event_loop.set_default_executor(DaemonThreads())
         for variable in OPTIONS:
             loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")
-        loader.master.options.update_known(**_PREFERRED_OPTIONS)
+        options.enforce(loader.master.options)
 
     def configure(self, updated: set[str]) -> None:
         """Read the settings; what is wrong ends the start, and later is refused so that the old ones stay."""
+        authority.load(ctx.master)
         # Only when they may have changed: this is called for every option, and a secret's file may be a pipe.
         if self._settings_problems is None or not _OPTION_NAMES.isdisjoint(updated):
             self._read_settings()
-        problems = _problems_with_mitmproxy_options() + (self._settings_problems or [])
+        problems = options.problems(ctx.options, self._settings) + (self._settings_problems or [])
         if problems and self._running:
             raise OptionsError("; ".join(problems))
         self._problems = problems
+        if self._settings is not None:
+            hosts = self._settings.allowed_hosts or (*LOOPBACK_NAMES, *_own_hosts())
+            self._guard = Guard(hosts, self._settings.allowed_origins)
 
     def _read_settings(self) -> None:
         try:
@@ -113,10 +121,17 @@ class OIDCAuthProxy:
         self._settings_problems = []
         if settings == self._settings:
             return
-        before = self._source
+        before = self._source or _left.pop(settings.login, None)
         # A new source would forget what is kept in memory only.
-        goes_on = self._settings is not None and self._settings.login == settings.login
-        self._settings, self._source = settings, make_source(settings, continues=before if goes_on else None)
+        goes_on = self._settings is None or self._settings.login == settings.login
+        self._settings = settings
+        self._apisix = forwarding.ApisixHeaders() if settings.forward_as == "apisix" else None
+        self._source = make_source(
+            settings,
+            continues=before if goes_on else None,
+            observe=self._refreshed,
+            learn=self._apisix.learn if self._apisix is not None else None,
+        )
         if before is not None:
             before.retire()
 
@@ -126,39 +141,214 @@ class OIDCAuthProxy:
         This is no coroutine function, because mitmproxy refuses those where it reloads a script that was edited.
         """
         self._running = True
+        end_with_the_terminal(ctx.master.shutdown)
         return asyncio.get_running_loop().create_task(self._start())
 
-    def done(self) -> "asyncio.Task[None] | None":
-        """Give a refresh that is under way a moment to end, and end mitmproxy when it is the add-on alone that ends.
+    def done(self) -> "asyncio.Task[None]":
+        """Let requests and a refresh that are under way end; end mitmproxy when it is the add-on alone that ends.
 
         A script that is edited badly is unloaded, and requests would go on without tokens.
         """
         master = ctx.master
-        if self._running and not master.should_exit.is_set():
+        is_end = master.should_exit.is_set()
+        if self._running and not is_end:
             # A script that is edited well is loaded anew before the loop comes to this.
             master.event_loop.call_soon(_exit_if_unprotected, master)
-        return asyncio.get_running_loop().create_task(self._source.finish()) if self._source is not None else None
+            # And its admin listener needs the address, and goes on with the session.
+            self._stop_admin()
+            if self._settings is not None and self._source is not None:
+                self._source.retire()
+                _left[self._settings.login] = self._source
+        return asyncio.get_running_loop().create_task(self._end(master if is_end else None))
+
+    async def _end(self, master: Master | None) -> None:
+        finishing = asyncio.ensure_future(self._source.finish()) if self._source is not None else None
+        server = master.addons.get("proxyserver") if master is not None else None
+        hurried = False
+        if isinstance(server, Proxyserver):
+            self._ending = True
+            hurried = await drain(server, lambda: self._is_serving() or not (finishing is None or finishing.done()))
+        if finishing is not None and not hurried:
+            await finishing
+        self._stop_admin()
+
+    def _is_serving(self) -> bool:
+        return any(flow.live and not flow.websocket for flow in self._in_flight)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
 
     async def requestheaders(self, flow: HTTPFlow) -> None:
-        """Authorize the request before any of it leaves."""
+        """Decide about the request before any of it leaves."""
+        await self._decide(flow)
+        if flow.response is None:
+            flow.request.stream = stream.streams_request(flow.request)
+        else:
+            # Nobody is asked to go on with a body.
+            flow.request.headers.pop("Expect", None)
+
+    async def _decide(self, flow: HTTPFlow) -> None:
+        if flow.is_replay is None:
+            self._in_flight.add(flow)
         # mitmproxy calls this for requests that it has refused already, too.
-        if flow.error is None and flow.response is None:
-            await self._authorize(flow)
+        if flow.error is not None or flow.response is not None:
+            forwarding.hide_credentials(flow.request.headers)
+            return
+        # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
+        # the connection open when it kills a request whose body is still arriving, and its client hangs.
+        flow.response = problem.last_resort()
+        if _is_elsewhere(flow, self._settings):
+            wire.clear(flow.request, Clearance(_target(flow)))
+            flow.response = None
+            return
+        forwarding.hide_credentials(flow.request.headers)
+        if (answer := self._own_answer(flow)) is not None:
+            flow.response = answer
+            return
+        self._prepare(flow)
+        await self._authorize(flow)
 
     async def request(self, flow: HTTPFlow) -> None:
         """Authorize again what was held back until its body was complete: the token may have ended meanwhile."""
-        if flow.error is None and flow.response is None and not flow.request.stream:
+        is_ours = flow.error is None and flow.response is None and flow.request.raw_content is not None
+        if is_ours and not self._is_current(flow) and not _is_elsewhere(flow, self._settings):
             await self._authorize(flow)
+
+    def responseheaders(self, flow: HTTPFlow) -> None:
+        """Let an allowed origin read the answer, and a client that keeps its connection know when the proxy ends."""
+        if flow.response is None or flow.response.status_code == 101 or _is_elsewhere(flow, self._settings):
+            return
+        flow.response.stream = stream.streams_response(flow.response)
+        headers = flow.response.headers
+        if (origin := self._guard.allowed_origin(flow.request.headers.get_all)) is not None:
+            headers["Access-Control-Allow-Origin"] = origin
+            headers.add("Vary", "Origin")
+            headers.pop("Access-Control-Allow-Credentials", None)
+        if self._ending and not (flow.request.is_http2 or flow.request.is_http3):
+            headers["Connection"] = "close"
 
     async def response(self, flow: HTTPFlow) -> None:
         """Ask the service again, once and with another token, when it refuses this one."""
-        if flow.response is None or flow.response.status_code != 401 or flow.is_replay or self._source is None:
+        try:
+            if _may_be_repeated(flow):
+                await self._repeat(flow)
+        finally:
+            self._ended(flow)
+
+    def websocket_message(self, flow: HTTPFlow) -> None:
+        """Keep a long conversation from piling up in memory."""
+        if flow.websocket is not None:
+            del flow.websocket.messages[:-1]
+
+    def error(self, flow: HTTPFlow) -> None:
+        """Count what ended without an answer of the service."""
+        self._ended(flow)
+
+    def server_connect(self, data: ServerConnectionHookData) -> None:
+        """Verify the host that the token is for, and no other that the client named when it spoke TLS to us."""
+        server, address = data.server, data.server.address
+        mode = data.client.proxy_mode
+        if address is not None and (isinstance(mode, ReverseMode) or _may_inject(self._settings, "https", address)):
+            server.sni = address[0]
+
+    def server_connect_error(self, data: ServerConnectionHookData) -> None:
+        """Say what keeps requests from the service; the client gets mitmproxy's 502."""
+        logger.warning(
+            "the protected service cannot be reached: %s; `run-mitmproxy.py check` says what to do",
+            printable(data.server.error),
+        )
+
+    def next_layer(self, data: NextLayer) -> None:
+        """In forward mode, look into no connection to a host that gets no token."""
+        context, address = data.context, data.context.server.address
+        if data.layer is not None or address is None or not isinstance(context.client.proxy_mode, RegularMode):
             return
-        if flow.request.stream or flow.response.stream or len(flow.request.raw_content or b"") > MAX_REPLAYED_BODY:
+        if not any(_may_inject(self._settings, scheme, address) for scheme in ("http", "https")):
+            data.layer = TCPLayer(context, ignore=True)
+
+    def _own_answer(self, flow: HTTPFlow) -> Response | None:
+        """Return the answer to a request that must not or need not be forwarded."""
+        request = flow.request
+        is_explicit = isinstance(flow.client_conn.proxy_mode, RegularMode) and flow.server_conn.address is None
+        if not forwarding.is_one_request(request) or (is_explicit and wire.is_origin_form(request)):
+            return Response.make(400, b"the request is not well-formed\n")
+        # A replay was let in before, or comes from whoever sits at mitmproxy's console.
+        if flow.is_replay is None and (refusal := self._refusal(flow)) is not None:
+            self._codes[flow] = refusal.code
+            return problem.answer(refusal, method=request.method)
+        if (headers := self._guard.preflight(request.method, request.headers.get_all)) is not None:
+            return Response.make(204, b"", headers)
+        return self._termination(flow)
+
+    def _termination(self, flow: HTTPFlow) -> Response | None:
+        endpoint = self._settings.termination_endpoint if self._settings is not None else None
+        is_meant = flow.request.path.partition("?")[0] == endpoint
+        if not is_meant or not isinstance(flow.client_conn.proxy_mode, ReverseMode):
+            return None
+        if flow.request.method != "POST":
+            return Response.make(405, b"", {"Allow": "POST"})
+        # Which does not end before this request has its answer.
+        ctx.master.shutdown()
+        return Response.make(200, b"ending\n", {"Content-Type": "text/plain; charset=utf-8"})
+
+    def _refusal(self, flow: HTTPFlow) -> Refusal | None:
+        request, values = flow.request, flow.request.headers.get_all
+        if isinstance(flow.client_conn.proxy_mode, RegularMode):
+            target = _target(flow)
+            return self._guard.cross_site(f"{target.scheme}://{target.authority}", values)
+        authority = [request.authority] if request.authority else []
+        scheme = "https" if flow.client_conn.tls else "http"
+        return self._guard.refusal(scheme, [*authority, *values("Host")], values)
+
+    def _prepare(self, flow: HTTPFlow) -> None:
+        """Make of the client's request the one that the service is to see."""
+        request = flow.request
+        forwarding.drop_hop_by_hop(request)
+        if self._apisix is not None:
+            forwarding.drop_gateway_headers(request.headers)
+        request.host_header = _target(flow).authority
+        if not (request.is_http2 or request.is_http3):
+            # An absolute target (RFC 9112 §3.2.2) would be forwarded as it is.
+            request.authority = ""
+
+    def _is_current(self, flow: HTTPFlow) -> bool:
+        """Tell whether the request is to be sent with the token that is good now."""
+        token, sent = self._source.at_hand if self._source is not None else None, wire.clearance(flow.request)
+        return token is not None and sent is not None and sent.headers.get("Authorization") == f"Bearer {token.value}"
+
+    async def _authorize(self, flow: HTTPFlow) -> None:
+        flow.response = flow.response or problem.last_resort()
+        try:
+            token = await self._token(flow)
+        except TokenError as error:
+            self._codes[flow] = error.code
+            retry_after = self._source.retry_after() if self._source else 1.0
+            flow.response = problem.answer(error, method=flow.request.method, retry_after=retry_after)
+            return
+        headers = {"Authorization": f"Bearer {token.value}"} | (self._apisix.of(token) if self._apisix else {})
+        wire.clear(flow.request, Clearance(_target(flow), headers))
+        flow.request.headers["Authorization"] = forwarding.SHOWN
+        flow.response = None
+
+    async def _token(self, flow: HTTPFlow) -> AccessToken:
+        if self._source is None or self._settings is None:
+            raise IssuerUnavailable("the proxy is not configured")
+        mode = flow.client_conn.proxy_mode
+        # A flow that is replayed from a file brings a mode of its own.
+        if mode.full_spec not in ctx.options.mode or not options.is_protected(mode, self._settings):
+            raise IssuerUnavailable("the proxy does not work in this mode")
+        try:
+            return await self._source.token()
+        except TokenError:
+            raise
+        except Exception as error:
+            raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
+
+    async def _repeat(self, flow: HTTPFlow) -> None:
+        sent = wire.clearance(flow.request)
+        if sent is None or not sent.headers or self._source is None:
             return
         try:
-            refused = flow.request.headers.get("Authorization", "").removeprefix("Bearer ")
-            if await self._source.replace(refused) is None:
+            if await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer ")) is None:
                 return
             again = flow.copy()
             again.response = again.error = None
@@ -171,56 +361,78 @@ class OIDCAuthProxy:
         except Exception as error:  # noqa: BLE001  the client still has the service's own answer
             logger.warning("a refused request was not repeated because of an unexpected %s", type(error).__name__)
 
-    def server_connect_error(self, data: ServerConnectionHookData) -> None:
-        """Say what keeps requests from the service; the client gets mitmproxy's 502."""
-        logger.warning(
-            "the protected service cannot be reached: %s; `run-mitmproxy.py check` says what to do",
-            printable(data.server.error),
+    def _ended(self, flow: HTTPFlow) -> None:
+        if flow.is_replay is None:
+            status = flow.response.status_code if flow.response is not None else None
+            self._metrics.request_ended(status, self._codes.get(flow) or flow.metadata.get(stream.CODE, ""))
+            if not self._ending:
+                self._in_flight.discard(flow)
+
+    # --- what the admin listener tells of ----------------------------------------------------------------------------
+
+    def _refreshed(self, failure: TokenError | None, seconds: float) -> None:
+        self._metrics.refreshed(failure, seconds)
+        token = self._source.at_hand if self._source is not None else None
+        self._metrics.token_ends(token.ends_at if token is not None else None)
+        self._last_refresh = {
+            "at": round(time.time(), 3),
+            "seconds": round(seconds, 3),
+            "result": failure.code if failure else "success",
+        }
+
+    async def _ready(self) -> TokenError | None:
+        return await unready(self._source)
+
+    def _status(self) -> dict[str, Any]:
+        listener, upstream = _addresses(self._settings)
+        where = {
+            "listener": listener,
+            "upstream": upstream,
+            "issuer": self._settings.issuer_url if self._settings is not None else None,
+        }
+        return (
+            where
+            | status(self._source, self._metrics, self._last_refresh)
+            | {"requests_in_flight": len(self._in_flight)}
         )
 
-    async def _authorize(self, flow: HTTPFlow) -> None:
-        # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
-        # the connection open when it kills a request whose body is still arriving, and its client hangs.
-        flow.response = problem.LAST_RESORT.copy()
-        if not _is_one_request(flow):
-            flow.response = Response.make(400, b"the request is not well-formed\n")
+    def _start_admin(self, settings: Settings) -> None:
+        if settings.admin is None:
             return
+        subject = Subject(self._ready, self._status, self._metrics, ctx.master.shutdown)
+        admin = Admin(settings, subject)
         try:
-            token = await self._token(flow)
-        except TokenError as error:
-            retry_after = self._source.retry_after() if self._source else 1.0
-            flow.response = problem.answer(error, method=flow.request.method, retry_after=retry_after)
-        else:
-            flow.request.headers["Authorization"] = f"Bearer {token.value}"
-            if not (flow.request.is_http2 or flow.request.is_http3):
-                # An absolute target (RFC 9112 §3.2.2) would be forwarded with the token, and names any host.
-                flow.request.authority = ""
-            flow.response = None
+            address = admin.start()
+        except OSError as error:
+            reason = f"{ADMIN.env}: cannot listen on {settings.admin} ({error.strerror or error})"
+            if settings.admin_is_set:
+                logger.error("%s: choose another address, or off", reason)  # noqa: TRY400  one line, for people
+            else:
+                logger.warning("%s, so there is no admin listener", reason)
+            return
+        self._admin = admin
+        logger.log(ALERT, "admin listener at http://%s", address)
+        if not is_loopback(settings.admin.host):
+            logger.warning("whatever can reach http://%s sees the proxy's state and can end it", address)
 
-    async def _token(self, flow: HTTPFlow) -> AccessToken:
-        if self._source is None:
-            raise IssuerUnavailable("the proxy is not configured")
-        if not _is_protected(flow.client_conn.proxy_mode):
-            raise IssuerUnavailable("the proxy does not work in this mode")
-        try:
-            return await self._source.token()
-        except TokenError:
-            raise
-        except Exception as error:
-            raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
+    def _stop_admin(self) -> None:
+        if self._admin is not None:
+            self._admin.stop()
+            self._admin = None
 
     async def _start(self) -> None:
         # With -s an unknown option is put aside without a word.
-        unknown = [f"{name}: there is no such option" for name in ctx.options.deferred if name.startswith("oidc_")]
+        unknown = [f"{name}: there is no such option" for name in ctx.options.deferred if _looks_like_ours(name)]
         for line in self._problems + unknown:
             logger.error("%s", line)  # mitmproxy ends with exit code 1 when an error is logged while it starts
         if self._problems or unknown or self._source is None or self._settings is None:
             return
         for line in self._settings.warnings:
             logger.warning("%s", line)
-        listener, upstream = _addresses()
+        listener, upstream = _addresses(self._settings)
         if not is_loopback(urlsplit(listener).hostname):
-            logger.warning("whatever can reach %s acts with this identity: listen on 127.0.0.1 if you can", listener)
+            logger.warning("%s", exposure(listener, self._settings))
+        self._start_admin(self._settings)
         # mitmproxy does not end before this does, so whoever stops it now would wait for a silent issuer.
         first = asyncio.ensure_future(self._source.token())
         stopped = asyncio.ensure_future(ctx.master.should_exit.wait())
@@ -259,33 +471,64 @@ def _exit_if_unprotected(master: Master) -> None:
         master.shutdown()
 
 
-def _is_one_request(flow: HTTPFlow) -> bool:
-    """Tell whether it stays one request as HTTP/1; mitmproxy 11 lets line breaks from HTTP/2 pass."""
-    request = flow.request.data
+def _target(flow: HTTPFlow) -> Target:
+    """Return where the request goes: what its mode says, and in forward mode where it is about to be connected to."""
+    mode = flow.client_conn.proxy_mode
+    if isinstance(mode, ReverseMode):
+        return Target(mode.scheme, mode.address[0].lower(), mode.address[1])
+    return Target(flow.request.scheme, flow.request.host.lower(), flow.request.port)
+
+
+def _looks_like_ours(name: str) -> bool:
+    return name.startswith("oidc_") or bool(get_close_matches(name, _OPTION_NAMES, 1, 0.85))
+
+
+def _is_elsewhere(flow: HTTPFlow, settings: Settings | None) -> bool:
+    """Tell whether a request in forward mode is to a host that gets no token."""
+    mode = flow.client_conn.proxy_mode
+    if not isinstance(mode, RegularMode) or not options.is_protected(mode, settings):
+        return False
+    target = _target(flow)
+    return not _may_inject(settings, target.scheme, (target.host, target.port))
+
+
+def _may_inject(settings: Settings | None, scheme: str, address: tuple[str, int]) -> bool:
+    hosts = [parse_host(host) for host in settings.inject_hosts] if settings is not None else []
+    return may_get_token(hosts, scheme, *address[:2])
+
+
+def _may_be_repeated(flow: HTTPFlow) -> bool:
+    request, response = flow.request, flow.response
     return (
-        re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", request.method) is not None
-        and re.fullmatch(rb"\*|/[^\x00-\x20\x7f]*", request.path) is not None
-        and not any(re.search(rb"[\r\n\x00]", part) for field in request.headers.fields for part in field)
+        response is not None
+        and response.status_code == 401
+        and flow.is_replay is None
+        and request.raw_content is not None
+        and response.raw_content is not None
+        and len(request.raw_content) <= stream.MAX_HELD
     )
 
 
-def _is_protected(mode: ProxyMode) -> bool:
-    return isinstance(mode, ReverseMode) and mode.scheme in ("http", "https")
+def _own_hosts() -> list[str]:
+    """Return the addresses listened on, as clients name them, where they are names at all."""
+    hosts = [ProxyMode.parse(mode).listen_host(ctx.options.listen_host) for mode in ctx.options.mode]
+    return [f"[{host}]" if ":" in host else host for host in hosts if host not in EVERYWHERE]
 
 
-def _problems_with_mitmproxy_options() -> list[str]:
-    problems = [
-        f"{name}: cannot be used together with the OIDC add-on, {reason}"
-        for name, reason in _REFUSED_OPTIONS.items()
-        if getattr(ctx.options, name, None)
-    ]
-    if not all(_is_protected(ProxyMode.parse(mode)) for mode in ctx.options.mode):
-        problems.append("mode: the OIDC add-on needs --mode reverse:https://service.example (or http://)")
-    return problems
-
-
-def _addresses() -> tuple[str, str]:
+def _addresses(settings: Settings | None) -> tuple[str, str]:
     server = ctx.master.addons.get("proxyserver")
     addresses = server.listen_addrs() if isinstance(server, Proxyserver) else []
     host, port = addresses[0][:2] if addresses else ("nowhere", 0)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}", ctx.options.mode[0].removeprefix("reverse:")
+    mode = ProxyMode.parse(ctx.options.mode[0])
+    upstream = mode.data
+    if settings is not None and isinstance(mode, RegularMode):
+        upstream = ", ".join(settings.inject_hosts)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
+
+
+def exposure(listener: str, settings: Settings) -> str:
+    """Say in one line what listening beyond this machine means."""
+    line = f"whatever can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
+    if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
+        line += f"; it answers to the names {', '.join(LOOPBACK_NAMES)} only, as {ALLOWED_HOSTS.env} is unset"
+    return line

@@ -1,33 +1,81 @@
 """The proxy's own answers: problem details (RFC 9457) with a code that programs can rely on. Pure."""
 
+import errno
 import json
 import math
+from copy import copy
+from dataclasses import dataclass
 from typing import Final
 
-from mitmproxy.http import Response
+from mitmproxy.http import Headers, Response
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.protocol import printable
+from eoepca_security.proxy.guard import Refusal
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
 
-_ANSWERS: Final[dict[type[TokenError], tuple[int, str]]] = {
-    IssuerUnavailable: (503, "The identity provider does not give a token"),
-    CredentialsRejected: (502, "The identity provider rejected the proxy's credentials"),
-    TokenInvalid: (502, "The identity provider's token cannot be used"),
+_ANSWERS: Final[dict[str, tuple[int, str]]] = {
+    "host_not_allowed": (403, "The proxy does not answer to this Host"),
+    "cross_site_request": (403, "The proxy takes no requests from other web sites"),
+    IssuerUnavailable.code: (503, "The identity provider does not give a token"),
+    CredentialsRejected.code: (502, "The identity provider rejected the proxy's credentials"),
+    TokenInvalid.code: (502, "The identity provider's token cannot be used"),
+    "upstream_unavailable": (502, "The protected service does not answer"),
+    "upstream_timeout": (504, "The protected service does not answer in time"),
 }
 
 _HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
 
-LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUnavailable.code, "Retry-After": "1"})
-"""The answer for the time in which there is no better one, and when making a better one fails."""
+_LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUnavailable.code, "Retry-After": "1"})
 
 
-def answer(error: TokenError, *, method: str, retry_after: float) -> Response:
-    """Return the answer to a request for which there is no token; `retry_after` is in seconds."""
-    status, title = _ANSWERS[type(error)]
-    body = {"title": title, "status": status, "detail": str(error), "code": error.code}
+def last_resort() -> Response:
+    """Return the answer for the time in which there is no better one, and for when making a better one fails."""
+    # mitmproxy's own copy takes five times as long, and this is done for every request.
+    response = copy(_LAST_RESORT)
+    response.data = copy(_LAST_RESORT.data)
+    response.data.headers = Headers(_LAST_RESORT.data.headers.fields)
+    return response
+
+
+@dataclass(frozen=True)
+class UpstreamFault:
+    """Why the protected service gives no answer; `code` is of the public interface."""
+
+    code: str
+    detail: str
+
+
+def upstream_fault(service: str, reason: str) -> UpstreamFault:
+    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do."""
+    if "certificate verify failed" in reason.lower():
+        remedy = "TLS_CA_FILE adds a CA to those that are trusted"
+    elif "server closed connection" in reason:
+        remedy = "it hung up without an answer; its log may say why"
+    else:
+        remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
+    is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason
+    code = "upstream_timeout" if is_late else "upstream_unavailable"
+    return UpstreamFault(code, f"{service}: {printable(reason)}; {remedy}")
+
+
+def parts(
+    error: TokenError | Refusal | UpstreamFault, *, retry_after: float = 1, status: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Return status (the usual one unless given), headers and body of an answer; `retry_after` is in seconds."""
+    usual, title = _ANSWERS[error.code]
+    status = status or usual
+    detail = str(error) if isinstance(error, TokenError) else error.detail
+    body = {"title": title, "status": status, "detail": detail, "code": error.code}
     headers = _HEADERS | {ERROR_HEADER: error.code}
     if status == 503:
         headers["Retry-After"] = str(math.ceil(retry_after))
+    return status, headers, json.dumps(body).encode()
+
+
+def answer(error: TokenError | Refusal | UpstreamFault, *, method: str, retry_after: float = 1) -> Response:
+    """Return the answer to a request that is not forwarded; `retry_after` is in seconds."""
+    status, headers, body = parts(error, retry_after=retry_after)
     # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
-    return Response.make(status, b"" if method == "HEAD" else json.dumps(body).encode(), headers)
+    return Response.make(status, b"" if method == "HEAD" else body, headers)

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-from mitmproxy.certs import CertStore
-from mitmproxy.options import CONF_BASENAME, CONF_DIR, KEY_SIZE, Options
+from mitmproxy.options import CONF_DIR, Options
 from mitmproxy.tools import cmdline
 from mitmproxy.tools import main as mitmproxy_main
 from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
+from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
+from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, set_format
 from eoepca_security.proxy.settings import CA_FILE, PORT, UPSTREAM, Settings
@@ -52,12 +52,17 @@ def run(
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             set_format(self, log_format, without=ends_the_start)
             self.event_loop.set_exception_handler(_ignore_cancelled)
-            # At the end of the chain: whatever other add-ons do to a request, ours has the last word.
             self.addons.add(OIDCAuthProxy(settings, self._started))
+            # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
+            chain = self.addons.chain
+            chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
+            cache_hooks(self)
+            pool.install(pool.Pool())
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
             nonlocal exit_code, starting
             starting = False
+            settle_memory()
             if isinstance(failure, CredentialsRejected):
                 exit_code = 1
                 complain(f"{failure.code}: {failure}", log_format)
@@ -95,26 +100,11 @@ def _writable_confdir() -> Iterator[str]:
     except (OSError, RuntimeError):
         writable = False
     if writable:
-        # What keeps us from it keeps mitmproxy from it too, and it says so.
-        with contextlib.suppress(OSError, Timeout):
-            _make_ca(usual)
+        authority.make(usual)
         yield CONF_DIR
         return
     with tempfile.TemporaryDirectory(prefix="mitmproxy-") as folder:
         yield folder
-
-
-def _make_ca(folder: Path) -> None:
-    """Make mitmproxy's CA as it would, but once and whole: proxies that start together read half-written files."""
-    ca = f"{CONF_BASENAME}-ca.pem"
-    with FileLock(folder / "eoepca-security.lock", timeout=10, mode=0o600):
-        if (folder / ca).exists():
-            return
-        with tempfile.TemporaryDirectory(dir=folder) as made:
-            CertStore.create_store(Path(made), CONF_BASENAME, KEY_SIZE)
-            # The file that others look for comes last.
-            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == ca):
-                file.replace(folder / file.name)
 
 
 def _ignore_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

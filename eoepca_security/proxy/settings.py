@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from dotenv.parser import parse_stream
 
@@ -22,12 +22,13 @@ from eoepca_security.protocol import (
     split_url,
     url_problem,
 )
+from eoepca_security.proxy.guard import EVERYWHERE, parse_host, parse_origin
 from eoepca_security.store import TokenStore
 from eoepca_security.transport import trust
 
 _MAX_FILE: Final = 64 * 1024
 _PORTS: Final = {"http": 80, "https": 443}
-_EVERYWHERE: Final = ("0.0.0.0", "::")  # noqa: S104  compared with, not bound to
+_FORWARD_AS: Final = ("bearer", "apisix")
 
 T = TypeVar("T")
 
@@ -82,6 +83,28 @@ ENDPOINT = Variable(
 TLS_NO_VERIFY = Variable("TLS_NO_VERIFY", None, "Do not verify the protected service's certificate.")
 HOST = Variable("PROXY_HOST", None, "Address to listen on.")
 PORT = Variable("PROXY_PORT", None, "Port to listen on; 0 takes a free one.")
+ADMIN = Variable("PROXY_ADMIN", "admin_listen", "Address of the admin listener, as host:port, or off.")
+ALLOWED_HOSTS = Variable(
+    "PROXY_ALLOWED_HOSTS",
+    "allowed_hosts",
+    "Names that clients may use in Host, separated by commas; * allows all. Unset: loopback and the listening address.",
+)
+ALLOWED_ORIGINS = Variable(
+    "PROXY_ALLOWED_ORIGINS", "allowed_origins", "Web origins whose pages may use the proxy, separated by commas."
+)
+TERMINATION_ENDPOINT = Variable(
+    "PROXY_TERMINATION_ENDPOINT", "termination_endpoint", "Path on the proxy where a POST ends it."
+)
+FORWARD_AS = Variable(
+    "PROXY_FORWARD_AS",
+    "forward_as",
+    "Headers that the service gets: bearer (Authorization) or apisix (those of APISIX's openid-connect plugin, too).",
+)
+INJECT_HOSTS = Variable(
+    "PROXY_INJECT_HOSTS",
+    "inject_hosts",
+    "In regular mode: hosts, as host or host:port, that get the token; separated by commas.",
+)
 
 VARIABLES: Final = (
     ISSUER,
@@ -102,13 +125,37 @@ VARIABLES: Final = (
     TLS_NO_VERIFY,
     HOST,
     PORT,
+    ADMIN,
+    ALLOWED_HOSTS,
+    ALLOWED_ORIGINS,
+    TERMINATION_ENDPOINT,
+    FORWARD_AS,
+    INJECT_HOSTS,
 )
 OPTIONS: Final = tuple(variable for variable in VARIABLES if variable.option is not None)
 
 
+class Address(NamedTuple):
+    """A host, an IPv6 address without brackets, and a port, which may be 0 for a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+DEFAULT_ADMIN: Final = Address("127.0.0.1", 8081)
+"""Where the launcher's admin listener is unless it is set; when that is taken, the proxy goes on without."""
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be set, checked. `upstream` is None only where it was not asked for."""
+    """Everything that can be set, checked. `upstream` is None only where it was not asked for.
+
+    `admin` is None where there is to be no admin listener; `admin_is_set` says that it must not be left out. Without
+    `allowed_hosts` those of loopback and the listening address are allowed.
+    """
 
     issuer_url: str
     client: Client
@@ -125,6 +172,13 @@ class Settings:
     tls_no_verify: bool = False
     host: str = "127.0.0.1"
     port: int = 8080
+    admin: Address | None = None
+    admin_is_set: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    termination_endpoint: str | None = None
+    forward_as: str = "bearer"
+    inject_hosts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     @property
@@ -198,6 +252,10 @@ def read_settings(
         reader.warnings.append(f"{TLS_NO_VERIFY.env} is on: whoever is between here and the service can read the token")
     host, port = reader.host(), reader.port()
     upstream = reader.upstream(host, port) if need_upstream else None
+    admin, admin_is_set = reader.admin(DEFAULT_ADMIN if need_upstream else None)
+    inject_hosts = reader.hosts(INJECT_HOSTS)
+    if need_upstream and inject_hosts:
+        reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher forwards to {UPSTREAM.env} only")
     reader.warn_of_unknown_names()
     settings = Settings(
         issuer_url=issuer_url,
@@ -215,6 +273,13 @@ def read_settings(
         tls_no_verify=tls_no_verify,
         host=host,
         port=port,
+        admin=admin,
+        admin_is_set=admin_is_set,
+        allowed_hosts=reader.hosts(ALLOWED_HOSTS, wildcard=True),
+        allowed_origins=reader.origins(),
+        termination_endpoint=reader.termination_endpoint(),
+        forward_as=reader.choice(FORWARD_AS, _FORWARD_AS),
+        inject_hosts=inject_hosts,
         warnings=tuple(reader.warnings),
     )
     if reader.problems:
@@ -408,10 +473,55 @@ class _Reader:
 
     def port(self) -> int:
         value = self.text(PORT) or "8080"
-        if not re.fullmatch(r"[0-9]{1,5}", value) or int(value) > 65535:
+        if not _is_port(value):
             self.problem(PORT, f"{value!r} is no port: use a number from 1 to 65535, or 0 for a free one")
             return 8080
         return int(value)
+
+    def admin(self, default: Address | None) -> tuple[Address | None, bool]:
+        """Return the admin listener's address, if it is to be on, and whether that was set."""
+        value = self.text(ADMIN)
+        if value is None or value == "off":
+            return (default if value is None else None), value is not None
+        host, _, port = value.rpartition(":")
+        if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", host) or not _is_port(port):
+            self.problem(ADMIN, f"{value!r} is no address: use host:port, e.g. {DEFAULT_ADMIN}, or off")
+            return None, True
+        return Address(host.strip("[]"), int(port)), True
+
+    def items(self, variable: Variable) -> tuple[str, ...]:
+        """Return a comma-separated list."""
+        return tuple(item.strip() for item in (self.text(variable) or "").split(",") if item.strip())
+
+    def hosts(self, variable: Variable, *, wildcard: bool = False) -> tuple[str, ...]:
+        hosts = []
+        for item in self.items(variable):
+            if wildcard and item == "*":
+                hosts.append(item)
+                continue
+            try:
+                # An IPv6 address may come without its brackets.
+                hosts.append(str(parse_host(f"[{item}]" if item.count(":") > 1 and "[" not in item else item)))
+            except ValueError:
+                self.problem(variable, f"{item!r} is no host: use names like service.example, with :port where needed")
+        return tuple(hosts)
+
+    def origins(self) -> tuple[str, ...]:
+        origins = []
+        for item in self.items(ALLOWED_ORIGINS):
+            try:
+                origins.append(parse_origin(item))
+            except ValueError:
+                self.problem(
+                    ALLOWED_ORIGINS, f"{item!r} is no origin: use scheme://host:port, e.g. https://app.example"
+                )
+        return tuple(origins)
+
+    def termination_endpoint(self) -> str | None:
+        path = self.text(TERMINATION_ENDPOINT)
+        if path is not None and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", path):
+            self.problem(TERMINATION_ENDPOINT, f"{path!r} is no path: use one like /quitquitquit")
+        return path
 
     def upstream(self, host: str, port: int) -> str:
         url = self.required(UPSTREAM, "the protected service, e.g. https://service.example:9200")
@@ -429,7 +539,7 @@ class _Reader:
         elif (
             is_loopback(parts.hostname)
             and (parts.port or _PORTS[parts.scheme]) == port
-            and (is_loopback(host) or host in _EVERYWHERE)
+            and (is_loopback(host) or host in EVERYWHERE)
         ):
             self.problem(UPSTREAM, f"is the address that the proxy itself listens on: change it or {PORT.env}")
         elif parts.scheme == "http" and not is_loopback(parts.hostname):
@@ -445,6 +555,10 @@ class _Reader:
         if not re.fullmatch(r"/[!-~]*", path):
             self.problem(ENDPOINT, "is no path: use one like /collections")
         return path
+
+
+def _is_port(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,5}", text) is not None and int(text) <= 65535
 
 
 def _shown(path: Path | str) -> str:

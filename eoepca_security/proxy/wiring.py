@@ -1,6 +1,8 @@
 """From settings to a TokenSource that talks to the issuer."""
 
-from eoepca_security.errors import CredentialsRejected, TokenInvalid
+from collections.abc import Callable
+
+from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
 from eoepca_security.provider import Provider
 from eoepca_security.proxy.settings import AUDIENCE, REFRESH_TOKEN, Settings
@@ -33,10 +35,17 @@ def make_store(settings: Settings) -> TokenStore | None:
     )
 
 
-def make_source(settings: Settings, *, continues: TokenSource | None = None) -> TokenSource:
+def make_source(
+    settings: Settings,
+    *,
+    continues: TokenSource | None = None,
+    observe: Callable[[TokenError | None, float], None] | None = None,
+    learn: Callable[[Provider, str], object] | None = None,
+) -> TokenSource:
     """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet.
 
-    `continues` is a source with the same login, which it goes on with.
+    `continues` is a source with the same login, which it goes on with. `observe` is as TokenSource has it. `learn` is
+    called with each new access token that is good, in the thread that got it.
     """
     provider = make_provider(settings)
 
@@ -46,6 +55,11 @@ def make_source(settings: Settings, *, continues: TokenSource | None = None) -> 
         return provider.request_token(refresh_token)
 
     def check(token: str) -> None:
+        check_audience(token)
+        if learn is not None:
+            learn(provider, token)
+
+    def check_audience(token: str) -> None:
         if settings.audience is None or not looks_like_jwt(token):
             return
         try:
@@ -65,4 +79,5 @@ def make_source(settings: Settings, *, continues: TokenSource | None = None) -> 
         store=make_store(settings),
         check=check,
         continues=continues,
+        observe=observe,
     )

@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,20 @@ def test_a_stop_waits_for_a_refresh_whose_answer_has_the_only_token(start: Start
         load([proxy.url], 0.1)
         eventually(lambda: bool(load([proxy.url], 0.05)) and len(issuer.requests) > before)
         assert proxy.stop() == 0
+        issuer.behaviour.delay = 0
+        assert start("launcher", service.url, environment).url
+        assert issuer.reuses == 0
+
+
+def test_the_end_of_the_terminal_is_an_end_like_others(start: StartProxy, tmp_path: Path) -> None:
+    with FakeIssuer(Behaviour(lifetime=2, refresh_tokens="rotate")) as issuer, Service(issuer) as service:
+        environment = settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path))
+        proxy = start("launcher", service.url, environment)
+        before = len(issuer.requests)
+        issuer.behaviour.delay = 1
+        eventually(lambda: bool(load([proxy.url], 0.05)) and len(issuer.requests) > before)
+        proxy.process.send_signal(signal.SIGHUP)
+        assert proxy.wait_until_ended(15) == 0
         issuer.behaviour.delay = 0
         assert start("launcher", service.url, environment).url
         assert issuer.reuses == 0

@@ -65,9 +65,13 @@ def test_bodies_and_methods_pass(setup: Setup, client: httpx.Client) -> None:
 
 
 def test_an_absolute_target_names_no_other_host(setup: Setup) -> None:
-    answer = raw_exchange(setup.url, b"GET http://evil.example/x HTTP/1.1\r\nHost: evil.example\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert setup.service.seen[-1].target == "/x"
+    before = len(setup.service.seen)
+    for target, host, status in (("evil.example", "localhost", 403), ("localhost", "localhost", 200)):
+        answer = raw_exchange(setup.url, f"GET http://{target}/x HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert [(seen.target, seen.headers["Host"]) for seen in setup.service.seen[before:]] == [
+        ("/x", urlsplit(setup.service.url).netloc)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +161,7 @@ def test_without_a_token_the_proxy_answers_itself_and_heals(tokenless: Setup, cl
     assert client.post(tokenless.url, content=b"x" * 100_000).status_code == 503
     assert client.post(tokenless.url, content=iter([b"x" * 1000] * 5)).status_code == 503
     raw = raw_exchange(
-        tokenless.url, b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx"
+        tokenless.url, b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx"
     )
     assert b" 503 " in raw
 
@@ -310,7 +314,8 @@ def test_an_addon_that_is_edited_goes_on_and_one_that_is_spoilt_ends_the_proxy(
     script = tmp_path / "addon.py"
     good = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + (ROOT / "mitmproxy-oidc-addon.py").read_text()
     script.write_text(good)
-    with FakeIssuer() as issuer, Service(issuer) as service:
+    # The store is none: what the first one got to is in memory only.
+    with FakeIssuer(Behaviour(refresh_tokens="rotate")) as issuer, Service(issuer) as service:
         mitmdump = str(Path(sys.executable).parent / "mitmdump")
         command = [mitmdump, "-s", str(script), "--mode", f"reverse:{service.url}@127.0.0.1:0"]
         process = run_process(command, base_environment | settings_for(issuer), tmp_path)
@@ -321,6 +326,7 @@ def test_an_addon_that_is_edited_goes_on_and_one_that_is_spoilt_ends_the_proxy(
         spoil(script)
         proxy.wait_until_ended()
         assert all(seen.authorized for seen in service.seen)
+        assert issuer.reuses == 0
 
 
 def test_a_port_in_use_is_told(start: StartProxy) -> None:

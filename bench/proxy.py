@@ -1,0 +1,322 @@
+"""How fast the proxy is, beside mitmproxy without it: `uv run bench/proxy.py [--rounds N] [--write]`.
+
+Everything runs on this machine and takes turns, so the ratios mean something where the figures alone do not. `--write`
+puts them into RESULTS.md. nginx, where it is installed, is measured too.
+"""
+
+import argparse
+import contextlib
+import datetime
+import http.client
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+
+from eoepca_security.testing import Behaviour, FakeIssuer
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+CONNECTIONS = (1, 16, 64)
+LINK_DELAY = 0.025
+DOWN = 512 * 2**20
+UP = 256 * 2**20
+
+KINDS = ("bare mitmdump", "mitmdump -s add-on", "launcher")
+
+
+@dataclass
+class Process:
+    """A process with a port that it listens on."""
+
+    process: "subprocess.Popen[bytes]"
+    port: int
+    started_in: float
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(15)
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> int:
+        """Return the resident size in bytes."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@dataclass
+class Bench:
+    """The processes around the proxy, and what was measured: by measure, then by kind."""
+
+    folder: Path
+    issuer: FakeIssuer
+    figures: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+
+    def note(self, measure: str, kind: str, value: float) -> None:
+        self.figures.setdefault(measure, {}).setdefault(kind, []).append(value)
+
+    def start(self, kind: str, upstream: str) -> Process:
+        port = free_port()
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(self.folder),
+            "OPEN_ID_CONNECT_URL": self.issuer.url,
+            "OPEN_ID_CONNECT_CLIENT_ID": self.issuer.client_id,
+            "OPEN_ID_REFRESH_TOKEN": self.issuer.refresh_token,
+            "OPEN_ID_TOKEN_STORE": "none",
+            "TLS_CA_FILE": str(self.folder / "service.pem"),
+            "REMOTE_PROTECTED_DOMAIN": upstream,
+            "PROXY_PORT": str(port),
+            "PROXY_ADMIN": "off",
+        }
+        mitmdump = [str(Path(sys.executable).parent / "mitmdump"), "-q", "--mode", f"reverse:{upstream}"]
+        mitmdump += ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
+        mitmdump += ["--set", f"ssl_verify_upstream_trusted_ca={self.folder / 'service.pem'}"]
+        command = {
+            "bare mitmdump": mitmdump,
+            "mitmdump -s add-on": [*mitmdump, "-s", str(ROOT / "mitmproxy-oidc-addon.py")],
+            "launcher": [sys.executable, str(ROOT / "run-mitmproxy.py")],
+            "nginx": ["nginx", "-c", str(self._nginx_configuration(upstream, port))],
+        }[kind]
+        return self.run(command, port, environment)
+
+    def run(self, command: list[str], port: int, environment: dict[str, str] | None = None) -> Process:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, env=environment, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return Process(process, port, time.perf_counter() - started)
+            if process.poll() is not None:
+                raise SystemExit(f"{command} ended with {process.returncode}")
+            time.sleep(0.005)
+
+    def peer(self, *arguments: object) -> Process:
+        port = free_port()
+        kind, *rest = map(str, arguments)
+        return self.run([sys.executable, str(HERE / "peers.py"), kind, str(port), *rest], port)
+
+    def _nginx_configuration(self, upstream: str, port: int) -> Path:
+        scheme, _, target = upstream.partition("://")
+        path = self.folder / f"nginx-{port}.conf"
+        path.write_text(
+            f"daemon off; pid {path}.pid; error_log stderr crit; worker_processes 1; events {{ }}\n"
+            f"http {{ access_log off; upstream service {{ server {target}; keepalive 32; }}\n"
+            f"  server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass {scheme}://service;\n"
+            f"    proxy_http_version 1.1;\n"
+            f'    proxy_set_header Connection ""; proxy_set_header Authorization "Bearer x"; proxy_ssl_verify on;\n'
+            f"    proxy_ssl_trusted_certificate {self.folder / 'service.pem'}; proxy_ssl_name 127.0.0.1; }} }} }}\n"
+        )
+        return path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def make_certificate(folder: Path) -> Path:
+    """Write a certificate for 127.0.0.1, and a file with its key, too."""
+    key = generate_private_key(SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.UTC)
+    names = x509.SubjectAlternativeName([x509.IPAddress(__import__("ipaddress").ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(names, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(Encoding.PEM)
+    (folder / "service.pem").write_bytes(pem)
+    both = folder / "service-key.pem"
+    both.write_bytes(pem + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return both
+
+
+# --- what is measured --------------------------------------------------------------------------------------------
+
+
+def throughput(bench: Bench, rounds: int, seconds: float) -> None:
+    """Measure requests a second, latencies and CPU time, with connections that stay."""
+    service = bench.peer("service")
+    proxies = {kind: bench.start(kind, f"http://127.0.0.1:{service.port}") for kind in KINDS}
+    for round_number in range(rounds + 1):
+        for connections in CONNECTIONS:
+            for kind, proxy in proxies.items():
+                before = proxy.cpu_seconds()
+                output = subprocess.check_output(
+                    [sys.executable, HERE / "peers.py", "load", str(proxy.port), str(connections), str(seconds)]
+                )
+                result = json.loads(output)
+                if result["failures"]:
+                    raise SystemExit(f"{kind}: {result['failures']}")
+                if round_number == 0:
+                    continue  # the first warms up
+                requests = result["requests"]
+                bench.note(f"requests/s, {connections} connections", kind, requests / result["seconds"])
+                bench.note(f"p50 in ms, {connections} connections", kind, 1000 * result["p50"])
+                bench.note(f"p99 in ms, {connections} connections", kind, 1000 * result["p99"])
+                cpu = (proxy.cpu_seconds() - before) / requests
+                bench.note(f"CPU time per request in µs, {connections} connections", kind, 1e6 * cpu)
+    for process in (*proxies.values(), service):
+        process.stop()
+
+
+def one_shot(bench: Bench, rounds: int) -> None:
+    """Measure a client that connects for each request, over a link with a round trip of 50 ms, with TLS."""
+    service = bench.peer("service", bench.folder / "service-key.pem")
+    link = bench.peer("relay", service.port, LINK_DELAY)
+    kinds = [*KINDS, *(["nginx"] if shutil.which("nginx") else [])]
+    proxies = {kind: bench.start(kind, f"https://127.0.0.1:{link.port}") for kind in kinds}
+    for round_number in range(2 + 5 * rounds):
+        for kind, proxy in proxies.items():
+            started = time.perf_counter()
+            connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
+            connection.request("GET", "/small")
+            response = connection.getresponse()
+            response.read()
+            connection.close()
+            if response.status != 200:
+                raise SystemExit(f"{kind}: {response.status}")
+            if round_number >= 2:
+                bench.note(
+                    "one-shot request over a 50 ms link with TLS, in ms", kind, 1000 * (time.perf_counter() - started)
+                )
+            time.sleep(0.02)
+    for process in (*proxies.values(), link, service):
+        process.stop()
+
+
+def streams(bench: Bench) -> None:
+    """Measure large bodies, events, and what they take in memory."""
+    service = bench.peer("service")
+    for kind in KINDS:
+        proxy = bench.start(kind, f"http://127.0.0.1:{service.port}")
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=300)
+        connection.request("GET", "/small")
+        connection.getresponse().read()
+        before = proxy.memory()
+        connection.request("GET", "/events")
+        response = connection.getresponse()
+        sent = float(response.readline().decode().removeprefix("data: "))
+        bench.note("first event after, in ms", kind, 1000 * (time.time() - sent))
+        response.read()
+
+        connection.request("GET", f"/large/{DOWN}")
+        response, peak = connection.getresponse(), 0
+        while response.read(2**22):
+            peak = max(peak, proxy.memory())
+        bench.note("growth in MiB, 512 MiB down", kind, (peak - before) / 2**20)
+
+        def body(proxy: Process = proxy) -> Iterator[bytes]:
+            nonlocal peak
+            for _ in range(UP // 2**20):
+                peak = max(peak, proxy.memory())
+                yield b"x" * 2**20
+
+        connection.request("PUT", "/up", body=body(), headers={"Content-Length": str(UP)})
+        response = connection.getresponse()
+        response.read()
+        bench.note("growth in MiB, 256 MiB up", kind, (peak - before) / 2**20)
+        connection.close()
+        proxy.stop()
+    service.stop()
+
+
+def start_up(bench: Bench, rounds: int) -> None:
+    """Measure from the start of the process to the first answer."""
+    service = bench.peer("service")
+    for round_number in range(rounds + 1):
+        for kind in KINDS:
+            started = time.perf_counter()
+            proxy = bench.start(kind, f"http://127.0.0.1:{service.port}")
+            connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
+            connection.request("GET", "/small")
+            connection.getresponse().read()
+            if round_number:
+                bench.note("start to listening, in ms", kind, 1000 * proxy.started_in)
+                bench.note("start to first answer, in ms", kind, 1000 * (time.perf_counter() - started))
+            connection.close()
+            proxy.stop()
+    service.stop()
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+def report(bench: Bench, rounds: int) -> str:
+    """Return all medians, as a table with their ratios to bare mitmdump's."""
+    kinds = [*KINDS, *(["nginx"] if any("nginx" in by_kind for by_kind in bench.figures.values()) else [])]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mitmproxy", "eoepca-security"))
+    setting = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
+    today = datetime.datetime.now(datetime.UTC).date()
+    lines = [
+        f"{today}: {setting}, {os.cpu_count()} cores; medians of {rounds} rounds in turn, ratios to bare mitmdump's.",
+        "",
+        "| measure | " + " | ".join(kinds) + " |",
+        "|---|" + "---|" * len(kinds),
+    ]
+    for measure, by_kind in bench.figures.items():
+        base = statistics.median(by_kind[KINDS[0]])
+        cells = []
+        for kind in kinds:
+            if kind not in by_kind:
+                cells.append("")
+                continue
+            value = statistics.median(by_kind[kind])
+            ratio = f" ({value / base:.2f}×)" if kind != KINDS[0] and base > 0 else ""
+            cells.append(f"{value:,.1f}{ratio}" if value < 100 else f"{value:,.0f}{ratio}")
+        lines.append(f"| {measure} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure everything and print it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3, help="of load for each measurement")
+    parser.add_argument("--write", action="store_true", help="write RESULTS.md, too")
+    parser.add_argument("--only", choices=["throughput", "one-shot", "streams", "start-up"])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, FakeIssuer(Behaviour(lifetime=3600)) as issuer:
+        bench = Bench(Path(folder), issuer)
+        make_certificate(bench.folder)
+        if arguments.only in (None, "throughput"):
+            throughput(bench, arguments.rounds, arguments.seconds)
+        if arguments.only in (None, "one-shot"):
+            one_shot(bench, arguments.rounds)
+        if arguments.only in (None, "streams"):
+            streams(bench)
+        if arguments.only in (None, "start-up"):
+            start_up(bench, arguments.rounds)
+        text = report(bench, arguments.rounds)
+    print(text)
+    if arguments.write:
+        (HERE / "RESULTS.md").write_text(f"# What `bench/proxy.py` measured\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The admin listener: probes, metrics, the state of things for people, and an off switch."""
+
+import html
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application, HTTPError, RequestHandler
+
+from eoepca_security.errors import TokenError
+from eoepca_security.proxy import problem
+from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard
+from eoepca_security.proxy.metrics import Metrics
+from eoepca_security.proxy.settings import Address, Settings
+
+MAX_SIZE: Final = 16 * 1024
+"""Longest header block, and longest body, that is read, in bytes."""
+
+TIMEOUT: Final = 30.0
+"""Seconds that a connection may be idle, or take to send a request's headers."""
+
+_HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the pages tell of: `ready` gives None or why there is no token, `quit` ends the proxy."""
+
+    ready: Callable[[], Awaitable[TokenError | None]]
+    status: Callable[[], Mapping[str, Any]]
+    metrics: Metrics
+    quit: Callable[[], None]
+
+
+class Admin:
+    """The server; it runs in the event loop of the proxy."""
+
+    def __init__(self, settings: Settings, subject: Subject) -> None:
+        if settings.admin is None:
+            raise ValueError("there is to be no admin listener")
+        self._address = settings.admin
+        arguments = {"guard": admin_guard(settings, settings.admin), "subject": subject}
+        pages = (("/", _Home), ("/livez", _Live), ("/readyz", _Ready), ("/metrics", _Metrics), ("/status", _Status))
+        handlers: list[Any] = [(path, page, arguments) for path, page in (*pages, ("/quitquitquit", _Quit))]
+        self._server = HTTPServer(
+            Application(
+                handlers,
+                default_handler_class=_Nothing,
+                default_handler_args=arguments,
+                log_function=lambda _handler: None,
+            ),
+            max_header_size=MAX_SIZE,
+            max_body_size=MAX_SIZE,
+            idle_connection_timeout=TIMEOUT,
+            body_timeout=TIMEOUT,
+        )
+
+    def start(self) -> Address:
+        """Listen, and return the address, with the port that was free where any was asked for; raises OSError."""
+        sockets = bind_sockets(self._address.port, self._address.host)
+        self._server.add_sockets(sockets)
+        return Address(self._address.host, sockets[0].getsockname()[1])
+
+    def stop(self) -> None:
+        """Listen no more; the connections end with the process."""
+        self._server.stop()
+
+
+def admin_guard(settings: Settings, address: Address) -> Guard:
+    """Return the rules of the admin listener.
+
+    Probes address a pod by its IP address, so where the listener is bound to all addresses, any of them will do: what a
+    GET can do here is nothing, and a POST from a web page tells its origin.
+    """
+    is_everywhere = address.host in EVERYWHERE
+    own = () if is_everywhere else (f"[{address.host}]" if ":" in address.host else address.host,)
+    return Guard((*LOOPBACK_NAMES, *own, *settings.allowed_hosts), settings.allowed_origins, ip_addresses=is_everywhere)
+
+
+class _Page(RequestHandler):
+    allow = "GET, HEAD"
+
+    def initialize(self, guard: Guard, subject: Subject) -> None:
+        self.guard = guard
+        self.subject = subject
+
+    def set_default_headers(self) -> None:
+        self.clear_header("Server")
+        for name, value in _HEADERS.items():
+            self.set_header(name, value)
+
+    def prepare(self) -> None:
+        values = self.request.headers.get_list
+        if refusal := self.guard.refusal("http", values("Host"), values):
+            self.tell(*problem.parts(refusal))
+
+    def tell(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.set_status(status)
+        for name, value in headers.items():
+            self.set_header(name, value)
+        self.finish(body)
+
+    def text(self, text: str, media_type: str = "text/plain; charset=utf-8") -> None:
+        self.tell(200, {"Content-Type": media_type}, text.encode())
+
+    def write_error(self, status_code: int, **_: Any) -> None:
+        headers = {"Content-Type": "application/problem+json"}
+        if status_code == 405:
+            headers["Allow"] = self.allow
+        self.tell(status_code, headers, json.dumps({"status": status_code, "title": self._reason}).encode())
+
+    async def head(self) -> None:
+        # Tornado leaves the body out.
+        await self.get()  # type: ignore[misc]
+
+
+class _Nothing(_Page):
+    def prepare(self) -> None:
+        super().prepare()
+        if not self._finished:
+            raise HTTPError(404)
+
+
+class _Live(_Page):
+    async def get(self) -> None:
+        self.text("ok\n")
+
+
+class _Ready(_Page):
+    async def get(self) -> None:
+        if error := await self.subject.ready():
+            self.tell(*problem.parts(error, status=503))
+        else:
+            self.text("ok\n")
+
+
+class _Metrics(_Page):
+    async def get(self) -> None:
+        body, media_type = self.subject.metrics.exposition(self.request.headers.get("Accept", ""))
+        self.tell(200, {"Content-Type": media_type}, body)
+
+
+class _Status(_Page):
+    async def get(self) -> None:
+        self.text(json.dumps(self.subject.status(), indent=2) + "\n", "application/json")
+
+
+class _Home(_Page):
+    async def get(self) -> None:
+        self.text(page(self.subject.status()), "text/html; charset=utf-8")
+
+
+class _Quit(_Page):
+    allow = "POST"
+
+    async def head(self) -> None:
+        raise HTTPError(405)
+
+    async def post(self) -> None:
+        self.text("ending\n")
+        self.subject.quit()
+
+
+def page(status: Mapping[str, Any]) -> str:
+    """Return the status as a page that needs nothing from anywhere else, and refreshes itself."""
+    rows = "\n".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in _flat(status)
+    )
+    state = "ready" if status["ready"] else "not ready"
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta http-equiv="refresh" content="5">\n'
+        f"<title>OIDC proxy: {state}</title>\n<h1>OIDC proxy: {state}</h1>\n<table>\n{rows}\n</table>\n</html>\n"
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for name, value in values.items():
+        label = prefix + name.replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{label}: ")
+        elif value is not None:
+            rows.append((label, str(value)))
+    return rows

@@ -1,0 +1,121 @@
+"""What of a client's request goes on to the protected service, and what the proxy adds."""
+
+import base64
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mitmproxy.http import Headers, Request
+
+from eoepca_security.errors import TokenError
+from eoepca_security.provider import Provider
+from eoepca_security.session import AccessToken
+from eoepca_security.verify import unverified_claims
+
+SHOWN: Final = "Bearer (added by the proxy)"
+"""What stands in a flow, and so in mitmproxy's console and files, in the place of the token."""
+
+# RFC 9110 §7.6.1 and what preceded it. Transfer-Encoding is mitmproxy's to handle.
+_HOP_BY_HOP: Final = (
+    "Keep-Alive",
+    "Proxy-Authenticate",
+    "Proxy-Authorization",
+    "Proxy-Connection",
+    "HTTP2-Settings",
+)
+_FRAMING: Final = frozenset({"content-length", "transfer-encoding", "host"})
+
+# What APISIX's openid-connect plugin sets, and so what a service behind it believes.
+_APISIX: Final = frozenset({"x-access-token", "x-id-token", "x-raw-id-token", "x-refresh-token", "x-userinfo"})
+
+logger = logging.getLogger(__name__)
+
+
+def is_one_request(request: Request) -> bool:
+    """Tell whether it stays one request as HTTP/1: no line breaks (mitmproxy 11 lets HTTP/2's pass), nor folded lines.
+
+    Nor may `Connection` name the headers that say where the request ends and for whom it is.
+    """
+    data = request.data
+    return (
+        re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", data.method) is not None
+        and re.fullmatch(rb"\*|/[^\x00-\x20\x7f]*", data.path) is not None
+        and data.http_version in (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"HTTP/3")
+        and not any(re.search(rb"[\r\n\x00]", part) for field in data.headers.fields for part in field)
+        and _FRAMING.isdisjoint(_connection_options(data.headers))
+    )
+
+
+def is_websocket(request: Request) -> bool:
+    """Tell whether the request asks for a WebSocket (RFC 6455 §4.1)."""
+    return request.method == "GET" and request.headers.get("Upgrade", "").strip().lower() == "websocket"
+
+
+def drop_hop_by_hop(request: Request) -> None:
+    """Remove what concerns the client's connection to us only (RFC 9110 §7.6.1)."""
+    headers = request.headers
+    options = _connection_options(headers)
+    websocket = is_websocket(request)
+    for name in (*_HOP_BY_HOP, *(options - {"upgrade"})):
+        headers.pop(name, None)
+    if not websocket:
+        headers.pop("Upgrade", None)
+    # gRPC needs it, and is HTTP/2; over HTTP/1 it asks for trailers that mitmproxy cannot read.
+    if not (request.is_http2 and headers.get("TE") == "trailers"):
+        headers.pop("TE", None)
+    headers.pop("Connection", None)
+    # mitmproxy looks here to see whether the client's connection is to stay.
+    if kept := ["Upgrade"] * websocket + [option for option in ("close", "keep-alive") if option in options]:
+        headers["Connection"] = ", ".join(kept)
+
+
+def hide_credentials(headers: Headers) -> None:
+    """Replace the client's own credentials, which go nowhere and are nobody's business."""
+    for name in ("Authorization", "Proxy-Authorization"):
+        if name in headers:
+            headers[name] = SHOWN
+
+
+def drop_gateway_headers(headers: Headers) -> None:
+    """Remove a client's copies of what only a gateway may say, also as CGI and WSGI would mistake them."""
+    for name in tuple(headers.keys()):
+        if name.lower().replace("_", "-") in _APISIX:
+            headers.pop(name, None)
+
+
+class ApisixHeaders:
+    """What APISIX's openid-connect plugin sends besides the token: claims, as padded base64 of JSON."""
+
+    def __init__(self) -> None:
+        self._userinfo: tuple[str, Mapping[str, Any] | None] = ("", None)
+        self._trouble = ""
+
+    def learn(self, provider: Provider, token: str) -> None:
+        """Ask the issuer about the user to whom `token` belongs; blocks. That it fails is no reason to stop."""
+        claims = None
+        try:
+            claims = provider.userinfo(token)
+        except TokenError as error:
+            if str(error) != self._trouble:
+                logger.warning("no X-Userinfo from the issuer, so it is what the access token says: %s", error)
+            self._trouble = str(error)
+        self._userinfo = (token, claims)
+
+    def of(self, token: AccessToken) -> dict[str, str]:
+        """Return the headers, without those for which there is nothing to say."""
+        known_token, userinfo = self._userinfo
+        if known_token != token.value or userinfo is None:
+            userinfo = unverified_claims(token.value)
+        claims = {"X-ID-Token": unverified_claims(token.id_token or ""), "X-Userinfo": userinfo}
+        return {"X-Access-Token": token.value} | {name: _encoded(value) for name, value in claims.items() if value}
+
+
+def _encoded(claims: Mapping[str, Any]) -> str:
+    return base64.b64encode(json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()).decode()
+
+
+def _connection_options(headers: Headers) -> frozenset[str]:
+    fields = headers.get_all("Connection")
+    return frozenset(option.strip().lower() for field in fields for option in field.split(",") if option.strip())

@@ -1,0 +1,91 @@
+"""Ending without cutting anybody off: requests that are being served get their answers, within a bound."""
+
+import asyncio
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Final
+
+from mitmproxy.addons.proxyserver import Proxyserver
+
+DRAIN_TIMEOUT: Final = 8.0
+"""Seconds that the end waits for requests that are being served; docker kills after 10."""
+
+_CLOSING_TIMEOUT: Final = 1.0
+_INTERVAL: Final = 0.02
+
+
+class DaemonThreads(ThreadPoolExecutor):
+    """An executor that gives each call a thread of its own, which does not hold up the end of the process.
+
+    asyncio looks names up in its executor: a name server that is silent would fill the usual pool, so that nothing else
+    is looked up, and the process would wait for it before it ends.
+    """
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        """Run the function in a new thread."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = function(*arguments, **options)
+            except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        threading.Thread(target=run, name="executor", daemon=True).start()
+        return future
+
+
+def end_with_the_terminal(end: Callable[[], None]) -> None:
+    """Let the end of the terminal end the process like any other signal, unless it is to outlive that (nohup)."""
+    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, end)
+
+
+async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
+    """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
+
+    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after a second signal; returns whether there was one.
+    """
+    for instance in server.servers:
+        if instance.is_running:
+            await instance.stop()
+    loop = asyncio.get_running_loop()
+    hurry = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Not everywhere, and not outside the main thread.
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.add_signal_handler(number, hurry.set)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_TIMEOUT):
+            await asyncio.sleep(_INTERVAL)
+            # There is no event for a buffer that is empty.
+            while not hurry.is_set() and (is_busy() or _unsent(server)):  # noqa: ASYNC110
+                await asyncio.sleep(_INTERVAL)
+    for handler in tuple(server.connections.values()):
+        client = handler.transports.get(handler.client)
+        if client is not None and client.handler is not None:
+            client.handler.cancel("the proxy ends")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSING_TIMEOUT):
+            while server.connections:  # noqa: ASYNC110  as above
+                await asyncio.sleep(_INTERVAL)
+    return hurry.is_set()
+
+
+def _unsent(server: Proxyserver) -> bool:
+    """Tell whether a client has not been sent all of its answer."""
+    for handler in server.connections.values():
+        transports = handler.transports.get(handler.client)
+        if transports is not None and isinstance(transports.writer, asyncio.StreamWriter):
+            transport = transports.writer.transport
+            if not transport.is_closing() and transport.get_write_buffer_size():
+                return True
+    return False

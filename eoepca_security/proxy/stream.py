@@ -1,0 +1,161 @@
+"""One request and its answer: answers that do not wait for what is still to come, and those for a service that fails.
+
+mitmproxy reads the whole body of a request before it sends an answer that an add-on has made, and tells of a service
+that fails in HTML. The streams here answer at once, and in the form that clients of ours know.
+"""
+
+import time
+from typing import Any, Final
+from weakref import WeakSet
+
+from mitmproxy.connection import Connection
+from mitmproxy.http import Request, Response
+from mitmproxy.proxy.commands import CloseConnection
+from mitmproxy.proxy.events import Event
+from mitmproxy.proxy.layer import CommandGenerator
+from mitmproxy.proxy.layers import http
+from mitmproxy.proxy.layers.http import HttpStream, SendHttp
+from mitmproxy.proxy.layers.http._events import (
+    RequestData,
+    RequestEndOfMessage,
+    RequestHeaders,
+    RequestProtocolError,
+    ResponseProtocolError,
+)
+from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
+
+from eoepca_security.proxy import problem
+
+MAX_HELD: Final = 1024 * 1024
+"""Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
+
+CODE: Final = "oidc_proxy_error"
+"""In a flow's metadata, the code of the answer that was made here."""
+
+MAX_DISCARDED: Final = 1024 * 1024 * 1024
+"""Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
+answer only when they have sent everything, and would never see it if the connection ended before that."""
+
+# RFC 9110 §9.2.2: doing these twice is no different from doing them once.
+_IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+
+_used: WeakSet[Connection] = WeakSet()
+
+
+def install() -> None:
+    """Put our streams in the place of mitmproxy's, for all connections of this process that are made from now on."""
+    http.HttpStream = Stream  # type: ignore[misc]
+
+
+def streams_request(request: Request) -> bool:
+    """Tell whether a request's body is to pass through as it comes, rather than be held until it is complete.
+
+    One that is held can be sent again, so short ones are.
+    """
+    length = request.headers.get("Content-Length")
+    if length is None:
+        return "Transfer-Encoding" in request.headers or request.is_http2 or request.is_http3
+    return not length.isdecimal() or int(length) > MAX_HELD
+
+
+def streams_response(response: Response) -> bool:
+    """Tell whether an answer's body is to pass through as it comes: events, and what may be large."""
+    if response.status_code == 101:
+        return False
+    length = response.headers.get("Content-Length")
+    if length is None:
+        # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
+        return response.status_code != 401
+    return not length.isdecimal() or int(length) > MAX_HELD
+
+
+class Stream(HttpStream):
+    """A stream that answers as soon as there is an answer."""
+
+    _discarded = 0
+    _was_used = False
+    _was_repeated = False
+
+    def state_wait_for_request_headers(self, event: RequestHeaders) -> CommandGenerator[None]:
+        """Answer without waiting for the body where the hooks have left an answer."""
+        yield from super().state_wait_for_request_headers(event)
+        if self._is_in(self.state_consume_request_body) and not event.end_stream and self.flow.response is not None:
+            yield from self._answer()
+
+    def start_request_stream(self) -> CommandGenerator[None]:
+        """Begin to stream the request; what follows an answer to it is discarded."""
+        yield from super().start_request_stream()
+        if self._is_in(self.state_errored) and self.flow.response is not None:
+            self.client_state = self.state_discard_request_body
+
+    def state_discard_request_body(self, event: Event) -> CommandGenerator[None]:
+        """Read what the client still sends, so that it gets to read the answer, but not for ever."""
+        if isinstance(event, RequestData):
+            self._discarded += len(event.data)
+            if self._discarded > MAX_DISCARDED:
+                yield CloseConnection(self.context.client)
+                self.client_state = self.state_errored
+        elif isinstance(event, RequestEndOfMessage):
+            self.client_state = self.state_done
+            yield from self.flow_done()
+
+    def make_server_connection(self) -> CommandGenerator[bool]:
+        """Get a connection to the service, and note whether it has served before."""
+        ok = yield from super().make_server_connection()
+        if ok:
+            self._was_used = self.context.server in _used
+            _used.add(self.context.server)
+        return ok
+
+    def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> CommandGenerator[None]:
+        """Answer for a service that cannot be reached or hangs up, unless asking again helps."""
+        is_over = self.server_state in (self.state_done, self.state_errored)
+        if not isinstance(event, ResponseProtocolError) or self.flow.response is not None or is_over:
+            yield from super().handle_protocol_error(event)
+        elif self._may_repeat():
+            yield from self._repeat()
+        else:
+            request = self.flow.request
+            fault = problem.upstream_fault(f"{request.host}:{request.port}", event.message)
+            self.flow.response = problem.answer(fault, method=request.method)
+            self.flow.metadata[CODE] = fault.code
+            yield from self._answer()
+
+    def _is_in(self, state: Any) -> bool:
+        return bool(self.client_state == state)
+
+    def _answer(self) -> CommandGenerator[None]:
+        """Send the answer that stands in the flow, however much of the request is still to come."""
+        if self.flow.response is None:
+            raise RuntimeError("there is no answer")
+        self.flow.response.timestamp_start = time.time()
+        yield HttpResponseHeadersHook(self.flow)
+        if (yield from self.check_killed(True)):
+            return
+        is_multiplexed = self.flow.request.is_http2 or self.flow.request.is_http3
+        if not self._is_in(self.state_done):
+            # HTTP/1 has to read on, or it would take the rest for the next request.
+            self.client_state = self.state_done if is_multiplexed else self.state_discard_request_body
+        yield from self.send_response()
+
+    def _may_repeat(self) -> bool:
+        """Tell whether the service has merely ended a connection that it kept, while our request was on its way."""
+        request = self.flow.request
+        return (
+            self._was_used
+            and not self._was_repeated
+            and self._is_in(self.state_done)
+            and request.raw_content is not None
+            and request.method in _IDEMPOTENT
+        )
+
+    def _repeat(self) -> CommandGenerator[None]:
+        self._was_repeated = True
+        if not (yield from self.make_server_connection()):
+            return
+        request, server = self.flow.request, self.context.server
+        content = request.raw_content
+        yield SendHttp(RequestHeaders(self.stream_id, request, end_stream=not content), server)
+        if content:
+            yield SendHttp(RequestData(self.stream_id, content), server)
+        yield SendHttp(RequestEndOfMessage(self.stream_id), server)

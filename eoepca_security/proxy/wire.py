@@ -1,0 +1,175 @@
+"""The last step before a request leaves: nothing does without a clearance, and credentials are added here only.
+
+mitmproxy forwards a request whose hook failed, and shows a flow's headers in its console, in dumps and in mitmweb. So
+credentials never stand in a flow, and the layers that write requests to a connection are replaced by ones that add them
+to what they send, on the connection that the clearance is for and on no other.
+"""
+
+import logging
+from collections.abc import Mapping
+from copy import copy
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
+
+from h11 import EndOfMessage
+from h11._readers import ChunkedReader
+from mitmproxy.http import Headers, Request
+from mitmproxy.net.http.url import default_port
+from mitmproxy.proxy.commands import CloseConnection
+from mitmproxy.proxy.context import Context
+from mitmproxy.proxy.events import Event
+from mitmproxy.proxy.layer import CommandGenerator
+from mitmproxy.proxy.layers import http
+from mitmproxy.proxy.layers.http import _http1
+from mitmproxy.proxy.layers.http._base import ReceiveHttp
+from mitmproxy.proxy.layers.http._events import HttpEvent, RequestHeaders
+from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
+from mitmproxy.proxy.layers.http._http2 import Http2Client
+from mitmproxy.proxy.layers.http._http3 import Http3Client
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a connection goes; the host in lower case."""
+
+    scheme: str
+    host: str
+    port: int
+
+    @property
+    def authority(self) -> str:
+        """Host and port as they stand in a URL, without the scheme's own port (RFC 9110 §4.2.3)."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if default_port(self.scheme) == self.port else f"{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Clearance:
+    """That a request may leave for `target`, with these headers in place of its own of the same names."""
+
+    target: Target
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+_cleared: WeakKeyDictionary[Request, Clearance] = WeakKeyDictionary()
+_origin_form: WeakSet[Request] = WeakSet()
+
+
+def clear(request: Request, clearance: Clearance) -> None:
+    """Let the request leave."""
+    _cleared[request] = clearance
+
+
+def clearance(request: Request) -> Clearance | None:
+    """Return what the request was given, if anything."""
+    return _cleared.get(request)
+
+
+def is_origin_form(request: Request) -> bool:
+    """Tell whether an HTTP/1 request came without an absolute target (RFC 9112 §3.2.1); mitmproxy forgets it."""
+    return request in _origin_form
+
+
+def install() -> None:
+    """Put our layers in the place of mitmproxy's, for all connections of this process that are made from now on."""
+    http.Http1Client = _Http1Client  # type: ignore[attr-defined]
+    http.Http2Client = _Http2Client  # type: ignore[attr-defined]
+    http.Http3Client = _Http3Client  # type: ignore[attr-defined]
+    http.Http1Server = _Http1Server  # type: ignore[attr-defined]
+    # mitmproxy raises on trailers, and the client hangs. A proxy may drop them (RFC 9110 §6.5.1).
+    _http1.ChunkedReader = _ChunkedReader  # type: ignore[attr-defined]
+
+
+def outgoing(request: Request, target: Target) -> Request | None:
+    """Return the request as it goes to `target`, or None when it must not."""
+    given = _cleared.get(request)
+    if given is None or given.target != target:
+        return None
+    if not given.headers:
+        return request
+    replaced = {name.lower().encode() for name in given.headers}
+    kept = [field for field in request.data.headers.fields if field[0].lower() not in replaced]
+    added = [(name.encode(), value.encode()) for name, value in given.headers.items()]
+    # mitmproxy's own copy takes five times as long, and this is done for every request.
+    ready = copy(request)
+    ready.data = copy(request.data)
+    ready.data.headers = Headers((*kept, *added))
+    return ready
+
+
+_AnyEvent = TypeVar("_AnyEvent", bound=Event)
+
+
+class _Gate:
+    """Replaces the headers event by what may leave; where nothing may, ends the client's connection."""
+
+    def __init__(self, context: Context) -> None:
+        address = context.server.address or ("", 0)
+        self._target = Target("https" if context.server.tls else "http", address[0].lower(), address[1])
+        self._has_detour = context.server.via is not None
+        self._shut = False
+
+    def open(self, event: _AnyEvent) -> _AnyEvent | None:
+        if isinstance(event, RequestHeaders):
+            ready = None if self._has_detour else outgoing(event.request, self._target)
+            self._shut = self._shut or ready is None
+            if ready is not None:
+                return replace(event, request=ready)
+            logger.error("a request to %s was held back: it was not cleared for it", self._target.host)
+        return None if self._shut and isinstance(event, HttpEvent) else event
+
+
+class _Http1Client(Http1Client):
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._gate = _Gate(context)
+
+    def send(self, event: HttpEvent) -> CommandGenerator[None]:
+        if (ready := self._gate.open(event)) is not None:
+            yield from super().send(ready)
+        else:
+            yield CloseConnection(self.context.client)
+
+
+class _Http2Client(Http2Client):
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._gate = _Gate(context)
+
+    # Not _handle_event: that puts events aside and gets them again.
+    def _handle_event2(self, event: Event) -> CommandGenerator[None]:
+        if (ready := self._gate.open(event)) is not None:
+            yield from super()._handle_event2(ready)
+        else:
+            yield CloseConnection(self.context.client)
+
+
+class _Http3Client(Http3Client):
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._gate = _Gate(context)
+
+    def _handle_event(self, event: Event) -> CommandGenerator[None]:
+        if (ready := self._gate.open(event)) is not None:
+            yield from super()._handle_event(ready)
+        else:
+            yield CloseConnection(self.context.client)
+
+
+class _Http1Server(Http1Server):
+    def read_headers(self, event: Any) -> CommandGenerator[None]:
+        for command in super().read_headers(event):
+            if isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
+                request = command.event.request
+                if not request.data.authority:
+                    _origin_form.add(request)
+            yield command
+
+
+class _ChunkedReader(ChunkedReader):
+    def __call__(self, buffer: Any) -> Any:
+        event = super().__call__(buffer)
+        return EndOfMessage() if isinstance(event, EndOfMessage) else event

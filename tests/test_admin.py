@@ -1,0 +1,169 @@
+"""The admin listener in this process: its rules and bounds."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from eoepca_security.errors import CredentialsRejected, TokenError
+from eoepca_security.protocol import Client
+from eoepca_security.proxy import admin
+from eoepca_security.proxy.admin import Admin, Subject, admin_guard, page
+from eoepca_security.proxy.metrics import Metrics
+from eoepca_security.proxy.settings import Address, Settings
+
+SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
+
+
+class Proxy:
+    def __init__(self) -> None:
+        self.failure: TokenError | None = None
+        self.metrics = Metrics(lambda: 3)
+        self.ended = 0
+
+    async def ready(self) -> TokenError | None:
+        return self.failure
+
+    def status(self) -> dict[str, Any]:
+        return {"ready": self.failure is None, "detail": "<script>alert(1)</script>", "token": {"seconds_left": 5}}
+
+    def quit(self) -> None:
+        self.ended += 1
+
+
+@pytest.fixture
+def proxy() -> Proxy:
+    return Proxy()
+
+
+@pytest.fixture
+async def address(proxy: Proxy) -> AsyncIterator[Address]:
+    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.metrics, proxy.quit))
+    yield server.start()
+    server.stop()
+
+
+@pytest.fixture
+async def client(address: Address) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client:
+        yield client
+
+
+async def test_readiness_tells_the_code(client: httpx.AsyncClient, proxy: Proxy) -> None:
+    assert (await client.get("/readyz")).text == "ok\n"
+    proxy.failure = CredentialsRejected("log in again")
+    response = await client.get("/readyz")
+    assert (response.status_code, response.headers["X-OIDC-Proxy-Error"]) == (503, "credentials_rejected")
+    assert (response.json()["code"], response.json()["detail"]) == ("credentials_rejected", "log in again")
+    assert (await client.get("/livez")).status_code == 200
+
+
+async def test_metrics_count_by_class_code_and_result(client: httpx.AsyncClient, proxy: Proxy) -> None:
+    proxy.metrics.request_ended(204)
+    proxy.metrics.request_ended(403, "host_not_allowed")
+    proxy.metrics.request_ended(None)
+    proxy.metrics.refreshed(None, 0.3)
+    proxy.metrics.refreshed(CredentialsRejected("no"), -1)
+    proxy.metrics.token_ends(1e9)
+    text = (await client.get("/metrics")).text
+    for line in (
+        'oidc_proxy_requests_total{code="",status_class="2xx"} 1.0',
+        'oidc_proxy_requests_total{code="host_not_allowed",status_class="4xx"} 1.0',
+        'oidc_proxy_requests_total{code="",status_class="none"} 1.0',
+        'oidc_proxy_refreshes_total{result="success"} 1.0',
+        'oidc_proxy_refreshes_total{result="credentials_rejected"} 1.0',
+        'oidc_proxy_refresh_duration_seconds_bucket{le="0.5"} 2.0',
+        "oidc_proxy_token_expiry_timestamp_seconds 1e+09",
+        "oidc_proxy_requests_in_flight 3.0",
+    ):
+        assert line in text
+    assert proxy.metrics.requests() == {"2xx": 1, "4xx": 1, "none": 1}
+    assert proxy.metrics.errors() == {"host_not_allowed": 1}
+    openmetrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert openmetrics.headers["Content-Type"].startswith("application/openmetrics-text")
+
+
+async def test_methods_and_paths_that_there_are_not(client: httpx.AsyncClient, proxy: Proxy) -> None:
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
+        response = await client.request(method, "/status")
+        assert (response.status_code, response.headers["Allow"]) == (405, "GET, HEAD")
+    for method in ("GET", "HEAD", "PUT"):
+        response = await client.request(method, "/quitquitquit")
+        assert (response.status_code, response.headers["Allow"]) == (405, "POST")
+    response = await client.head("/status")
+    assert (response.status_code, response.content) == (200, b"")
+    assert (await client.get("/other")).status_code == 404
+    assert proxy.ended == 0
+    assert (await client.post("/quitquitquit")).status_code == 200
+    assert proxy.ended == 1
+
+
+async def test_other_sites_reach_no_page(client: httpx.AsyncClient, proxy: Proxy) -> None:
+    for headers in ({"Host": "evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        for method, path in (("GET", "/livez"), ("GET", "/"), ("GET", "/other"), ("POST", "/quitquitquit")):
+            assert (await client.request(method, path, headers=headers)).status_code == 403
+    assert proxy.ended == 0
+
+
+async def test_every_answer_is_locked_down(client: httpx.AsyncClient) -> None:
+    for path in ("/", "/status", "/metrics", "/other"):
+        headers = (await client.get(path)).headers
+        assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        assert "Server" not in headers
+        assert not [name for name in headers if name.lower().startswith("access-control")]
+
+
+def test_the_page_escapes_what_it_shows() -> None:
+    text = page({"ready": False, "detail": "<script>", "token": {"seconds_left": 5}, "code": None, "<b>": {"x&y": "&"}})
+    assert "&lt;script&gt;" in text
+    assert "<script>" not in text
+    assert "<b>" not in text
+    assert "<th>token: seconds left</th><td>5</td>" in text
+    assert "not ready" in text
+
+
+async def test_sizes_and_times_are_bounded(address: Address, monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> None:
+    monkeypatch.setattr(admin, "TIMEOUT", 0.2)
+    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.metrics, proxy.quit))
+    bounded = server.start()
+    try:
+        for at, data in (
+            (address, b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000),
+            (address, b"POST /quitquitquit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n"),
+            (bounded, b"GET /livez HTTP/1.1\r\nHost: lo"),
+            (bounded, b"POST /quitquitquit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nx"),
+        ):
+            reader, writer = await asyncio.open_connection(at.host, at.port)
+            writer.write(data)
+            try:
+                answer = await asyncio.wait_for(reader.read(), 5)
+            except ConnectionResetError:
+                answer = b""
+            assert b" 200 " not in answer
+            writer.close()
+    finally:
+        server.stop()
+    assert proxy.ended == 0
+
+
+def allows(settings: Settings, host: str) -> bool:
+    assert settings.admin is not None
+    values = {"Host": [host]}
+    return admin_guard(settings, settings.admin).refusal("http", [host], lambda name: values.get(name, [])) is None
+
+
+def test_a_probe_may_name_an_ip_address_where_all_are_listened_on() -> None:
+    everywhere = replace(SETTINGS, admin=Address("0.0.0.0", 8081))
+    assert allows(everywhere, "10.1.2.3:8081")
+    assert allows(everywhere, "localhost:8081")
+    assert not allows(everywhere, "evil.example:8081")
+    assert not allows(SETTINGS, "10.1.2.3:8081")
+    elsewhere = replace(SETTINGS, admin=Address("fd00::1", 8081), allowed_hosts=("proxy.test",))
+    assert allows(elsewhere, "[fd00::1]:8081")
+    assert allows(elsewhere, "proxy.test:8081")
+    assert not allows(elsewhere, "[fd00::2]:8081")

@@ -1,0 +1,150 @@
+"""What of a request goes on, and what is added."""
+
+import base64
+import json
+import logging
+from typing import Any
+
+import pytest
+from mitmproxy.http import Headers, Request
+
+from eoepca_security.errors import IssuerUnavailable
+from eoepca_security.proxy.forwarding import (
+    ApisixHeaders,
+    drop_gateway_headers,
+    drop_hop_by_hop,
+    hide_credentials,
+    is_one_request,
+)
+from eoepca_security.session import AccessToken
+
+
+def request(*headers: tuple[str, str], version: str = "HTTP/1.1", method: str = "GET") -> Request:
+    made = Request.make(method, "http://localhost/", headers=[(n.encode(), v.encode()) for n, v in headers])
+    made.http_version = version
+    return made
+
+
+def left(*headers: tuple[str, str], version: str = "HTTP/1.1", method: str = "GET") -> dict[str, str]:
+    made = request(*headers, version=version, method=method)
+    drop_hop_by_hop(made)
+    return {name.lower(): value for name, value in made.headers.items() if name.lower() != "content-length"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([("Connection", "close")], {"connection": "close"}),
+        ([("Connection", "Keep-Alive, X-A"), ("X-A", "1"), ("X-B", "2")], {"connection": "keep-alive", "x-b": "2"}),
+        ([("Connection", "x-a"), ("connection", "CLOSE"), ("x-A", "1")], {"connection": "close"}),
+        ([("Proxy-Authorization", "x"), ("Proxy-Connection", "x"), ("Keep-Alive", "x"), ("TE", "trailers")], {}),
+        ([("Upgrade", "H2C"), ("Connection", "Upgrade, HTTP2-Settings"), ("HTTP2-Settings", "x")], {}),
+        ([("Upgrade", "websocket, h2c"), ("Connection", "Upgrade")], {}),
+        (
+            [("Upgrade", "WebSocket"), ("Connection", "keep-alive, Upgrade")],
+            {"upgrade": "WebSocket", "connection": "Upgrade, keep-alive"},
+        ),
+        ([("Transfer-Encoding", "chunked"), ("Trailer", "X-T")], {"transfer-encoding": "chunked", "trailer": "X-T"}),
+    ],
+)
+def test_what_is_for_the_next_hop_is_dropped(headers: list[tuple[str, str]], expected: dict[str, str]) -> None:
+    assert left(*headers) == expected
+
+
+def test_only_a_get_opens_a_websocket_and_http2_may_have_trailers() -> None:
+    assert left(("Upgrade", "websocket"), ("Connection", "Upgrade"), method="POST") == {}
+    assert left(("te", "trailers"), version="HTTP/2.0") == {"te": "trailers"}
+    assert left(("te", "gzip"), version="HTTP/2.0") == {}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("X", "a\r\n b")],
+        [("X", "a\nb")],
+        [("X", "a\rb")],
+        [("X", "a\0b")],
+        [("X\r\nY", "a")],
+        [("Connection", "close, Content-Length")],
+        [("Connection", "transfer-encoding")],
+        [("Connection", "Host")],
+    ],
+)
+def test_what_two_could_read_differently_is_no_request(headers: list[tuple[str, str]]) -> None:
+    assert is_one_request(request(("X", "fine")))
+    assert not is_one_request(request(*headers))
+
+
+@pytest.mark.parametrize("version", ["HTTP/0.9", "HTTP/1.2", "HTTP/9.9"])
+def test_nor_is_one_of_an_unknown_version(version: str) -> None:
+    assert not is_one_request(request(version=version))
+
+
+def test_the_clients_credentials_are_hidden() -> None:
+    headers = Headers([(b"authorization", b"Basic a"), (b"AUTHORIZATION", b"Basic b"), (b"Proxy-Authorization", b"c")])
+    hide_credentials(headers)
+    assert set(headers.values()) == {"Bearer (added by the proxy)"}
+    assert len(headers.fields) == 2
+
+
+def test_gateway_headers_are_dropped_in_every_spelling() -> None:
+    names = (
+        "X-Access-Token",
+        "x_access_token",
+        "X-ID-Token",
+        "X_Id-Token",
+        "X-Userinfo",
+        "X-Raw-ID-Token",
+        "X-Refresh-Token",
+    )
+    headers = Headers([(name.encode(), b"x") for name in (*names, "X-Access-Token-Other", "X-User")])
+    drop_gateway_headers(headers)
+    assert list(headers.keys()) == ["X-Access-Token-Other", "X-User"]
+
+
+def jwt_of(claims: dict[str, Any]) -> str:
+    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
+
+
+class StubProvider:
+    """Answers with claims about the user, with none, or not at all."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def userinfo(self, _token: str) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def decoded(text: str) -> Any:
+    assert len(text) % 4 == 0
+    return json.loads(base64.b64decode(text, validate=True))
+
+
+def test_apisix_headers_are_padded_base64_of_json() -> None:
+    headers = ApisixHeaders()
+    token = AccessToken(jwt_of({"sub": "u"}), 0, 60, jwt_of({"sub": "u", "name": "Zoë??>"}))
+    headers.learn(StubProvider({"sub": "u", "email": "u@example"}), token.value)  # type: ignore[arg-type]
+    sent = headers.of(token)
+    assert sent["X-Access-Token"] == token.value
+    assert decoded(sent["X-ID-Token"]) == {"sub": "u", "name": "Zoë??>"}
+    assert decoded(sent["X-Userinfo"]) == {"sub": "u", "email": "u@example"}
+    assert "Zoë".encode() in base64.b64decode(sent["X-ID-Token"])
+
+
+def test_without_userinfo_the_access_tokens_claims_stand_in_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    headers = ApisixHeaders()
+    token = AccessToken(jwt_of({"sub": "u"}), 0, 60)
+    for answer in (None, IssuerUnavailable("down"), IssuerUnavailable("down")):
+        headers.learn(StubProvider(answer), token.value)  # type: ignore[arg-type]
+        sent = headers.of(token)
+        assert decoded(sent["X-Userinfo"]) == {"sub": "u"}
+        assert "X-ID-Token" not in sent
+    assert caplog.text.count("down") == 1
+    # What was learnt of one token is not said of another, and an opaque one says nothing.
+    headers.learn(StubProvider({"sub": "another"}), "another")  # type: ignore[arg-type]
+    assert decoded(headers.of(token)["X-Userinfo"]) == {"sub": "u"}
+    assert set(headers.of(AccessToken("opaque", 0, 60))) == {"X-Access-Token"}

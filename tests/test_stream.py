@@ -1,0 +1,48 @@
+"""What passes in parts, and what is held: by what the headers say."""
+
+import pytest
+from mitmproxy.http import Response
+from mitmproxy.test import tutils
+
+from eoepca_security.proxy.stream import MAX_HELD, streams_request, streams_response
+
+
+@pytest.mark.parametrize(
+    ("headers", "version", "streams"),
+    [
+        ({}, b"HTTP/1.1", False),
+        ({"content-length": "10"}, b"HTTP/1.1", False),
+        ({"content-length": str(MAX_HELD)}, b"HTTP/1.1", False),
+        ({"content-length": str(MAX_HELD + 1)}, b"HTTP/1.1", True),
+        ({"transfer-encoding": "chunked"}, b"HTTP/1.1", True),
+        ({"content-length": "odd"}, b"HTTP/1.1", True),
+        ({}, b"HTTP/2.0", True),
+        ({"content-length": "10"}, b"HTTP/2.0", False),
+    ],
+)
+def test_requests_that_may_be_long_pass_in_parts(headers: dict[str, str], version: bytes, streams: bool) -> None:
+    request = tutils.treq(headers=(), http_version=version)
+    for name, value in headers.items():
+        request.headers[name] = value
+    assert streams_request(request) is streams
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "streams"),
+    [
+        (200, {"content-length": "10"}, False),
+        (200, {"content-length": str(MAX_HELD + 1)}, True),
+        (200, {}, True),
+        (200, {"transfer-encoding": "chunked", "content-type": "text/event-stream"}, True),
+        (101, {}, False),
+        # Another token may be tried first.
+        (401, {}, False),
+        (401, {"content-length": str(MAX_HELD + 1)}, True),
+    ],
+)
+def test_answers_that_may_be_long_pass_in_parts(status: int, headers: dict[str, str], streams: bool) -> None:
+    response = Response.make(status)
+    response.headers.pop("content-length", None)
+    for name, value in headers.items():
+        response.headers[name] = value
+    assert streams_response(response) is streams
