@@ -19,6 +19,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from eoepca_security.errors import IssuerUnavailable, StoreError
+from eoepca_security.protocol import WELL_KNOWN, discovery_url
 from eoepca_security.session import Stored
 from eoepca_security.strict_json import parse_object
 
@@ -56,14 +57,15 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path, *, issuer_url: str, client_id: str, origin: str | None) -> None:
-        identity = "\n".join((issuer_url.rstrip("/"), client_id, origin or ""))
+        issuer = discovery_url(issuer_url).removesuffix(WELL_KNOWN)  # both spellings are one issuer
+        identity = "\n".join((issuer, client_id, origin or ""))
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._folder = folder
         self._file = folder / f"{name}.json"
         self._next = folder / f"{name}.next"
         self._lock_file = folder / f"{name}.lock"
         self._serial = 0
-        self._owner = {"issuer": issuer_url.rstrip("/"), "client_id": client_id}
+        self._owner = {"issuer": issuer, "client_id": client_id}
 
     @property
     def place(self) -> Path:

@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -143,17 +144,20 @@ def http2_get(
     *,
     server_name: str = "localhost",
     tunnel_to: str | None = None,
+    method: str = "GET",
+    body: Sequence[bytes] = (),
+    trailers: bool = False,
 ) -> int:
     """Ask the proxy over HTTP/2 and return the status, 0 when it ended the connection.
 
-    `server_name` is what TLS asks for; with `tunnel_to` all that goes through a CONNECT.
+    `server_name` is what TLS asks for; with `tunnel_to` all that goes through a CONNECT. A `body` has no length.
     """
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # mitmproxy's own CA
     context.set_alpn_protocols(["h2"])
     config = h2.config.H2Configuration(header_encoding="utf-8", validate_outbound_headers=False)
     connection = h2.connection.H2Connection(config)
-    pseudo = {":method": "GET", ":scheme": "https", ":authority": authority, ":path": "/"}
+    pseudo = {":method": method, ":scheme": "https", ":authority": authority, ":path": "/"}
     with contextlib.ExitStack() as opened:
         plain = opened.enter_context(socket.create_connection(("127.0.0.1", port), 10))
         if tunnel_to is not None:
@@ -163,7 +167,13 @@ def http2_get(
         assert stream.selected_alpn_protocol() == "h2"
         with contextlib.suppress(ConnectionResetError):
             connection.initiate_connection()
-            connection.send_headers(1, list((pseudo | headers).items()), end_stream=True)
+            connection.send_headers(1, list((pseudo | headers).items()), end_stream=not body)
+            for part in body:
+                connection.send_data(1, part)
+            if trailers:
+                connection.send_headers(1, [("x-t", "1")], end_stream=True)
+            elif body:
+                connection.end_stream(1)
             stream.sendall(connection.data_to_send())
             while data := stream.recv(65536):
                 for event in connection.receive_data(data):

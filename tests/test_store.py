@@ -50,6 +50,13 @@ def test_each_session_has_a_file_of_its_own(folder: Path) -> None:
     assert store_in(folder, origin=None).read() is None
 
 
+@pytest.mark.parametrize("end", ["", "/", "/.well-known/openid-configuration"])
+def test_all_spellings_of_an_issuer_are_one(folder: Path, end: str) -> None:
+    store_in(folder).write(SESSION)
+    again = TokenStore(folder, issuer_url=f"https://issuer.example{end}", client_id="client", origin="first")
+    assert again.read() == SESSION
+
+
 def test_a_session_is_forgotten(folder: Path, file: Path) -> None:
     store = store_in(folder)
     assert store.place == file

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -38,13 +39,16 @@ from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
 from eoepca_security.proxy.logs import STARTED
 from eoepca_security.proxy.metrics import Metrics
-from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, CA_FILE, OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.status import status, unready
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
+from eoepca_security.transport import ca_bundle
 from eoepca_security.verify import unverified_claims
+
+_TRUSTED_CA: Final = "ssl_verify_upstream_trusted_ca"
 
 _OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
 
@@ -121,6 +125,8 @@ class OIDCAuthProxy:
         self._settings_problems = []
         if settings == self._settings:
             return
+        if self._given is None:
+            self._trust_upstream(settings)
         before = self._source or _left.pop(settings.login, None)
         # A new source would forget what is kept in memory only.
         goes_on = self._settings is None or self._settings.login == settings.login
@@ -134,6 +140,21 @@ class OIDCAuthProxy:
         )
         if before is not None:
             before.retire()
+
+    def _trust_upstream(self, settings: Settings) -> None:
+        """Do for mitmdump -s what the launcher does with mitmproxy's arguments."""
+        changes: dict[str, Any] = {"ssl_insecure": True} if settings.tls_no_verify else {}
+        if settings.ca_file is not None and not getattr(ctx.options, _TRUSTED_CA, None):
+            try:
+                # mitmproxy wants a file that holds all.
+                self._bundle = tempfile.NamedTemporaryFile(suffix=".pem")  # noqa: SIM115  it is used until the end
+                self._bundle.write(ca_bundle(settings.ca_file))
+                self._bundle.flush()
+            except OSError as error:
+                self._settings_problems = [f"{CA_FILE.env}: cannot be joined with the system's CAs ({error.strerror})"]
+                return
+            changes[_TRUSTED_CA] = self._bundle.name
+        ctx.options.update_known(**changes)
 
     def running(self) -> "asyncio.Task[None]":
         """Begin the first refresh.

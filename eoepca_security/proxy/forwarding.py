@@ -73,8 +73,9 @@ def drop_hop_by_hop(request: Request) -> None:
 
 def hide_credentials(headers: Headers) -> None:
     """Replace the client's own credentials, which go nowhere and are nobody's business."""
-    for name in ("Authorization", "Proxy-Authorization"):
-        if name in headers:
+    for name in tuple(headers):
+        # Also where mitmproxy has refused the name.
+        if name.strip().lower() in ("authorization", "proxy-authorization"):
             headers[name] = SHOWN
 
 

@@ -4,12 +4,16 @@ import errno
 import socket
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.proxy.settings import HOST
+from eoepca_security.proxy.settings import HOST, Variable
 
 
-def cannot_listen(host: str, port: int) -> str | None:
-    """Say why nothing can listen there, or return None; raises SettingsError where it is no address of this machine."""
-    foreign = SettingsError(f"{HOST.env}: {host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all")
+def cannot_listen(host: str, port: int, variable: Variable = HOST) -> str | None:
+    """Say why nothing can listen there, or return None.
+
+    Raises SettingsError, naming the variable that says so, where it is no address of this machine.
+    """
+    use = "use 127.0.0.1, or 0.0.0.0 for all"
+    foreign = SettingsError(f"{variable.env}: {host!r} is no address of this machine: {use}")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError):
@@ -21,4 +25,4 @@ def cannot_listen(host: str, port: int) -> str | None:
         if error.errno == errno.EADDRNOTAVAIL:
             raise foreign from None
         reason = error.strerror or str(error)
-        return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {HOST.env}"
+        return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {variable.env}"

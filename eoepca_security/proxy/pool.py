@@ -61,7 +61,7 @@ class Pool:
     def take(self, wanted: GetHttpConnection) -> Idle | None:
         """Return the connection of this kind that was used last, for good, or None."""
         for idle in reversed(self._idle):
-            if not idle.watch.done() and not idle.reader.at_eof() and wanted.connection_spec_matches(idle.server):
+            if not idle.watch.done() and not _has_data(idle.reader) and wanted.connection_spec_matches(idle.server):
                 self._idle.remove(idle)
                 idle.watch.cancel()
                 return idle
@@ -91,6 +91,11 @@ class Pool:
             pass
         self._idle.remove(idle)
         idle.writer.close()
+
+
+def _has_data(reader: asyncio.StreamReader) -> bool:
+    """Tell whether something has come that nobody has read: the end, or what belongs to no request."""
+    return reader.at_eof() or bool(getattr(reader, "_buffer", b""))
 
 
 def install(pool: Pool) -> None:
@@ -160,6 +165,8 @@ class _PoolingHandler(ProxyConnectionHandler):
         io = self.transports[idle.server] = ConnectionIO(reader=idle.reader, writer=idle.writer)
         self._opened_at[idle.server] = idle.opened_at
         io.handler = asyncio.get_running_loop().create_task(self._serve(idle))
+        # Which may be cancelled before it begins, and would leave the connection to nobody.
+        io.handler.add_done_callback(lambda _: io.writer.close() if io.writer is not None else None)
         return idle
 
     async def _serve(self, idle: Idle) -> None:
@@ -183,7 +190,11 @@ class _PoolingHandler(ProxyConnectionHandler):
         self.http_layer.connections[server] = _Nothing(self.http_layer.context.fork())
         io.writer = _Nobody()  # type: ignore[assignment]
         io.handler.cancel("kept for another client")
-        await asyncio.wait([io.handler])
+        try:
+            await asyncio.wait([io.handler])
+        except asyncio.CancelledError:
+            writer.close()
+            raise
         context.layers[:] = own
         opened_at = self._opened_at.get(server, time.monotonic())
         self._pool.put(Idle(server, layer, reader, writer, opened_at))

@@ -22,7 +22,7 @@ from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, set_format
-from eoepca_security.proxy.settings import CA_FILE, PORT, UPSTREAM, Settings
+from eoepca_security.proxy.settings import ADMIN, CA_FILE, PORT, UPSTREAM, Settings
 from eoepca_security.transport import ca_bundle
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
@@ -70,8 +70,8 @@ def run(
             elif on_started is not None:
                 on_started(self, listener, failure)
 
-    if problem := cannot_listen(settings.host, settings.port):
-        complain(f"{PORT.env}: {problem}", log_format)
+    if problem := _taken_address(settings):
+        complain(problem, log_format)
         return 1
     with _upstream_trust(settings) as trust_arguments, _writable_confdir() as confdir:
         arguments = [
@@ -88,6 +88,15 @@ def run(
         except KeyboardInterrupt:
             return 0
     return exit_code
+
+
+def _taken_address(settings: Settings) -> str | None:
+    if problem := cannot_listen(settings.host, settings.port):
+        return f"{PORT.env}: {problem}"
+    admin = settings.admin if settings.admin_is_set else None
+    if admin is not None and (problem := cannot_listen(admin.host, admin.port, ADMIN)):
+        return f"{ADMIN.env}: {problem}"
+    return None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from eoepca_security.protocol import (
     GRANTS,
     Client,
     PrivateKey,
+    discovery_url,
     is_loopback,
     load_private_key,
     split_url,
@@ -184,7 +185,7 @@ class Settings:
     @property
     def login(self) -> tuple[str | None, ...]:
         """What makes another login where it differs."""
-        return (self.issuer_url, self.client.client_id, self.grant, self.refresh_token)
+        return (discovery_url(self.issuer_url), self.client.client_id, self.grant, self.refresh_token)
 
 
 def read_dotenv(folder: Path) -> Mapping[str, str]:
@@ -256,7 +257,8 @@ def read_settings(
     inject_hosts = reader.hosts(INJECT_HOSTS)
     if need_upstream and inject_hosts:
         reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher forwards to {UPSTREAM.env} only")
-    reader.warn_of_unknown_names()
+    unknown = reader.unknown_names()
+    reader.warnings += unknown
     settings = Settings(
         issuer_url=issuer_url,
         client=client,
@@ -283,7 +285,8 @@ def read_settings(
         warnings=tuple(reader.warnings),
     )
     if reader.problems:
-        raise SettingsError(*reader.problems)
+        # Which may be why another is missing.
+        raise SettingsError(*unknown, *reader.problems)
     return settings
 
 
@@ -340,17 +343,17 @@ class _Reader:
             return None
         return value
 
-    def warn_of_unknown_names(self) -> None:
-        """Warn of names that look like ours but are not: a setting that is misspelt is silently not in force."""
+    def unknown_names(self) -> list[str]:
+        """Tell of names that look like ours but are not: a setting that is misspelt is silently not in force."""
         known = {variable.env for variable in VARIABLES} | {f"{v.env}_FILE" for v in VARIABLES if v.secret}
         environ, dotenv = self._layers
         ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_PROTECTED_")
         names = {name for name in environ if name.startswith(ours[:2])} | {n for n in dotenv if n.startswith(ours)}
+        lines = []
         for name in sorted(names - known):
             close = difflib.get_close_matches(name, known, 1)
-            self.warnings.append(
-                f"{name} is not a setting" + (f": is {close[0]} meant?" if close else " of this program")
-            )
+            lines.append(f"{name} is not a setting" + (f": is {close[0]} meant?" if close else " of this program"))
+        return lines
 
     def is_unset(self, *variables: Variable) -> bool:
         """Tell whether none of these was even tried, so that `is required` is said only then."""

@@ -10,16 +10,18 @@ from weakref import WeakSet
 
 from mitmproxy.connection import Connection
 from mitmproxy.http import Request, Response
+from mitmproxy.net.http.http1 import expected_http_body_size
 from mitmproxy.proxy.commands import CloseConnection
 from mitmproxy.proxy.events import Event
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers import http
-from mitmproxy.proxy.layers.http import HttpStream, SendHttp
+from mitmproxy.proxy.layers.http import DropStream, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import (
     RequestData,
     RequestEndOfMessage,
     RequestHeaders,
     RequestProtocolError,
+    ResponseEndOfMessage,
     ResponseProtocolError,
 )
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
@@ -37,7 +39,7 @@ MAX_DISCARDED: Final = 1024 * 1024 * 1024
 answer only when they have sent everything, and would never see it if the connection ended before that."""
 
 # RFC 9110 §9.2.2: doing these twice is no different from doing them once.
-_IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"})
+_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 _used: WeakSet[Connection] = WeakSet()
 
@@ -73,6 +75,7 @@ class Stream(HttpStream):
     """A stream that answers as soon as there is an answer."""
 
     _discarded = 0
+    _has_ended = False
     _was_used = False
     _was_repeated = False
 
@@ -97,7 +100,30 @@ class Stream(HttpStream):
                 self.client_state = self.state_errored
         elif isinstance(event, RequestEndOfMessage):
             self.client_state = self.state_done
+            if self._has_ended:
+                yield DropStream(self.stream_id)
+            else:
+                yield from self.flow_done()
+
+    def send_response(self, already_streamed: bool = False) -> CommandGenerator[None]:
+        """Send the answer, and end it even where the service did not want all of the request."""
+        yield from super().send_response(already_streamed)
+        if self.server_state != self.state_done or not self._is_in(self.state_stream_request_body):
+            return
+        yield SendHttp(
+            RequestProtocolError(self.stream_id, "the answer came early", RequestProtocolError.code),
+            self.context.server,
+        )
+        if self.flow.request.is_http2 or self.flow.request.is_http3:
+            self.client_state = self.state_done
             yield from self.flow_done()
+            return
+        self.flow.live = False
+        self._has_ended = True
+        self.client_state = self.state_discard_request_body
+        yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+        if self.flow.response is not None and expected_http_body_size(self.flow.request, self.flow.response) == -1:
+            yield CloseConnection(self.context.client)
 
     def make_server_connection(self) -> CommandGenerator[bool]:
         """Get a connection to the service, and note whether it has served before."""
@@ -109,10 +135,10 @@ class Stream(HttpStream):
 
     def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> CommandGenerator[None]:
         """Answer for a service that cannot be reached or hangs up, unless asking again helps."""
-        is_over = self.server_state in (self.state_done, self.state_errored)
-        if not isinstance(event, ResponseProtocolError) or self.flow.response is not None or is_over:
+        has_begun = self.server_state in (self.state_stream_response_body, self.state_done, self.state_errored)
+        if not isinstance(event, ResponseProtocolError) or has_begun:
             yield from super().handle_protocol_error(event)
-        elif self._may_repeat():
+        elif self._may_repeat() and self.flow.response is None and event.message == "server closed connection":
             yield from self._repeat()
         else:
             request = self.flow.request
@@ -146,7 +172,7 @@ class Stream(HttpStream):
             and not self._was_repeated
             and self._is_in(self.state_done)
             and request.raw_content is not None
-            and request.method in _IDEMPOTENT
+            and request.data.method in _IDEMPOTENT
         )
 
     def _repeat(self) -> CommandGenerator[None]:

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from h11 import EndOfMessage
@@ -18,15 +18,20 @@ from mitmproxy.http import Headers, Request
 from mitmproxy.net.http.url import default_port
 from mitmproxy.proxy.commands import CloseConnection
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.events import Event
+from mitmproxy.proxy.events import DataReceived, Event
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers import http
 from mitmproxy.proxy.layers.http import _http1
 from mitmproxy.proxy.layers.http._base import ReceiveHttp
-from mitmproxy.proxy.layers.http._events import HttpEvent, RequestHeaders
+from mitmproxy.proxy.layers.http._events import HttpEvent, RequestHeaders, RequestTrailers, ResponseHeaders
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Client
 from mitmproxy.proxy.layers.http._http3 import Http3Client
+
+MAX_INTERIM: Final = 20
+"""Most interim answers (1xx) that a service may give on one connection."""
+
+_INTERIM: Final = frozenset({100, *range(102, 200)})
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +98,7 @@ def outgoing(request: Request, target: Target) -> Request | None:
     replaced = {name.lower().encode() for name in given.headers}
     kept = [field for field in request.data.headers.fields if field[0].lower() not in replaced]
     added = [(name.encode(), value.encode()) for name, value in given.headers.items()]
-    # mitmproxy's own copy takes five times as long, and this is done for every request.
-    ready = copy(request)
-    ready.data = copy(request.data)
-    ready.data.headers = Headers((*kept, *added))
-    return ready
+    return _with_headers(request, (*kept, *added))
 
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
@@ -127,11 +128,53 @@ class _Http1Client(Http1Client):
         super().__init__(context)
         self._gate = _Gate(context)
 
+        self._interim = 0
+
     def send(self, event: HttpEvent) -> CommandGenerator[None]:
-        if (ready := self._gate.open(event)) is not None:
-            yield from super().send(ready)
-        else:
+        ready = self._gate.open(event)
+        if ready is None:
             yield CloseConnection(self.context.client)
+        elif isinstance(ready, RequestHeaders):
+            yield from super().send(replace(ready, request=_framed(ready.request, end_stream=ready.end_stream)))
+        # mitmproxy cannot write trailers. A proxy may drop them (RFC 9110 §6.5.1).
+        elif not isinstance(ready, RequestTrailers):
+            yield from super().send(ready)
+
+    def read_headers(self, event: Any) -> CommandGenerator[None]:
+        commands = super().read_headers(event)
+        for command in commands:
+            if not (isinstance(command, ReceiveHttp) and _is_interim(command.event)):
+                yield command
+                continue
+            # mitmproxy takes it for the answer, and the answer for that to the next request (RFC 9110 §15.2).
+            commands.close()
+            self.response = None
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                yield CloseConnection(self.conn)
+                yield CloseConnection(self.context.client)
+            else:
+                yield from self.read_headers(DataReceived(self.conn, b""))
+            return
+
+
+def _is_interim(event: HttpEvent) -> bool:
+    return isinstance(event, ResponseHeaders) and event.response.status_code in _INTERIM
+
+
+def _framed(request: Request, *, end_stream: bool) -> Request:
+    """Return the request so that HTTP/1 tells where it ends: HTTP/2 has no need of a length (RFC 9112 §6.3)."""
+    if end_stream or not (request.is_http2 or request.is_http3) or "Content-Length" in request.headers:
+        return request
+    return _with_headers(request, (*request.data.headers.fields, (b"transfer-encoding", b"chunked")))
+
+
+def _with_headers(request: Request, fields: tuple[tuple[bytes, bytes], ...]) -> Request:
+    # mitmproxy's own copy takes five times as long, and this is done for every request.
+    ready = copy(request)
+    ready.data = copy(request.data)
+    ready.data.headers = Headers(fields)
+    return ready
 
 
 class _Http2Client(Http2Client):

@@ -15,6 +15,7 @@ import pytest
 from conftest import ProxyProcess, StartProxy, eventually, settings_for
 from helpers_network import RawServer, replies
 from helpers_network import http as response
+from helpers_service import http2_get
 
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import Behaviour, FakeIssuer
@@ -322,3 +323,94 @@ def test_a_kept_connection_is_as_verified_as_a_new_one(start: StartProxy, certif
         assert {answer.headers["X-OIDC-Proxy-Error"] for answer in answers} == {"upstream_unavailable"}
         assert "TLS_CA_FILE" in answers[0].json()["detail"]
         assert len(service.requests) == served
+
+
+# --- services with manners of their own --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+def test_interim_answers_are_not_taken_for_the_answer(entry: str, start: StartProxy, client: httpx.Client) -> None:
+    def script(server: RawServer, connection: socket.socket) -> None:
+        while True:
+            server.read_request(connection)
+            number = len(server.requests)
+            connection.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n")
+            server.stopping.wait(0.2)
+            connection.sendall(response(b'{"number": %d}' % number))
+
+    with FakeIssuer() as issuer, RawServer(script) as service:
+        proxy = start(entry, f"http://127.0.0.1:{service.port}", settings_for(issuer))
+        assert [client.get(proxy.url).json()["number"] for _ in range(3)] == [1, 2, 3]
+        assert [httpx.get(proxy.url, trust_env=False).json()["number"] for _ in range(3)] == [4, 5, 6]
+
+
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+@pytest.mark.parametrize(
+    "early",
+    [
+        b"HTTP/1.1 413 Too Large\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nno\r\n0\r\n\r\n",
+        b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno",
+        b"HTTP/1.1 413 Too Large\r\n\r\nno",
+    ],
+)
+def test_an_answer_to_half_an_upload_ends(entry: str, early: bytes, start: StartProxy) -> None:
+    def script(server: RawServer, connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(early)
+        if b"\r\n\r\nno" not in early or b"Length" in early:
+            server.wait_for_end(connection)
+
+    with FakeIssuer() as issuer, RawServer(script) as service:
+        proxy = start(entry, f"http://127.0.0.1:{service.port}", settings_for(issuer))
+        connection = connect(proxy)
+        connection.putrequest("PUT", "/x")
+        connection.putheader("Content-Length", "3000000")
+        connection.endheaders(b"x" * 1000)
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (413, b"no")
+        connection.close()
+
+
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+def test_a_service_that_hangs_up_in_the_middle_of_a_short_answer_is_told_of(entry: str, start: StartProxy) -> None:
+    with FakeIssuer() as issuer, RawServer(replies(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nabc")) as service:
+        proxy = start(entry, f"http://127.0.0.1:{service.port}", settings_for(issuer))
+        answer = httpx.get(proxy.url, trust_env=False)
+        assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (502, "upstream_unavailable")
+
+
+@pytest.mark.parametrize("trailers", [False, True])
+def test_over_http2_a_body_of_unknown_length_stays_one_body(
+    trailers: bool, setup: tuple[ProxyProcess, Streams]
+) -> None:
+    proxy, streams = setup
+    smuggled = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+    streams.bodies.clear()
+    assert (
+        http2_get(int(proxy.url.rpartition(":")[2]), {}, method="POST", body=[smuggled, b"x" * 1000], trailers=trailers)
+        == 200
+    )
+    eventually(lambda: bool(streams.bodies))
+    assert streams.bodies == [len(smuggled) + 1000]
+
+
+def test_clients_that_go_away_at_any_moment_leave_no_connection_behind(start: StartProxy) -> None:
+    streams = Streams()
+    with FakeIssuer() as issuer, streams.server:
+        proxy = start("launcher", streams.server.url, settings_for(issuer))
+        port = int(proxy.url.rpartition(":")[2])
+
+        def sockets() -> int:
+            links = Path(f"/proc/{proxy.process.pid}/fd")
+            return sum(link.readlink().name.startswith("socket:") for link in links.iterdir() if link.is_symlink())
+
+        for number in range(400):
+            with socket.create_connection(("127.0.0.1", port)) as stream:
+                stream.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                if number % 3:
+                    stream.settimeout(0.002 * (number % 4) + 0.0001)
+                    with contextlib.suppress(TimeoutError):
+                        stream.recv(100)
+        # What is kept at most, and what listens.
+        eventually(lambda: sockets() <= 32 + 8)
+        assert httpx.get(proxy.url, trust_env=False).status_code == 200

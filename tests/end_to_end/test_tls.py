@@ -28,13 +28,14 @@ def https_service(certificate: Path) -> Iterator[str]:
         yield server.url.replace("http://", "https://")
 
 
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
 def test_an_unknown_ca_is_refused_unless_it_is_added_or_verification_is_off(
-    start: StartProxy, https_service: str, certificate: Path, client: httpx.Client
+    entry: str, start: StartProxy, https_service: str, certificate: Path, client: httpx.Client
 ) -> None:
     with FakeIssuer() as issuer:
-        unknown = start("launcher", https_service, settings_for(issuer))
-        added = start("launcher", https_service, settings_for(issuer, TLS_CA_FILE=str(certificate)))
-        unverified = start("launcher", https_service, settings_for(issuer, TLS_NO_VERIFY="true"))
+        unknown = start(entry, https_service, settings_for(issuer))
+        added = start(entry, https_service, settings_for(issuer, TLS_CA_FILE=str(certificate)))
+        unverified = start(entry, https_service, settings_for(issuer, TLS_NO_VERIFY="true"))
         assert client.get(unknown.url).status_code == 502
         for proxy in (added, unverified):
             response = client.get(proxy.url)
