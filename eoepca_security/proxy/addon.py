@@ -29,6 +29,7 @@ from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
+from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
@@ -39,7 +40,7 @@ from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
 from eoepca_security.proxy.logs import STARTED
 from eoepca_security.proxy.metrics import Metrics
-from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, CA_FILE, OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.settings import ALLOWED_HOSTS, CA_FILE, OPTIONS, Settings, read_dotenv, read_settings
 from eoepca_security.proxy.status import status, unready
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
@@ -401,10 +402,17 @@ class OIDCAuthProxy:
             "result": failure.code if failure else "success",
         }
 
+    def subject(self) -> Subject:
+        """Return what can be told of the proxy, and how to end it."""
+        return Subject(self._ready, self._status, self._families, ctx.master.shutdown)
+
     async def _ready(self) -> TokenError | None:
         return await unready(self._source)
 
-    def _status(self) -> dict[str, Any]:
+    async def _families(self) -> list[Metric]:
+        return self._metrics.families()
+
+    async def _status(self) -> dict[str, Any]:
         listener, upstream = _addresses(self._settings)
         where = {
             "listener": listener,
@@ -420,21 +428,9 @@ class OIDCAuthProxy:
     def _start_admin(self, settings: Settings) -> None:
         if settings.admin is None:
             return
-        subject = Subject(self._ready, self._status, self._metrics, ctx.master.shutdown)
-        admin = Admin(settings, subject)
-        try:
-            address = admin.start()
-        except OSError as error:
-            reason = f"{ADMIN.env}: cannot listen on {settings.admin} ({error.strerror or error})"
-            if settings.admin_is_set:
-                logger.error("%s: choose another address, or off", reason)  # noqa: TRY400  one line, for people
-            else:
-                logger.warning("%s, so there is no admin listener", reason)
-            return
-        self._admin = admin
-        logger.log(ALERT, "admin listener at http://%s", address)
-        if not is_loopback(settings.admin.host):
-            logger.warning("whatever can reach http://%s sees the proxy's state and can end it", address)
+        admin = Admin(settings, self.subject())
+        if admin.start() is not None:
+            self._admin = admin
 
     def _stop_admin(self) -> None:
         if self._admin is not None:

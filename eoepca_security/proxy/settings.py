@@ -3,6 +3,7 @@
 import difflib
 import io
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ from eoepca_security.transport import trust
 _MAX_FILE: Final = 64 * 1024
 _PORTS: Final = {"http": 80, "https": 443}
 _FORWARD_AS: Final = ("bearer", "apisix")
+
+MAX_WORKERS: Final = 64
+"""Most processes that one listener may have."""
 
 T = TypeVar("T")
 
@@ -101,6 +105,7 @@ FORWARD_AS = Variable(
     "forward_as",
     "Headers that the service gets: bearer (Authorization) or apisix (those of APISIX's openid-connect plugin, too).",
 )
+WORKERS = Variable("PROXY_WORKERS", None, "Processes that share the listener and the session.")
 INJECT_HOSTS = Variable(
     "PROXY_INJECT_HOSTS",
     "inject_hosts",
@@ -131,6 +136,7 @@ VARIABLES: Final = (
     ALLOWED_ORIGINS,
     TERMINATION_ENDPOINT,
     FORWARD_AS,
+    WORKERS,
     INJECT_HOSTS,
 )
 OPTIONS: Final = tuple(variable for variable in VARIABLES if variable.option is not None)
@@ -179,6 +185,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     termination_endpoint: str | None = None
     forward_as: str = "bearer"
+    workers: int = 1
     inject_hosts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -281,6 +288,7 @@ def read_settings(
         allowed_origins=reader.origins(),
         termination_endpoint=reader.termination_endpoint(),
         forward_as=reader.choice(FORWARD_AS, _FORWARD_AS),
+        workers=reader.workers(),
         inject_hosts=inject_hosts,
         warnings=tuple(reader.warnings),
     )
@@ -550,6 +558,15 @@ class _Reader:
                 f"{UPSTREAM.env} is plain http: everyone on the way to {parts.hostname} sees the token"
             )
         return f"{parts.scheme}://{parts.netloc.lower()}"
+
+    def workers(self) -> int:
+        value = self.text(WORKERS) or "1"
+        if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
+            self.problem(WORKERS, f"{value!r} is no number of processes: use 1 to {MAX_WORKERS}")
+            return 1
+        if int(value) > 1 and not hasattr(os, "fork"):
+            self.problem(WORKERS, "this system cannot fork: use 1")
+        return int(value)
 
     def endpoint(self) -> str:
         """Return path and query of what the service is asked for; the host of a URL does not count."""

@@ -3,11 +3,11 @@
 import asyncio
 import importlib.metadata
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
-from eoepca_security.proxy.metrics import Metrics
+from eoepca_security.proxy.metrics import Metrics, counts
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
 from eoepca_security.verify import unverified_claims
@@ -44,11 +44,28 @@ def status(source: TokenSource | None, metrics: Metrics, last_refresh: Mapping[s
         "identity": {name: claims[name] for name in ("sub", "preferred_username") if name in claims},
         "token": _times(token) if token is not None else None,
         "last_refresh": last_refresh,
-        "refreshes": metrics.refreshes(),
-        "requests": metrics.requests(),
-        "errors": metrics.errors(),
+        **counts(metrics.families()),
         "uptime_seconds": round(time.time() - metrics.started_at),
         "version": importlib.metadata.version("eoepca-security"),
+    }
+
+
+def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the states of processes that share a session as one, but for what is counted elsewhere."""
+    if not states:
+        return {"ready": False, "processes": 0}
+    # They take the token from each other, so one of them has the newest first.
+    ahead = max(states, key=lambda state: state["token"]["ends_at"] if state["token"] else 0)
+    troubled = next((state for state in states if state["code"]), ahead)
+    refreshes = [state["last_refresh"] for state in states if state["last_refresh"]]
+    return dict(ahead) | {
+        "ready": all(state["ready"] for state in states),
+        "code": troubled["code"],
+        "detail": troubled["detail"],
+        "last_refresh": max(refreshes, key=lambda refresh: float(refresh["at"]), default=None),
+        "uptime_seconds": max(state["uptime_seconds"] for state in states),
+        "requests_in_flight": sum(state["requests_in_flight"] for state in states),
+        "processes": len(states),
     }
 
 
