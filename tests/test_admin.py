@@ -7,12 +7,13 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import admin
 from eoepca_security.proxy.admin import Admin, Subject, admin_guard, page
-from eoepca_security.proxy.metrics import Metrics
+from eoepca_security.proxy.metrics import Metrics, counts
 from eoepca_security.proxy.settings import Address, Settings
 
 SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
@@ -27,7 +28,10 @@ class Proxy:
     async def ready(self) -> TokenError | None:
         return self.failure
 
-    def status(self) -> dict[str, Any]:
+    async def families(self) -> list[Metric]:
+        return self.metrics.families()
+
+    async def status(self) -> dict[str, Any]:
         return {"ready": self.failure is None, "detail": "<script>alert(1)</script>", "token": {"seconds_left": 5}}
 
     def quit(self) -> None:
@@ -41,7 +45,7 @@ def proxy() -> Proxy:
 
 @pytest.fixture
 async def address(proxy: Proxy) -> AsyncIterator[Address]:
-    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.metrics, proxy.quit))
+    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
     yield server.start()
     server.stop()
 
@@ -80,8 +84,11 @@ async def test_metrics_count_by_class_code_and_result(client: httpx.AsyncClient,
         "oidc_proxy_requests_in_flight 3.0",
     ):
         assert line in text
-    assert proxy.metrics.requests() == {"2xx": 1, "4xx": 1, "none": 1}
-    assert proxy.metrics.errors() == {"host_not_allowed": 1}
+    assert counts(proxy.metrics.families()) == {
+        "requests": {"2xx": 1, "4xx": 1, "none": 1},
+        "errors": {"host_not_allowed": 1},
+        "refreshes": {"success": 1, "credentials_rejected": 1},
+    }
     openmetrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert openmetrics.headers["Content-Type"].startswith("application/openmetrics-text")
 
@@ -129,7 +136,7 @@ def test_the_page_escapes_what_it_shows() -> None:
 
 async def test_sizes_and_times_are_bounded(address: Address, monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> None:
     monkeypatch.setattr(admin, "TIMEOUT", 0.2)
-    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.metrics, proxy.quit))
+    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
     bounded = server.start()
     try:
         for at, data in (

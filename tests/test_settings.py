@@ -383,3 +383,14 @@ def test_lists_of_hosts_and_origins() -> None:
     assert settings.warnings == ()
     (warning,) = read_settings(GOOD | lists).warnings
     assert "PROXY_INJECT_HOSTS is not used" in warning
+
+
+def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (read_settings(GOOD).workers, read_settings(GOOD | {"PROXY_WORKERS": " 4 "}).workers) == (1, 4)
+    for wrong in ("0", "-1", "65", "two", "1.5", "٣"):
+        (problem,) = problems(GOOD | {"PROXY_WORKERS": wrong})
+        assert problem.startswith("PROXY_WORKERS: ")
+        assert "use 1 to 64" in problem
+    monkeypatch.delattr(os, "fork")
+    assert read_settings(GOOD | {"PROXY_WORKERS": "1"}).workers == 1
+    assert problems(GOOD | {"PROXY_WORKERS": "2"}) == ("PROXY_WORKERS: this system cannot fork: use 1",)

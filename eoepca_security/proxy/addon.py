@@ -64,14 +64,21 @@ class OIDCAuthProxy:
 
     `settings` come from the launcher; without them they are read from the add-on's options, the environment and `.env`.
     `on_started` is called once with the proxy's URL and what kept the first token from coming, if anything did.
+    One that `joins` others goes on with their session, rather than ask the issuer whether it is good. `end` is
+    called when a client ends the proxy, mitmproxy's shutdown unless it is given.
     """
 
     def __init__(
         self,
         settings: Settings | None = None,
         on_started: Callable[[str, TokenError | None], None] | None = None,
+        *,
+        joins: bool = False,
+        end: Callable[[], None] | None = None,
     ) -> None:
         self._given = settings
+        self._end_all = end or _shut_down
+        self._joins = joins
         self._on_started = on_started or _exit_if_rejected
         self._settings: Settings | None = None
         self._source: TokenSource | None = None
@@ -136,6 +143,7 @@ class OIDCAuthProxy:
         self._source = make_source(
             settings,
             continues=before if goes_on else None,
+            joins=self._joins,
             observe=self._refreshed,
             learn=self._apisix.learn if self._apisix is not None else None,
         )
@@ -309,7 +317,7 @@ class OIDCAuthProxy:
         if flow.request.method != "POST":
             return Response.make(405, b"", {"Allow": "POST"})
         # Which does not end before this request has its answer.
-        ctx.master.shutdown()
+        self._end_all()
         return Response.make(200, b"ending\n", {"Content-Type": "text/plain; charset=utf-8"})
 
     def _refusal(self, flow: HTTPFlow) -> Refusal | None:
@@ -404,7 +412,7 @@ class OIDCAuthProxy:
 
     def subject(self) -> Subject:
         """Return what can be told of the proxy, and how to end it."""
-        return Subject(self._ready, self._status, self._families, ctx.master.shutdown)
+        return Subject(self._ready, self._status, self._families, self._end_all)
 
     async def _ready(self) -> TokenError | None:
         return await unready(self._source)
@@ -475,6 +483,10 @@ class OIDCAuthProxy:
                 math.ceil(token.ends_at - token.obtained_at),
             )
         self._on_started(listener, failure)
+
+
+def _shut_down() -> None:
+    ctx.master.shutdown()
 
 
 def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -38,17 +39,19 @@ OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
 MEMORY: Final = Path("/dev/shm")  # noqa: S108  in it, a folder that only we can read
 """Where processes share what is to be kept in memory only."""
 
+
 @dataclass(frozen=True)
 class Worker:
     """What one of several processes is given: the sockets to listen on, and how it is asked about its state.
 
-    `lifeline` is a file descriptor that ends when the process that started this one is gone. Only one, and only once,
-    `leads`: it tells of the start, and ends the proxy where the credentials are rejected then.
+    `lifeline` is a file descriptor that ends when the process that started this one is gone. `end` ends them all. Only
+    one, and only once, `leads`: it tells of the start, and ends the proxy where the credentials are rejected then.
     """
 
     listeners: Sequence[socket.socket]
     line: Line
     lifeline: int
+    end: Callable[[], None]
     leads: bool
 
 
@@ -70,8 +73,8 @@ def run(
         arguments = [*trust_arguments, *extra]
         if settings.workers == 1:
             return _run(settings, arguments, confdir, on_started, log_format)
-        with _shared_session(settings) as shared:
-            return _run_workers(shared, arguments, confdir, log_format)
+        with _shared_session(settings) as (shared, for_now):
+            return _run_workers(shared, arguments, confdir, log_format, for_now)
 
 
 def _run(
@@ -97,7 +100,7 @@ def _run(
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             set_format(self, log_format, without=is_told_elsewhere)
             self.event_loop.set_exception_handler(_ignore_cancelled)
-            addon = OIDCAuthProxy(settings, self._started)
+            addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
             self.addons.add(addon)
             # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
             chain = self.addons.chain
@@ -111,7 +114,7 @@ def _run(
 
         def _orphaned(self, lifeline: int) -> None:
             self.event_loop.remove_reader(lifeline)
-            self.shutdown()
+            self.shutdown()  # type: ignore[no-untyped-call]
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
             nonlocal exit_code, starting
@@ -138,26 +141,37 @@ def _run(
     return exit_code
 
 
-def _run_workers(settings: Settings, arguments: Sequence[str], confdir: str, log_format: str) -> int:
-    """Run several processes that listen on the same sockets, and one for the admin listener."""
+def _run_workers(
+    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, for_now: Path | None
+) -> int:
+    """Run several processes that listen on the same sockets, and one for the admin listener.
+
+    The last that is left removes the folder `for_now`.
+    """
     listeners = bind_sockets(settings.port, settings.host)
     supervisor = os.getpid()
     # Which one of the others could not have, but all know.
     settings = replace(settings, port=listeners[0].getsockname()[1])
     lines = [Line.make() for _ in range(settings.workers)]
 
+    def end_all() -> None:
+        os.kill(supervisor, signal.SIGTERM)
+
     def close_listeners() -> None:
         for listener in listeners:
             listener.close()
 
     def work(number: int, is_first: bool, lifeline: int) -> int:
-        worker = Worker(listeners, lines[number], lifeline, leads=is_first and number == 0)
-        return _run(replace(settings, admin=None), arguments, confdir, None, log_format, worker)
+        worker = Worker(listeners, lines[number], lifeline, end_all, leads=is_first and number == 0)
+        code = _run(replace(settings, admin=None), arguments, confdir, None, log_format, worker)
+        if for_now is not None and os.getppid() != supervisor:
+            shutil.rmtree(for_now, ignore_errors=True)
+        return code
 
     def tell(is_first: bool, lifeline: int) -> int:
         close_listeners()
         log_plainly(log_format)
-        admin = Admin(settings, Crew(lines, lambda: os.kill(supervisor, signal.SIGTERM)).subject())
+        admin = Admin(settings, Crew(lines, end_all).subject())
         asyncio.run(_serve_admin(admin, lifeline))
         return 0
 
@@ -183,10 +197,10 @@ async def _serve_admin(admin: Admin, lifeline: int) -> None:
 
 
 @contextlib.contextmanager
-def _shared_session(settings: Settings) -> Iterator[Settings]:
-    """Let processes share the session also where it is to be kept in memory only."""
+def _shared_session(settings: Settings) -> Iterator[tuple[Settings, Path | None]]:
+    """Let processes share the session also where it is to be kept in memory only: in a folder for now, in memory."""
     if settings.token_store is not None or settings.grant != "refresh_token":
-        yield settings
+        yield settings, None
         return
     try:
         folder = tempfile.TemporaryDirectory(prefix="oidc-proxy-", dir=MEMORY)
@@ -196,7 +210,7 @@ def _shared_session(settings: Settings) -> Iterator[Settings]:
             f"memory for one ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
         ) from None
     with folder as path:
-        yield replace(settings, token_store=Path(path))
+        yield replace(settings, token_store=Path(path)), Path(path)
 
 
 def _taken_address(settings: Settings) -> str | None:

@@ -28,7 +28,8 @@ _ERRORS: Final = {error.code: error for error in (IssuerUnavailable, Credentials
 class Line:
     """Connects the process that asks with one that answers, and with those that take the latter's place.
 
-    Both ends are open in all processes, so a question may have been for a process that is gone: answers bear its number.
+    Both ends are open in all processes, so a question may be older than the process that gets it: answers bear its
+    number.
     """
 
     asking: socket.socket

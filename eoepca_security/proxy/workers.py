@@ -5,6 +5,7 @@ until any of them takes it, so none is lost when one of them dies before that.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -76,7 +77,7 @@ def share_listeners(address: tuple[str, int], listeners: Sequence[socket.socket]
             listener.listen(_BACKLOG)
         return servers
 
-    AsyncioServerInstance.listen = listen_together  # type: ignore[method-assign]
+    AsyncioServerInstance.listen = listen_together  # type: ignore[method-assign,assignment]
 
 
 class _Supervisor:
@@ -141,10 +142,8 @@ class _Supervisor:
             traceback.print_exc()
         finally:
             for stream in (sys.stdout, sys.stderr):
-                try:
+                with contextlib.suppress(OSError, ValueError):
                     stream.flush()
-                except (OSError, ValueError):
-                    pass
             os._exit(code)
 
     def _reap(self) -> None:
