@@ -54,7 +54,7 @@ class TokenSource:
     `access_token` is used first, while it lives. `continues` is a source whose login this one goes on with, whatever
     token that has come to by now. One that `joins` begins with an access token that another process got; otherwise the
     issuer is asked at the start, which tells whether the login is still good. `now` is epoch seconds. `observe` is told
-    of each refresh: what it failed for, if it did, and how many seconds it took. One instance belongs to one event loop.
+    of each refresh: what it failed for, if it did, and how many seconds it took. One instance belongs to one loop.
     """
 
     def __init__(

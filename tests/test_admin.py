@@ -46,7 +46,9 @@ def proxy() -> Proxy:
 @pytest.fixture
 async def address(proxy: Proxy) -> AsyncIterator[Address]:
     server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
-    yield server.start()
+    address = server.start()
+    assert address is not None
+    yield address
     server.stop()
 
 
@@ -138,6 +140,7 @@ async def test_sizes_and_times_are_bounded(address: Address, monkeypatch: pytest
     monkeypatch.setattr(admin, "TIMEOUT", 0.2)
     server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
     bounded = server.start()
+    assert bounded is not None
     try:
         for at, data in (
             (address, b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000),

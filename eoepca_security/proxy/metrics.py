@@ -66,7 +66,7 @@ class Metrics:
 def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
     """Return what the status page shows of them.
 
-    `requests` are by class of status, `errors` (requests that the proxy answered itself) by code, `refreshes` by result.
+    `requests` are by class of status, `errors` (requests answered by the proxy itself) by code, `refreshes` by result.
     """
     found: dict[str, dict[str, int]] = {"refreshes": {}, "requests": {}, "errors": {}}
     for sample in (sample for family in families for sample in family.samples):

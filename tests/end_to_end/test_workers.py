@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from eoepca_security.testing import Behaviour, FakeIssuer
 
 from test_operations import accepts, admin_of  # isort: skip
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no workers without fork")
+pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
 
 
 @pytest.fixture
@@ -32,10 +33,7 @@ def issuer() -> Iterator[FakeIssuer]:
 
 
 def children(pid: int) -> list[int]:
-    output = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-    ).stdout
-    return [int(line) for line in output.split()]
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def workers(proxy: ProxyProcess) -> list[int]:
@@ -56,7 +54,7 @@ def connections_by_process(pids: list[int], port: int) -> dict[int, int]:
         fields = line.split()
         if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == "01":
             inodes.add(f"socket:[{fields[9]}]")
-    links = {pid: [os.readlink(path) for path in _descriptors(pid)] for pid in pids}
+    links = {pid: [str(path.readlink()) for path in _descriptors(pid)] for pid in pids}
     return {pid: sum(link in inodes for link in found) for pid, found in links.items()}
 
 
@@ -65,7 +63,6 @@ def _descriptors(pid: int) -> Iterator[Path]:
         yield from (path for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink())
 
 
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
 def test_processes_share_the_port_and_the_session_and_one_that_dies_is_replaced(
     start: StartProxy, issuer: FakeIssuer, client: httpx.Client, tmp_path: Path
 ) -> None:
@@ -191,7 +188,7 @@ def test_what_fails_again_and_again_is_tried_ever_later(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, script, log], capture_output=True, text=True, timeout=30, check=False)
     runs = [json.loads(line) for line in log.read_text().splitlines()]
     assert [is_first for is_first, _ in runs] == [True, False, False]
-    gaps = [later - earlier for (_, earlier), (_, later) in zip(runs, runs[1:], strict=False)]
+    gaps = [later - earlier for (_, earlier), (_, later) in pairwise(runs)]
     assert [round(gap) for gap in gaps] == [0, 1]
     assert result.stdout.splitlines() == ["0 failed", "0 was ended by SIGKILL", "ends"]
     assert result.returncode == 2
