@@ -1,45 +1,41 @@
 """What the documents promise is what the code has."""
 
 import re
+import runpy
 import tomllib
+from dataclasses import replace
 from typing import Any
 
 from conftest import ROOT
 from helpers_fastapi import bearer, get
 
 import eoepca_security
-from eoepca_security.proxy.settings import VARIABLES
+from eoepca_security.proxy.settings import read_settings
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.testing import FakeIssuer
 
 PATHS = ("/me", "/catalogue", "/admin")
 
 
-def test_env_example_explains_every_variable_and_no_other() -> None:
-    text = (ROOT / ".env.example").read_text()
-    blocks = re.findall(r"^((?:# .*\n|#\n)+)((?:#?[A-Z_]+=.*\n)+)", text, re.MULTILINE)
-    explained = {name for _, lines in blocks for name in re.findall(r"^#?([A-Z_]+)=", lines, re.MULTILINE)}
-    assert explained == {variable.env for variable in VARIABLES}
-    for comment, lines in blocks:
-        is_secret = any(variable.secret and f"{variable.env}=" in lines for variable in VARIABLES)
-        assert ("(secret)" in comment) == is_secret, comment
+def test_env_example_and_the_settings_page_are_as_the_code_describes_them() -> None:
+    written = runpy.run_path(str(ROOT / "tools" / "settings_reference.py"))
+    remedy = "run `uv run tools/settings_reference.py`"
+    assert (ROOT / ".env.example").read_text() == written["env_example"](), remedy
+    assert (ROOT / "docs" / "settings.md").read_text() == written["settings_page"](), remedy
+    for variable in VARIABLES:
+        assert f"\n### `{variable.env}`\n" in (ROOT / "docs" / "settings.md").read_text()
 
 
-def test_env_example_shows_the_defaults() -> None:
-    lines = (ROOT / ".env.example").read_text().splitlines()
-    values = dict(line.removeprefix("#").split("=", 1) for line in lines if re.match(r"#[A-Z_]+=", line))
-    # Comments, so that a container's own values stand when a copy of the file is its environment.
-    assert not any(re.match(r"[A-Z_]+=.", line) for line in lines)
-    assert values == {
-        "OPEN_ID_CONNECT_CLIENT_AUTH": "auto",
-        "OPEN_ID_CONNECT_GRANT": "refresh_token",
-        "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP": "false",
-        "REMOTE_PROTECTED_ENDPOINT": "/",
-        "TLS_NO_VERIFY": "false",
-        "PROXY_HOST": "127.0.0.1",
-        "PROXY_PORT": "8080",
-        "PROXY_ADMIN": "127.0.0.1:8081",
-        "PROXY_FORWARD_AS": "bearer",
+def test_the_defaults_that_are_described_are_those_in_force() -> None:
+    needed = {
+        "OPEN_ID_CONNECT_URL": "https://issuer.example",
+        "OPEN_ID_CONNECT_CLIENT_ID": "client",
+        "OPEN_ID_REFRESH_TOKEN": "refresh",
+        "REMOTE_PROTECTED_DOMAIN": "https://service.example",
     }
+    described = {variable.env: variable.default for variable in VARIABLES if variable.default}
+    assert set(needed) >= {variable.env for variable in VARIABLES if variable.required}
+    assert replace(read_settings(needed | described), admin_is_set=False) == read_settings(needed)
 
 
 def test_every_setting_that_the_readme_names_exists() -> None:

@@ -22,7 +22,8 @@ from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, set_format
-from eoepca_security.proxy.settings import ADMIN, CA_FILE, PORT, UPSTREAM, Settings
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import ADMIN, CA_FILE, PORT, UPSTREAM
 from eoepca_security.transport import ca_bundle
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
