@@ -11,11 +11,12 @@ from conftest import ROOT
 from helpers_fastapi import bearer, get
 
 import eoepca_security
+from eoepca_security.proxy import variables
 from eoepca_security.proxy.check import check
 from eoepca_security.proxy.metrics import Metrics
 from eoepca_security.proxy.problem import ANSWERS
 from eoepca_security.proxy.settings import read_settings
-from eoepca_security.proxy.variables import VARIABLES
+from eoepca_security.proxy.variables import VARIABLES, Variable
 from eoepca_security.testing import FakeIssuer
 
 README = (ROOT / "README.md").read_text()
@@ -30,6 +31,7 @@ def test_env_example_and_the_settings_page_are_as_the_code_describes_them() -> N
     remedy = "run `uv run tools/settings_reference.py`"
     assert (ROOT / ".env.example").read_text() == written["env_example"](), remedy
     assert (ROOT / "docs" / "settings.md").read_text() == written["settings_page"](), remedy
+    assert {value for value in vars(variables).values() if isinstance(value, Variable)} == set(VARIABLES)
     for variable in VARIABLES:
         assert f"\n### `{variable.env}`\n" in (ROOT / "docs" / "settings.md").read_text()
 
