@@ -20,8 +20,9 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import wire
 from eoepca_security.proxy.addon import OIDCAuthProxy, exposure
-from eoepca_security.proxy.settings import OPTIONS, Settings
+from eoepca_security.proxy.settings import Settings
 from eoepca_security.proxy.stream import MAX_HELD
+from eoepca_security.proxy.variables import OPTIONS
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.session import AccessToken
 

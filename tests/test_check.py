@@ -20,7 +20,8 @@ from eoepca_security.protocol import Client
 from eoepca_security.proxy import check as check_module
 from eoepca_security.proxy.check import Step, check
 from eoepca_security.proxy.launcher import main
-from eoepca_security.proxy.settings import VARIABLES, Settings
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.proxy.wiring import make_store
 from eoepca_security.session import Stored
 from eoepca_security.testing import FakeIssuer

@@ -8,7 +8,7 @@ import pytest
 from conftest import settings_for
 
 from eoepca_security.proxy.launcher import main
-from eoepca_security.proxy.settings import VARIABLES
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.testing import Behaviour, FakeIssuer
 
 

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from mitmproxy.options import Options
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.proxy.settings import VARIABLES, read_dotenv, read_settings
+from eoepca_security.proxy.settings import read_dotenv, read_settings
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.session import Stored
 from eoepca_security.store import TokenStore
 

@@ -40,8 +40,9 @@ from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
 from eoepca_security.proxy.logs import STARTED
 from eoepca_security.proxy.metrics import Metrics
-from eoepca_security.proxy.settings import ALLOWED_HOSTS, CA_FILE, OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.settings import Settings, read_dotenv, read_settings
 from eoepca_security.proxy.status import status, unready
+from eoepca_security.proxy.variables import ALLOWED_HOSTS, CA_FILE, OPTIONS
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken

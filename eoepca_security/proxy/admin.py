@@ -18,7 +18,8 @@ from eoepca_security.protocol import is_loopback
 from eoepca_security.proxy import problem
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard
 from eoepca_security.proxy.metrics import exposition
-from eoepca_security.proxy.settings import ADMIN, Address, Settings
+from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.variables import ADMIN
 
 MAX_SIZE: Final = 16 * 1024
 """Longest header block, and longest body, that is read, in bytes."""

@@ -29,7 +29,8 @@ from eoepca_security.proxy.diagnosis import (
 )
 from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.listening import cannot_listen
-from eoepca_security.proxy.settings import (
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import (
     AUDIENCE,
     CLIENT_AUTH,
     GRANT,
@@ -39,7 +40,6 @@ from eoepca_security.proxy.settings import (
     SCOPE,
     TOKEN_STORE,
     UPSTREAM,
-    Settings,
 )
 from eoepca_security.proxy.wiring import make_provider, make_store
 from eoepca_security.session import AccessToken, RefreshSession, number

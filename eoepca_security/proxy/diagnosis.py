@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from eoepca_security.errors import IssuerUnavailable
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy.settings import (
+from eoepca_security.proxy.variables import (
     AUDIENCE,
     CA_FILE,
     CLIENT_AUTH,

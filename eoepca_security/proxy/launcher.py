@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 
 from eoepca_security.errors import SettingsError, StoreError, TokenError
-from eoepca_security.proxy.settings import OPTIONS, TOKEN_STORE, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.settings import Settings, read_dotenv, read_settings
+from eoepca_security.proxy.variables import OPTIONS, TOKEN_STORE
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource

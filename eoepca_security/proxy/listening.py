@@ -4,7 +4,7 @@ import errno
 import socket
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.proxy.settings import HOST, Variable
+from eoepca_security.proxy.variables import HOST, Variable
 
 
 def cannot_listen(host: str, port: int, variable: Variable = HOST) -> str | None:

@@ -29,8 +29,9 @@ from eoepca_security.proxy.admin import Admin
 from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, log_plainly, set_format
-from eoepca_security.proxy.settings import ADMIN, CA_FILE, PORT, TOKEN_STORE, UPSTREAM, WORKERS, Settings
+from eoepca_security.proxy.settings import Settings
 from eoepca_security.proxy.together import Crew, Line, answer
+from eoepca_security.proxy.variables import ADMIN, CA_FILE, PORT, TOKEN_STORE, UPSTREAM, WORKERS
 from eoepca_security.proxy.workers import Part, share_listeners, supervise
 from eoepca_security.transport import ca_bundle
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
 from eoepca_security.provider import Provider
-from eoepca_security.proxy.settings import AUDIENCE, REFRESH_TOKEN, Settings
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import AUDIENCE, REFRESH_TOKEN
 from eoepca_security.source import TokenSource
 from eoepca_security.store import TokenStore
 from eoepca_security.transport import HttpTransport, Transport, trust
