@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, StoreError, TokenInvalid
 from eoepca_security.protocol import Client, choose_auth_method, printable, without_secrets
 from eoepca_security.proxy.diagnosis import (
+    CLIENT_ERRORS,
     CLOCK,
     LOGIN,
     Place,
@@ -57,8 +58,6 @@ PROBE_TIMEOUT: Final = 2.0
 """Seconds that whatever has our port may take to say what it is."""
 
 T = TypeVar("T")
-
-_CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class _Run:
             raise _Fault(_first_part(error), f"set {CLIENT_AUTH.env}, or the credential that it needs") from None
         self._obtain()
         refusal = self._obtained
-        if isinstance(refusal, CredentialsRejected) and refusal.error in _CLIENT_ERRORS:
+        if isinstance(refusal, CredentialsRejected) and refusal.error in CLIENT_ERRORS:
             raise _Fault(_first_part(refusal), self._client_remedy(refusal.error))
         return f"{printable(client.client_id)} ({method})"
 
@@ -256,7 +255,7 @@ class _Run:
                 self._obtained = AccessToken(settings.access_token, self._now(), end)
                 return
             error = self._try_client(settings.client)
-            self._obtained = error if error is not None and error.error in _CLIENT_ERRORS else None
+            self._obtained = error if error is not None and error.error in CLIENT_ERRORS else None
             return
         session = RefreshSession(self._provider.request_token, settings.refresh_token, store=self._store, now=self._now)
         try:
@@ -284,7 +283,7 @@ class _Run:
         works_without = False
         if has_secret:
             refusal = self._try_client(Client(client.client_id, auth_method="none"))
-            works_without = refusal is not None and refusal.error not in _CLIENT_ERRORS
+            works_without = refusal is not None and refusal.error not in CLIENT_ERRORS
         remedy = client_remedy(has_secret=has_secret, works_without=works_without, client_id=client.client_id)
         if error == "unauthorized_client" and self._settings.grant == "client_credentials" and not works_without:
             remedy += "; or allow the client this grant (Keycloak: Service accounts roles)"

@@ -39,6 +39,11 @@ def last_resort() -> Response:
     return response
 
 
+def title(code: str) -> str:
+    """Return in words what a code of the public interface says."""
+    return _ANSWERS[code][1]
+
+
 @dataclass(frozen=True)
 class UpstreamFault:
     """Why the protected service gives no answer; `code` is of the public interface."""
