@@ -58,8 +58,9 @@ def page(status: Mapping[str, Any]) -> str:
     sections = [
         *[_alert(problem) for problem in status["problems"]],
         _section("token", "Access token", _countdown(status) + _list(_token_rows(status), now)),
-        _section("way", "From whom to whom", _list(_way_rows(status), now)),
-        _section("requests", "Requests since the start", _requests(status)),
+        _section("way", "Who and where", _list(_way_rows(status), now)),
+        _section("requests", "Requests since the start", _table("Answer", _request_rows(status))),
+        _section("own", "Answered by the proxy itself", _table("Error", _own_rows(status))),
         _section("errors", "Recent errors", _errors(status)),
     ]
     started = _html(Moment(now - status["uptime_seconds"]), now)
@@ -77,8 +78,8 @@ def page(status: Mapping[str, Any]) -> str:
 <body data-now="{now:.3f}">
 <header>
 <h1>OIDC proxy</h1>
-<p id="state" class="{html.escape(status["state"])}" role="status"><strong>{headline}</strong> {explanation}</p>
 <p id="lost" role="alert" hidden></p>
+<p id="state" class="{status["state"]}" role="status"><strong>{headline}</strong> {explanation}</p>
 </header>
 <main id="main">
 {"".join(sections)}</main>
@@ -98,7 +99,8 @@ def lines(status: Mapping[str, Any]) -> list[str]:
     found = [f"{headline}: {explanation}"]
     for problem in status["problems"]:
         found += [f"{problem['title']}: {problem['detail']}", f"what to do: {problem['remedy']}"]
-    rows = [*_way_rows(status), *_token_rows(status), *_request_rows(status)]
+    rows = [*_way_rows(status), *_token_rows(status)]
+    rows += [(f"Requests, {label}", number) for label, number in [*_request_rows(status), *_own_rows(status)]]
     found += [f"{label.lower()}: {_text(value, now)}" for label, value in rows]
     found += [
         f"error {_text(Moment(error['at']), now)}: {error['code']}: {error['detail']}{_times(error['count'])}"
@@ -114,12 +116,12 @@ def _token_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
         rows += [
             ("Ends", Moment(token["ends_at"])),
             ("Obtained", Moment(token["obtained_at"])),
-            ("Lifetime", f"{duration(token['lifetime_seconds'])}, renewed in time"),
+            ("Lifetime", f"{duration(math.ceil(token['lifetime_seconds']))}, renewed in time"),
         ]
     if refresh is not None:
         rows += [
             ("Last refresh", Moment(refresh["at"])),
-            ("Its result", f"{refresh['result']}, after {refresh['seconds']:.2f} s"),
+            ("Its result", f"{refresh['result']}, after {_took(refresh['seconds'])}"),
         ]
     rows.append(("Refreshes", _counts(refreshes) or "none yet"))
     return rows
@@ -134,14 +136,22 @@ def _way_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
     ]
 
 
-def _request_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
+def _request_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [(_STATUS_CLASSES.get(name, name), str(number)) for name, number in sorted(status["requests"].items())]
-    rows += [(f"of these {code}", str(number)) for code, number in sorted(status["errors"].items())]
     return [*rows, ("being served", str(status["requests_in_flight"]))]
 
 
+def _own_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(code, str(number)) for code, number in sorted(status["errors"].items())]
+
+
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
+    names = sorted(counts, key=lambda name: (name != "success", name))
+    return ", ".join(f"{counts[name]} {name}" for name in names)
+
+
+def _took(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1000:.0f} ms"
 
 
 def _times(count: int) -> str:
@@ -154,7 +164,7 @@ def _section(name: str, title: str, content: str) -> str:
 
 
 def _alert(problem: Mapping[str, str]) -> str:
-    remedy = problem["remedy"]
+    remedy = problem["remedy"][:1].upper() + problem["remedy"][1:]
     return (
         f'<section class="problem">\n<h2>{html.escape(problem["title"])}</h2>\n<p>{_prose(problem["detail"])}</p>\n'
         f"<p><strong>What to do:</strong> {_prose(remedy)}</p>\n</section>\n"
@@ -178,15 +188,14 @@ def _list(rows: list[tuple[str, Value]], now: float) -> str:
     return f"<dl>\n{items}</dl>\n"
 
 
-def _requests(status: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{html.escape(label)}</th><td>{html.escape(str(value))}</td></tr>\n'
-        for label, value in _request_rows(status)
+def _table(title: str, rows: list[tuple[str, str]]) -> str:
+    if not rows:
+        return "<p>None.</p>\n"
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(label)}</th><td>{html.escape(number)}</td></tr>\n' for label, number in rows
     )
-    return (
-        '<table>\n<thead><tr><th scope="col">Answer</th><th scope="col">Number</th></tr></thead>\n'
-        f"<tbody>\n{rows}</tbody>\n</table>\n"
-    )
+    head = f'<tr><th scope="col">{title}</th><th scope="col">Number</th></tr>'
+    return f"<table>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>\n"
 
 
 def _errors(status: Mapping[str, Any]) -> str:
@@ -208,8 +217,8 @@ def _html(value: Value, now: float) -> str:
 
 
 def _prose(text: str) -> str:
-    """Return a sentence as HTML; commands stand between backticks."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text[:1].upper() + text[1:]))
+    """Return words as HTML; commands stand between backticks."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
 def _text(value: Value, now: float) -> str:
