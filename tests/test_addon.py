@@ -273,6 +273,25 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     assert addon._source._session._refresh_token == "another-login"
 
 
+# --- what the status tells of the service ------------------------------------------------------------------------
+
+
+async def test_a_service_that_refuses_the_token_is_a_problem_and_our_own_answers_are_not(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    for status, problems in ((401, 1), (403, 0)):
+        flow = flow_for()
+        await addon.requestheaders(flow)
+        flow.response = Response.make(status)
+        addon._ended(flow)
+        refused = flow_for()
+        refused.request.headers["Host"] = "evil.example"
+        await addon.requestheaders(refused)
+        addon._ended(refused)
+        told = addon._status()
+        assert len(told["problems"]) == problems
+    assert [(one["code"], one["count"]) for one in told["recent_errors"]] == [("host_not_allowed", 2)]
+
+
 # --- a service that refuses the token ----------------------------------------------------------------------------
 
 
