@@ -38,11 +38,11 @@ from eoepca_security.proxy.check import runs_in_container
 from eoepca_security.proxy.diagnosis import failure_remedy
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.identity import identity
-from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
+from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT, DaemonThreads, drain, end_with_the_terminal
 from eoepca_security.proxy.logs import STARTED
 from eoepca_security.proxy.metrics import Metrics
 from eoepca_security.proxy.page import duration, lines
-from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, CA_FILE, OPTIONS, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, CA_FILE, OPTIONS, Settings, settings_in
 from eoepca_security.proxy.status import Answer, Mishaps, Refresh, State, status, unready
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
@@ -121,9 +121,9 @@ class OIDCAuthProxy:
 
     def _read_settings(self) -> None:
         try:
-            settings = self._given or read_settings(
+            settings = self._given or settings_in(
+                Path.cwd(),
                 os.environ,
-                dotenv=read_dotenv(Path.cwd()),
                 options={name: getattr(ctx.options, name) for name in _OPTION_NAMES},
                 need_upstream=False,
             )
@@ -196,13 +196,21 @@ class OIDCAuthProxy:
         hurried = False
         if isinstance(server, Proxyserver):
             self._ending = True
-            hurried = await drain(server, lambda: self._is_serving() or not (finishing is None or finishing.done()))
+            if (number := self._serving()) > 0:
+                requests = "1 request" if number == 1 else f"{number} requests"
+                logger.log(
+                    ALERT,
+                    "stopping: waiting up to %g s for %s; a second signal ends it at once",
+                    DRAIN_TIMEOUT,
+                    requests,
+                )
+            hurried = await drain(server, lambda: self._serving() > 0 or not (finishing is None or finishing.done()))
         if finishing is not None and not hurried:
             await finishing
         self._stop_admin()
 
-    def _is_serving(self) -> bool:
-        return any(flow.live and not flow.websocket for flow in self._in_flight)
+    def _serving(self) -> int:
+        return sum(bool(flow.live and not flow.websocket) for flow in self._in_flight)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -550,7 +558,8 @@ class OIDCAuthProxy:
 
 def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:
     if isinstance(failure, CredentialsRejected):
-        logger.error("%s: %s", failure.code, failure)
+        # The source has told it at length.
+        logger.error("ending, as there can be no token (%s): `run-mitmproxy.py check` says what to do", failure.code)
 
 
 def _exit_if_unprotected(master: Master) -> None:

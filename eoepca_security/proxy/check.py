@@ -31,16 +31,20 @@ from eoepca_security.proxy.diagnosis import (
 from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.settings import (
+    ADMIN,
     AUDIENCE,
     CLIENT_AUTH,
     GRANT,
+    HOST,
     ISSUER,
     PORT,
     REFRESH_TOKEN,
     SCOPE,
     TOKEN_STORE,
     UPSTREAM,
+    Address,
     Settings,
+    Variable,
 )
 from eoepca_security.proxy.wiring import make_provider, make_store
 from eoepca_security.session import AccessToken, RefreshSession, number
@@ -152,17 +156,16 @@ class _Run:
         return f"a session is in {self._store.place}"
 
     def listener(self) -> str:
-        host, port = self._settings.host, self._settings.port
+        settings, admin = self._settings, self._settings.admin
+        found = _listens(Address(settings.host, settings.port), HOST, f"set {PORT.env} to another port")
+        if admin is None:
+            return found
         try:
-            problem = cannot_listen(host, port)
-        except SettingsError as error:
-            name, _, problem = str(error).partition(": ")
-            raise _Fault(problem, f"change {name}") from None
-        if problem is None:
-            return f"{host}:{port} is free"
-        if _is_our_proxy(host, port):
-            return f"{host}:{port} is in use, by an OIDC proxy that runs"
-        raise _Fault(problem.partition(": ")[0], f"stop what uses it, or set {PORT.env} to another port")
+            return f"{found}; admin: {_listens(admin, ADMIN, f'set {ADMIN.env} to another address, or off')}"
+        except _Fault as fault:
+            if settings.admin_is_set:
+                raise
+            return f"{found}; there will be no admin listener: {fault.detail}"
 
     def discovery(self) -> str:
         try:
@@ -304,6 +307,20 @@ class _Run:
 
     def _raise(self, error: IssuerUnavailable) -> NoReturn:
         raise _Fault(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
+
+
+def _listens(address: Address, variable: Variable, other: str) -> str:
+    """Say that the proxy can listen there, or does; raises a fault when neither is so, with `other` as a way out."""
+    try:
+        problem = cannot_listen(*address, variable)
+    except SettingsError as error:
+        name, _, problem = str(error).partition(": ")
+        raise _Fault(problem, f"change {name}") from None
+    if problem is None:
+        return f"{address} is free"
+    if _is_our_proxy(*address):
+        return f"{address} is in use, by an OIDC proxy that runs"
+    raise _Fault(problem.partition(": ")[0], f"stop what uses it, or {other}")
 
 
 class _Recorder:

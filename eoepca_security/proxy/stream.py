@@ -145,7 +145,9 @@ class Stream(HttpStream):
             yield from self._repeat()
         else:
             request = self.flow.request
-            fault = problem.upstream_fault(f"{request.host}:{request.port}", event.message)
+            fault = problem.upstream_fault(
+                f"{request.host}:{request.port}", event.message, is_plain=request.scheme == "http"
+            )
             self.flow.response = problem.answer(fault, method=request.method)
             self.flow.metadata |= {CODE: fault.code, DETAIL: fault.detail}
             yield from self._answer()
