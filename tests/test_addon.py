@@ -376,6 +376,16 @@ async def test_the_address_listened_on_is_a_name_of_the_proxy_unless_it_is_all(c
             assert (flow.response is None) is is_allowed, (listen_host, mode, host)
 
 
+async def test_hosts_that_are_none_are_told_of_without_a_word_about_the_mode(context: Any) -> None:
+    addon = OIDCAuthProxy()
+    context.master.addons.add(addon)
+    options = {"oidc_url": "https://issuer.example", "oidc_client_id": "client", "refresh_token": "r"}
+    context.options.update(mode=["regular"], inject_hosts="http://x/", **options)
+    assert [problem.partition(":")[0] for problem in addon._problems] == ["PROXY_INJECT_HOSTS"]
+    context.options.update(mode=["socks5"])
+    assert [problem.partition(":")[0] for problem in addon._problems] == ["mode", "PROXY_INJECT_HOSTS"]
+
+
 async def test_options_that_would_undo_the_protection_are_refused(context: Any) -> None:
     addon = addon_with(StubSource(), context)
     for name, value in (

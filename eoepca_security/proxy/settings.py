@@ -212,7 +212,7 @@ def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settin
     try:
         return read_settings(environ, dotenv=read_dotenv(folder), **more)
     except SettingsError as error:
-        is_missing = any(": is required" in problem for problem in error.problems)
+        is_missing = any(": is required: " in problem for problem in error.problems)
         if not is_missing or (folder / ".env").exists():
             raise
         raise SettingsError(*error.problems, f".env: there is none in {folder}, where it is looked for") from None

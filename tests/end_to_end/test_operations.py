@@ -93,6 +93,7 @@ def test_requests_in_flight_get_their_answers_before_the_end_and_no_secret_shows
         assert proxy.wait_until_ended() == 0
         assert sorted(answers) == [(200, 14), (200, 4_000_000)]
 
+    assert "stopping: waiting up to 8 s for 2 requests" in proxy.output
     assert "Traceback" not in proxy.output
     files = [path.read_bytes() for path in (tmp_path / "flows", tmp_path / "all.har")]
     assert all(b"/held" in content and b"added by the proxy" in content for content in files)
