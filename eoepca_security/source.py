@@ -130,7 +130,7 @@ class TokenSource:
         now = self._now()
         if self._token is None or self._token.value == refused:
             if self._refresh is None:
-                if 0 <= now - self._forced_at < FORCED_INTERVAL or self._retry_in(now) > 0:
+                if self.forced_in() > 0:
                     return None
                 self._forced_at = now
             await self._wait_for(self._ensure_refresh(0))
@@ -171,6 +171,14 @@ class TokenSource:
     def retry_after(self) -> float:
         """Return in how many seconds it is worth asking again after a failure, at least 1."""
         return max(1.0, self._retry_in(self._now()))
+
+    def forced_in(self) -> float:
+        """Return in how many seconds `replace` may ask the issuer; 0 when it may now, or a refresh is under way."""
+        now = self._now()
+        if self._refresh is not None:
+            return 0.0
+        since = now - self._forced_at
+        return max(FORCED_INTERVAL - since if 0 <= since < FORCED_INTERVAL else 0.0, self._retry_in(now))
 
     def _retry_in(self, now: float) -> float:
         """Return the seconds until the issuer may be asked again; a clock that was set back does not add to them."""

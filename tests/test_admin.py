@@ -1,6 +1,7 @@
 """The admin listener in this process: its rules and bounds."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import Metric
+from test_status import STATE
 
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import admin
-from eoepca_security.proxy.admin import Admin, Subject, admin_guard, page
+from eoepca_security.proxy.admin import Admin, Subject, admin_guard
 from eoepca_security.proxy.metrics import Metrics, counts
 from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.status import status
 
 SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
 
@@ -32,7 +35,7 @@ class Proxy:
         return self.metrics.families()
 
     async def status(self) -> dict[str, Any]:
-        return {"ready": self.failure is None, "detail": "<script>alert(1)</script>", "token": {"seconds_left": 5}}
+        return status(replace(STATE, failure=self.failure))
 
     def quit(self) -> None:
         self.ended += 1
@@ -118,22 +121,29 @@ async def test_other_sites_reach_no_page(client: httpx.AsyncClient, proxy: Proxy
 
 
 async def test_every_answer_is_locked_down(client: httpx.AsyncClient) -> None:
-    for path in ("/", "/status", "/metrics", "/other"):
+    for path in ("/", "/status", "/metrics", "/other", "/status.js"):
         headers = (await client.get(path)).headers
         assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
         assert headers["Cache-Control"] == "no-store"
         assert "Server" not in headers
         assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
-def test_the_page_escapes_what_it_shows() -> None:
-    text = page({"ready": False, "detail": "<script>", "token": {"seconds_left": 5}, "code": None, "<b>": {"x&y": "&"}})
-    assert "&lt;script&gt;" in text
-    assert "<script>" not in text
-    assert "<b>" not in text
-    assert "<th>token: seconds left</th><td>5</td>" in text
-    assert "not ready" in text
+async def test_the_page_may_load_what_is_here_and_nothing_else(client: httpx.AsyncClient) -> None:
+    response = await client.get("/")
+    policy = response.headers["Content-Security-Policy"]
+    assert policy == (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'"
+    )
+    assert not re.search(r" (style|on[a-z]+)=|<style|<script>|(href|src)=\"[^\"]*[:/]", response.text)
+    loaded = re.findall(r'<(?:link|script) [^>]*(?:href|src)="([^"]+)"', response.text)
+    types = [(await client.get(f"/{name}")).headers["Content-Type"] for name in loaded]
+    assert types == ["image/svg+xml", "text/css; charset=utf-8", "text/javascript; charset=utf-8"]
+    assert (await client.post(f"/{loaded[0]}")).status_code == 405
 
 
 async def test_sizes_and_times_are_bounded(address: Address, monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> None:

@@ -5,16 +5,21 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from prometheus_client import Metric
+from test_status import NOW, SETTINGS, STATE
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError
 from eoepca_security.proxy import together
 from eoepca_security.proxy.admin import Subject
 from eoepca_security.proxy.metrics import Metrics, counts, exposition, from_json, merged, to_json
+from eoepca_security.proxy.page import page
+from eoepca_security.proxy.status import Mishap, Refresh, status
 from eoepca_security.proxy.together import Crew, Line, answer
+from eoepca_security.session import AccessToken
 
 
 class Process:
@@ -24,17 +29,12 @@ class Process:
         self.failure: TokenError | None = None
         self.metrics = Metrics(lambda: 2)
         self.metrics.token_ends(ends_at)
-        self.state: dict[str, Any] = {
-            "listener": "http://127.0.0.1:8080",
-            "identity": {"sub": name},
-            "token": {"ends_at": ends_at},
-            "ready": True,
-            "code": None,
-            "detail": None,
-            "last_refresh": {"at": ends_at - 60},
-            "uptime_seconds": 5,
-            "requests_in_flight": 2,
-        }
+        self.state = replace(
+            STATE,
+            claims={"sub": name},
+            token=AccessToken(name, ends_at - 60, ends_at),
+            last_refresh=Refresh(ends_at - 60, 0.1, None),
+        )
 
     def subject(self) -> Subject:
         return Subject(self._ready, self._status, self._families, lambda: None)
@@ -43,7 +43,7 @@ class Process:
         return self.failure
 
     async def _status(self) -> Mapping[str, Any]:
-        return self.state
+        return status(self.state)
 
     async def _families(self) -> list[Metric]:
         return self.metrics.families()
@@ -65,19 +65,26 @@ async def test_processes_are_told_of_as_one(lines: list[Line]) -> None:
         process.metrics.request_ended(200)
         process.metrics.refreshed(None, 0.3)
     processes[0].metrics.request_ended(502, "credentials_rejected")
-    processes[0].state |= {"ready": False, "code": "credentials_rejected", "detail": "log in"}
-    crew = Crew(lines, lambda: None)
+    mishap = Mishap("issuer_unavailable", "it is down", NOW - 60, 3)
+    for process, at in zip(processes, (NOW - 60, NOW - 30), strict=True):
+        process.state = replace(process.state, mishaps=(replace(mishap, at=at),))
+    processes[0].state = replace(processes[0].state, token=None, failure=CredentialsRejected("log in"))
+    crew = Crew(SETTINGS, lines, lambda: None)
 
-    status = await crew.status()
-    assert (status["processes"], status["requests_in_flight"], status["listener"]) == (2, 4, "http://127.0.0.1:8080")
-    assert (status["identity"], status["token"], status["last_refresh"]) == (
-        {"sub": "other"},
-        {"ends_at": 2000.0},
-        {"at": 1940.0},
+    told = await crew.status()
+    assert (told["processes"], told["requests_in_flight"], told["listener"]) == (2, 4, "http://127.0.0.1:8080")
+    assert (told["identity"], told["token"]["ends_at"], told["last_refresh"]["at"]) == ({"sub": "other"}, 2000, 1940)
+    assert (told["state"], told["ready"], told["code"], told["detail"]) == (
+        "failing",
+        True,
+        "credentials_rejected",
+        "log in",
     )
-    assert (status["ready"], status["code"], status["detail"]) == (False, "credentials_rejected", "log in")
-    assert (status["requests"], status["errors"]) == ({"2xx": 2, "5xx": 1}, {"credentials_rejected": 1})
-    assert status["refreshes"] == {"success": 2}
+    assert len(told["problems"]) == 1
+    assert told["recent_errors"] == [{"at": NOW - 30, "code": "issuer_unavailable", "detail": "it is down", "count": 6}]
+    assert (told["requests"], told["errors"]) == ({"2xx": 2, "5xx": 1}, {"credentials_rejected": 1})
+    assert told["refreshes"] == {"success": 2}
+    assert "other" in page(told)
 
     text = exposition(await crew.families(), "")[0].decode()
     assert 'oidc_proxy_requests_total{code="",status_class="2xx"} 2.0\n' in text
@@ -91,10 +98,12 @@ async def test_processes_are_told_of_as_one(lines: list[Line]) -> None:
 
 async def test_they_are_ready_when_all_that_answer_are(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(together, "ANSWER_TIMEOUT", 0.1)
-    crew, processes = Crew(lines, lambda: None), [Process("a", 1.0), Process("b", 1.0)]
+    crew, processes = Crew(SETTINGS, lines, lambda: None), [Process("a", 1.0), Process("b", 1.0)]
     silent = await crew.ready()
     assert isinstance(silent, IssuerUnavailable)
-    assert (await crew.status())["ready"] is False
+    told = await crew.status()
+    assert (told["ready"], told["processes"], told["state"]) == (False, 0, "failing")
+    assert "none of the proxy" in page(told)
     answer(lines[0], processes[0].subject())
     assert await crew.ready() is None  # and the questions that it found waiting have confused nobody
     answer(lines[1], processes[1].subject())
@@ -108,7 +117,7 @@ async def test_they_are_ready_when_all_that_answer_are(lines: list[Line], monkey
 async def test_questions_at_the_same_time_get_their_own_answers(lines: list[Line]) -> None:
     for line, process in zip(lines, (Process("a", 1.0), Process("b", 1.0)), strict=True):
         answer(line, process.subject())
-    crew = Crew(lines, lambda: None)
+    crew = Crew(SETTINGS, lines, lambda: None)
     answers = await asyncio.gather(*(crew.status() if i % 2 else crew.ready() for i in range(10)))
     assert all(a is None for a in answers[::2])
     assert all(isinstance(a, Mapping) and a["processes"] == 2 for a in answers[1::2])
@@ -119,17 +128,17 @@ async def test_a_process_that_reads_nothing_holds_nobody_up(lines: list[Line]) -
         while True:
             lines[1].asking.send(b"unread")
     answer(lines[0], Process("a", 1.0).subject())
-    assert await Crew(lines, lambda: None).ready() is None
+    assert await Crew(SETTINGS, lines, lambda: None).ready() is None
 
 
 async def test_what_is_no_question_is_passed_over(lines: list[Line]) -> None:
     answer(lines[0], Process("a", 1.0).subject())
     lines[0].asking.send(b"what?")
-    assert await Crew(lines[:1], lambda: None).ready() is None
+    assert await Crew(SETTINGS, lines[:1], lambda: None).ready() is None
 
 
 async def test_the_counts_of_a_process_that_is_gone_stay(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
-    crew, before, after = Crew(lines[:1], lambda: None), Process("a", 1.0), Process("a", 2.0)
+    crew, before, after = Crew(SETTINGS, lines[:1], lambda: None), Process("a", 1.0), Process("a", 2.0)
     for _ in range(3):
         before.metrics.request_ended(200)
     answer(lines[0], before.subject())

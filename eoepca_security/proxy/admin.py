@@ -1,6 +1,5 @@
 """The admin listener: probes, metrics, the state of things for people, and an off switch."""
 
-import html
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from eoepca_security.protocol import is_loopback
 from eoepca_security.proxy import problem
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard
 from eoepca_security.proxy.metrics import exposition
+from eoepca_security.proxy.page import RESOURCES, page
 from eoepca_security.proxy.settings import Address, Settings
 from eoepca_security.proxy.variables import ADMIN
 
@@ -27,9 +27,11 @@ MAX_SIZE: Final = 16 * 1024
 TIMEOUT: Final = 30.0
 """Seconds that a connection may be idle, or take to send a request's headers."""
 
+_NOTHING_ELSE: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
 _HEADERS: Final = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": _NOTHING_ELSE,
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -60,6 +62,7 @@ class Admin:
         arguments = {"guard": admin_guard(settings, settings.admin), "subject": subject}
         pages = (("/", _Home), ("/livez", _Live), ("/readyz", _Ready), ("/metrics", _Metrics), ("/status", _Status))
         handlers: list[Any] = [(path, page, arguments) for path, page in (*pages, ("/quitquitquit", _Quit))]
+        handlers += [(path, _Resource, arguments) for path in RESOURCES]
         self._server = HTTPServer(
             Application(
                 handlers,
@@ -177,7 +180,15 @@ class _Status(_Page):
 
 class _Home(_Page):
     async def get(self) -> None:
+        own = "img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'"
+        self.set_header("Content-Security-Policy", f"{_NOTHING_ELSE}; {own}")
         self.text(page(await self.subject.status()), "text/html; charset=utf-8")
+
+
+class _Resource(_Page):
+    async def get(self) -> None:
+        media_type, content = RESOURCES[self.request.path]
+        self.tell(200, {"Content-Type": media_type}, content)
 
 
 class _Quit(_Page):
@@ -189,26 +200,3 @@ class _Quit(_Page):
     async def post(self) -> None:
         self.text("ending\n")
         self.subject.quit()
-
-
-def page(status: Mapping[str, Any]) -> str:
-    """Return the status as a page that needs nothing from anywhere else, and refreshes itself."""
-    rows = "\n".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in _flat(status)
-    )
-    state = "ready" if status["ready"] else "not ready"
-    return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta http-equiv="refresh" content="5">\n'
-        f"<title>OIDC proxy: {state}</title>\n<h1>OIDC proxy: {state}</h1>\n<table>\n{rows}\n</table>\n</html>\n"
-    )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for name, value in values.items():
-        label = prefix + name.replace("_", " ")
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{label}: ")
-        elif value is not None:
-            rows.append((label, str(value)))
-    return rows

@@ -41,6 +41,11 @@ def last_resort() -> Response:
     return response
 
 
+def title(code: str) -> str:
+    """Return in words what a code of the public interface says."""
+    return ANSWERS[code][1]
+
+
 @dataclass(frozen=True)
 class UpstreamFault:
     """Why the protected service gives no answer; `code` is of the public interface."""
@@ -49,12 +54,17 @@ class UpstreamFault:
     detail: str
 
 
-def upstream_fault(service: str, reason: str) -> UpstreamFault:
-    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do."""
+def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> UpstreamFault:
+    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do.
+
+    `is_plain` says that it was addressed without TLS.
+    """
     if "certificate verify failed" in reason.lower():
         remedy = "TLS_CA_FILE adds a CA to those that are trusted"
     elif "server closed connection" in reason:
-        remedy = "it hung up without an answer; its log may say why"
+        # As servers do that want TLS.
+        other = ", or is it https:// rather than http:// in REMOTE_PROTECTED_DOMAIN?" if is_plain else ""
+        remedy = f"it hung up without an answer: its log may say why{other}"
     else:
         remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
     is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason

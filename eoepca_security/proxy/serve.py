@@ -172,7 +172,7 @@ def _run_workers(
     def tell(is_first: bool, lifeline: int) -> int:
         close_listeners()
         log_plainly(log_format)
-        admin = Admin(settings, Crew(lines, end_all).subject())
+        admin = Admin(settings, Crew(settings, lines, end_all).subject())
         asyncio.run(_serve_admin(admin, lifeline))
         return 0
 

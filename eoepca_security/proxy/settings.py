@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from dotenv.parser import parse_stream
 
@@ -60,6 +60,7 @@ from eoepca_security.transport import trust
 
 _MAX_FILE: Final = 64 * 1024
 _PORTS: Final = {"http": 80, "https": 443}
+_TYPO: Final = 0.86  # how similar a name in the environment is to one of ours when it is a typing error
 
 MAX_WORKERS: Final = 64
 """Most processes that one listener may have."""
@@ -132,6 +133,17 @@ def read_dotenv(folder: Path) -> Mapping[str, str]:
     if faults := [binding.original.line for binding in bindings if binding.error]:
         raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: mend or remove it" for line in faults))
     return {binding.key: binding.value for binding in bindings if binding.key and binding.value is not None}
+
+
+def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settings:
+    """As `read_settings`, with the variables of `.env` in `folder`; says so where that is missing and may be why."""
+    try:
+        return read_settings(environ, dotenv=read_dotenv(folder), **more)
+    except SettingsError as error:
+        is_missing = any(": is required: " in problem for problem in error.problems)
+        if not is_missing or (folder / ".env").exists():
+            raise
+        raise SettingsError(*error.problems, f".env: there is none in {folder}, where it is looked for") from None
 
 
 def read_settings(
@@ -276,8 +288,10 @@ class _Reader:
         """Tell of names that look like ours but are not: a setting that is misspelt is silently not in force."""
         known = {variable.env for variable in VARIABLES} | {f"{v.env}_FILE" for v in VARIABLES if v.secret}
         environ, dotenv = self._layers
-        ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_PROTECTED_")
+        ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_")
         names = {name for name in environ if name.startswith(ours[:2])} | {n for n in dotenv if n.startswith(ours)}
+        # Other programs' variables begin like that, too, in an environment that all share.
+        names |= {n for n in environ if n.startswith(ours) and difflib.get_close_matches(n, known, 1, _TYPO)}
         lines = []
         for name in sorted(names - known):
             close = difflib.get_close_matches(name, known, 1)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -14,13 +15,15 @@ from prometheus_client import Metric
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.proxy.admin import Subject
 from eoepca_security.proxy.metrics import counts, from_json, lasting, merged, to_json
-from eoepca_security.proxy.status import READY_WAIT, together
+from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.status import READY_WAIT, State, status, together
 
 ANSWER_TIMEOUT: Final = READY_WAIT + 0.4
 """Seconds that a process has to answer; one that does not is left out."""
 
 _MAX_SIZE: Final = 128 * 1024
 
+_SILENCE: Final = IssuerUnavailable("none of the proxy's processes answers")
 _ERRORS: Final = {error.code: error for error in (IssuerUnavailable, CredentialsRejected, TokenInvalid)}
 
 
@@ -76,6 +79,7 @@ async def _answer(line: Line, subject: Subject, number: int, about: str) -> None
 class Crew:
     """All processes that serve requests, as one."""
 
+    settings: Settings
     lines: Sequence[Line]
     quit: Callable[[], None]
     _number: int = field(default=0, init=False)
@@ -91,19 +95,40 @@ class Crew:
         """Return why not everyone who answers has a token, or None when they do."""
         answers = await self._ask("readiness")
         if not answers:
-            return IssuerUnavailable("none of the proxy's processes answers")
+            return _SILENCE
         rejected = next((answer["content"] for answer in answers.values() if answer["content"]), None)
         return _ERRORS[rejected[0]](rejected[1]) if rejected else None
 
     async def status(self) -> Mapping[str, Any]:
         """Return the state as JSON has it."""
         answers = await self._tell()
-        states = [answer["content"]["status"] for answer in answers.values()]
-        return together(states) | counts(self._counted(answers))
+        states = [answer["content"]["status"] for answer in answers.values()] or [self._silent()]
+        return together(states) | {"processes": len(answers)} | counts(self._counted(answers))
 
     async def families(self) -> Sequence[Metric]:
         """Return the metrics, with what those that are gone have counted."""
         return self._counted(await self._tell())
+
+    def _silent(self) -> dict[str, Any]:
+        now = time.time()
+        return status(
+            State(
+                at=now,
+                started_at=now,
+                listener=f"http://{Address(self.settings.host, self.settings.port)}",
+                upstream=self.settings.upstream or "",
+                in_container=False,
+                settings=self.settings,
+                token=None,
+                claims={},
+                failure=_SILENCE,
+                last_refresh=None,
+                last_answer=None,
+                mishaps=(),
+                counts={},
+                in_flight=0,
+            )
+        )
 
     async def _tell(self) -> dict[Line, Any]:
         answers = await self._ask("state")
