@@ -33,7 +33,7 @@ from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import authority, forwarding, options, problem, stream, wire
+from eoepca_security.proxy import authority, forwarding, options, problem, quick, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.check import runs_in_container
 from eoepca_security.proxy.diagnosis import failure_remedy
@@ -109,6 +109,7 @@ class OIDCAuthProxy:
         """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
         wire.install()
         stream.install()
+        quick.install()
         loader.master.event_loop.set_default_executor(DaemonThreads())
         for variable in OPTIONS:
             loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")

@@ -18,14 +18,21 @@ SHOWN: Final = "Bearer (added by the proxy)"
 """What stands in a flow, and so in mitmproxy's console and files, in the place of the token."""
 
 # RFC 9110 §7.6.1 and what preceded it. Transfer-Encoding is mitmproxy's to handle.
-_HOP_BY_HOP: Final = (
-    "Keep-Alive",
-    "Proxy-Authenticate",
-    "Proxy-Authorization",
-    "Proxy-Connection",
-    "HTTP2-Settings",
+_HOP_BY_HOP: Final = frozenset(
+    {
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"http2-settings",
+        b"connection",
+    }
 )
-_FRAMING: Final = frozenset({"content-length", "transfer-encoding", "host"})
+_FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"host"})
+
+_METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_PATH: Final = re.compile(rb"\*|/[^\x00-\x20\x7f]*")
+_BREAK: Final = re.compile(rb"[\r\n\x00]")
 
 # What APISIX's openid-connect plugin sets, and so what a service behind it believes.
 _APISIX: Final = frozenset({"x-access-token", "x-id-token", "x-raw-id-token", "x-refresh-token", "x-userinfo"})
@@ -40,10 +47,10 @@ def is_one_request(request: Request) -> bool:
     """
     data = request.data
     return (
-        re.fullmatch(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+", data.method) is not None
-        and re.fullmatch(rb"\*|/[^\x00-\x20\x7f]*", data.path) is not None
+        _METHOD.fullmatch(data.method) is not None
+        and _PATH.fullmatch(data.path) is not None
         and data.http_version in (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"HTTP/3")
-        and not any(re.search(rb"[\r\n\x00]", part) for field in data.headers.fields for part in field)
+        and _BREAK.search(b"".join(map(b"".join, data.headers.fields))) is None
         and _FRAMING.isdisjoint(_connection_options(data.headers))
     )
 
@@ -57,26 +64,30 @@ def drop_hop_by_hop(request: Request) -> None:
     """Remove what concerns the client's connection to us only (RFC 9110 §7.6.1)."""
     headers = request.headers
     options = _connection_options(headers)
-    websocket = is_websocket(request)
-    for name in (*_HOP_BY_HOP, *(options - {"upgrade"})):
-        headers.pop(name, None)
-    if not websocket:
-        headers.pop("Upgrade", None)
+    dropped = _HOP_BY_HOP | options
+    if is_websocket(request):
+        dropped -= {b"upgrade"}
+        kept = ["Upgrade"]
+    else:
+        dropped |= {b"upgrade"}
+        kept = []
     # gRPC needs it, and is HTTP/2; over HTTP/1 it asks for trailers that mitmproxy cannot read.
     if not (request.is_http2 and headers.get("TE") == "trailers"):
-        headers.pop("TE", None)
-    headers.pop("Connection", None)
+        dropped |= {b"te"}
+    headers.fields = tuple(field for field in headers.fields if field[0].lower() not in dropped)
     # mitmproxy looks here to see whether the client's connection is to stay.
-    if kept := ["Upgrade"] * websocket + [option for option in ("close", "keep-alive") if option in options]:
+    kept += [option.decode() for option in (b"close", b"keep-alive") if option in options]
+    if kept:
         headers["Connection"] = ", ".join(kept)
 
 
 def hide_credentials(headers: Headers) -> None:
     """Replace the client's own credentials, which go nowhere and are nobody's business."""
-    for name in tuple(headers):
-        # Also where mitmproxy has refused the name.
-        if name.strip().lower() in ("authorization", "proxy-authorization"):
-            headers[name] = SHOWN
+    # Also where mitmproxy has refused the name.
+    if any(b"authorization" in name.lower() for name, _ in headers.fields):
+        for name in tuple(headers):
+            if name.strip().lower() in ("authorization", "proxy-authorization"):
+                headers[name] = SHOWN
 
 
 def drop_gateway_headers(headers: Headers) -> None:
@@ -117,6 +128,6 @@ def _encoded(claims: Mapping[str, Any]) -> str:
     return base64.b64encode(json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()).decode()
 
 
-def _connection_options(headers: Headers) -> frozenset[str]:
-    fields = headers.get_all("Connection")
-    return frozenset(option.strip().lower() for field in fields for option in field.split(",") if option.strip())
+def _connection_options(headers: Headers) -> frozenset[bytes]:
+    values = [value for name, value in headers.fields if name.lower() == b"connection"]
+    return frozenset(option.strip().lower() for value in values for option in value.split(b",") if option.strip())

@@ -9,6 +9,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from eoepca_security.protocol import is_loopback, printable
@@ -34,9 +35,10 @@ class Host(NamedTuple):
         return self.name if self.port is None else f"{self.name}:{self.port}"
 
 
+@lru_cache(64)
 def parse_host(text: str) -> Host:
     """Read a `Host` header (RFC 9110 §7.2); raises ValueError for what is none, or is one only to some."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?", text)
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?", text)
     if match is None or int(match[2] or 0) > 65535:
         raise ValueError("no host")
     name = match[1].lower()
