@@ -55,4 +55,6 @@ async def test_what_a_gateway_sends(name: str, issuer: FakeIssuer) -> None:
         assert {name: found["claims"].get(name) for name in case["claims"]} == case["claims"]
         assert (found["id_token"] is not None) == case["id_token"]
         assert found["access_token"] == tokens["access_token"]
-        assert found["refresh_token"] == (tokens["refresh_token"] if "X-Refresh-Token" in headers else None)
+        assert found["refresh_token"] == (
+            tokens["refresh_token"] if case["scheme"].get("require_refresh_token") else None
+        )
