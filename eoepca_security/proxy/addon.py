@@ -32,7 +32,7 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import authority, forwarding, options, problem, stream, wire
+from eoepca_security.proxy import authority, forwarding, options, origins, problem, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.identity import identity
@@ -235,11 +235,13 @@ class OIDCAuthProxy:
             await self._authorize(flow)
 
     def responseheaders(self, flow: HTTPFlow) -> None:
-        """Let an allowed origin read the answer, and a client that keeps its connection know when the proxy ends."""
+        """Lead to the proxy, let an allowed origin read the answer, and say on kept connections when the proxy ends."""
         if flow.response is None or flow.response.status_code == 101 or _is_elsewhere(flow, self._settings):
             return
         flow.response.stream = stream.streams_response(flow.response)
         headers = flow.response.headers
+        if (proxy := flow.metadata.get(origins.ORIGIN)) is not None:
+            origins.name_the_proxy(headers, proxy, _target(flow).origin)
         if (origin := self._guard.allowed_origin(flow.request.headers.get_all)) is not None:
             headers["Access-Control-Allow-Origin"] = origin
             headers.add("Vary", "Origin")
@@ -326,7 +328,13 @@ class OIDCAuthProxy:
         forwarding.drop_hop_by_hop(request)
         if self._apisix is not None:
             forwarding.drop_gateway_headers(request.headers)
-        request.host_header = _target(flow).authority
+        target = _target(flow)
+        if isinstance(flow.client_conn.proxy_mode, ReverseMode):
+            scheme = "https" if flow.client_conn.tls else "http"
+            # A replay has the name that the client used from the first time.
+            proxy = flow.metadata.setdefault(origins.ORIGIN, f"{scheme}://{request.host_header}")
+            origins.name_the_service(request.headers, proxy, target.origin)
+        request.host_header = target.authority
         if not (request.is_http2 or request.is_http3):
             # An absolute target (RFC 9112 §3.2.2) would be forwarded as it is.
             request.authority = ""
