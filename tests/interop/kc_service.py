@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -83,15 +84,16 @@ def build_app(judge: Judge, seen: list[Seen]) -> FastAPI:
 
 
 @contextmanager
-def serving(app: ASGIApp) -> Iterator[str]:
-    """Run an application in a thread on a free loopback port; yields its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+def serving(app: ASGIApp, certificate: Path | None = None) -> Iterator[str]:
+    """Run an application in a thread on a free loopback port, over TLS with a certificate; yields its URL."""
+    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", ssl_certfile=certificate)
+    server = uvicorn.Server(config)
     # The socket listens before the thread runs: a client that is early waits in its queue.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"{'https' if certificate else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(STOP_SECONDS)

@@ -1,0 +1,132 @@
+"""The tools that people have, each getting through the proxy to a protected service.
+
+Run with `uv run --group interop pytest -m interop tests/interop/test_clients.py`; needs curl, Node.js, and Debian's
+gdal-bin, chromium and chromium-driver.
+"""
+
+import json
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+import requests
+from eo_service import ITEMS, SIZE, Setup
+
+pytest.importorskip("pystac_client")
+
+import pystac_client
+from kc_browser import chromium, wait_for_text
+from pystac.errors import STACError
+
+pytest_plugins = ["eo_fixtures"]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
+
+SECONDS = 30
+ALL_ITEMS = [f"item-{number}" for number in range(ITEMS)]
+
+
+def run(*command: str, environment: dict[str, str]) -> str:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def environment(base_environment: dict[str, str]) -> dict[str, str]:
+    return base_environment
+
+
+@pytest.fixture
+def forward_environment(setup: Setup, base_environment: dict[str, str]) -> dict[str, str]:
+    """What makes curl, GDAL and whatever uses them go by the forward proxy."""
+    return base_environment | {"https_proxy": setup.forward_url, "CURL_CA_BUNDLE": str(setup.authority)}
+
+
+@pytest.mark.parametrize("version", ["--http1.0", "--http1.1", "--http2"])
+def test_curl(version: str, setup: Setup, environment: dict[str, str]) -> None:
+    shown = run("curl", "-sSf", version, f"{setup.url}/", environment=environment)
+    assert "opensearch" in shown
+    shown = run("curl", "-sSf", version, "-u", "me:pw", "--anyauth", f"{setup.url}/", environment=environment)
+    assert "opensearch" in shown
+
+
+def test_curl_by_the_forward_proxy(setup: Setup, forward_environment: dict[str, str]) -> None:
+    assert "opensearch" in run("curl", "-sSf", f"{setup.service.tls_url}/", environment=forward_environment)
+
+
+def test_requests(setup: Setup) -> None:
+    with requests.Session() as session:
+        session.auth = ("me", "a password that the service does not know")
+        for _ in range(2):
+            assert session.get(f"{setup.url}/", timeout=SECONDS).json()["version"]["distribution"] == "opensearch"
+
+
+def test_httpx(setup: Setup) -> None:
+    with httpx.Client(trust_env=False, timeout=SECONDS) as client:
+        assert client.get(f"{setup.url}/").status_code == 200
+
+
+async def test_httpx_without_blocking(setup: Setup) -> None:
+    async with httpx.AsyncClient(trust_env=False, timeout=SECONDS) as client:
+        assert (await client.post(f"{setup.url}/echo", content=b"x")).text == "x"
+
+
+def test_node_fetch(setup: Setup, environment: dict[str, str]) -> None:
+    script = "fetch(process.argv[1], {method: 'POST', body: 'x'}).then(a => a.text()).then(console.log)"
+    assert run("node", "-e", script, f"{setup.url}/echo", environment=environment) == "x\n"
+
+
+def test_pystac_client_that_is_told_where_the_links_lead(setup: Setup) -> None:
+    service, proxy = setup.service.url, setup.url
+
+    # As docs/upstreams.md has it.
+    def through_the_proxy(request: requests.Request) -> None:
+        request.url = request.url.replace(service, proxy, 1)
+
+    catalog = pystac_client.Client.open(f"{proxy}/stac", request_modifier=through_the_proxy)
+    for method in ("GET", "POST"):
+        assert [item.id for item in catalog.search(limit=2, method=method).items()] == ALL_ITEMS
+    assert {asked.status for asked in setup.service.asked} == {200}
+
+
+def test_pystac_client_by_the_forward_proxy(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", setup.forward_url)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(setup.authority))
+    catalog = pystac_client.Client.open(f"{setup.service.tls_url}/stac")
+    for method in ("GET", "POST"):
+        assert [item.id for item in catalog.search(limit=2, method=method).items()] == ALL_ITEMS
+    assert {asked.status for asked in setup.service.asked} == {200}
+
+
+def test_pystac_client_that_is_not_told_follows_links_past_the_proxy(setup: Setup) -> None:
+    catalog = pystac_client.Client.open(f"{setup.url}/stac")
+    with pytest.raises(STACError):
+        list(catalog.search(limit=2).items())
+    last = setup.service.asked[-1]
+    assert (last.status, "authorization" in last.headers) == (401, False)
+
+
+@pytest.mark.parametrize("by", ["reverse", "forward"])
+def test_gdal(
+    by: str, setup: Setup, environment: dict[str, str], forward_environment: dict[str, str], tmp_path: Path
+) -> None:
+    base, env = (setup.url, environment) if by == "reverse" else (setup.service.tls_url, forward_environment)
+    url = f"/vsicurl/{base}/rasters/large.tif"
+    env = env | {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".tif"}
+    assert json.loads(run("gdalinfo", "-json", url, environment=env))["size"] == [SIZE, SIZE]
+    window = ["-srcwin", "4000", "4000", "600", "600"]
+    run("gdal_translate", "-q", *window, url, str(tmp_path / "window.tif"), environment=env)
+    read = json.loads(run("gdalinfo", "-json", "-stats", str(tmp_path / "window.tif"), environment=env))
+    assert (read["size"], read["bands"][0]["minimum"], read["bands"][0]["maximum"]) == ([600, 600], 7, 7)
+    asked = setup.service.asked
+    assert {(each.path, each.status) for each in asked} == {("/rasters/large.tif", 200), ("/rasters/large.tif", 206)}
+    assert sum(each.sent for each in asked) < SIZE * SIZE / 20
+
+
+@pytest.mark.browser
+def test_a_browser(setup: Setup, tmp_path: Path) -> None:
+    with chromium(tmp_path / "profile") as driver:
+        driver.get(f"{setup.url.replace('127.0.0.1', 'localhost')}/page")
+        wait_for_text(driver, "from the page")
+    assert {asked.status for asked in setup.service.asked if asked.path != "/favicon.ico"} == {200}
