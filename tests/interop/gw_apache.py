@@ -68,7 +68,7 @@ def running_apache(folder: Path, issuer: str, service: str, settings: list[str])
     """Run Apache before `service`, with `settings` of the module; yields its URL."""
     apache = shutil.which("apache2", path=f"{os.environ['PATH']}:/usr/sbin")
     if apache is None or not (MODULES / "mod_auth_openidc.so").exists():
-        raise ApacheError("Debian's packages apache2 and libapache2-mod-auth-openidc are needed")
+        raise ApacheError("Debian's package libapache2-mod-auth-openidc is needed")
     port = free_port()
     key_id, certificate = signing_certificate(issuer)
     (folder / "issuer.pem").write_text(certificate)

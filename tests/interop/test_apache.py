@@ -1,7 +1,6 @@
 """The scheme behind a real gateway: Debian's Apache with mod_auth_openidc, and logins at Keycloak.
 
-Run with `pytest -m interop tests/interop/test_apache.py`; needs Java, Maven, and Debian's apache2 and
-libapache2-mod-auth-openidc.
+Run with `pytest -m interop tests/interop/test_apache.py`; needs Java, Maven, and Debian's libapache2-mod-auth-openidc.
 """
 
 import html

@@ -14,10 +14,13 @@ import httpx
 import pytest
 from conftest import StartProxy, settings_for
 from kc_process import accepts, free_port, running
-from websockets.sync.client import ClientConnection, connect
-from websockets.typing import Origin
 
 from eoepca_security.testing import FakeIssuer
+
+pytest.importorskip("jupyter_server")
+
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(300)]
 
