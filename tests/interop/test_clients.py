@@ -5,12 +5,15 @@ gdal-bin, chromium and chromium-driver.
 """
 
 import json
+import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import requests
+from conftest import ROOT, StartProxy, settings_for
 from eo_service import ITEMS, SIZE, Setup
 
 pytest.importorskip("pystac_client")
@@ -78,15 +81,14 @@ def test_node_fetch(setup: Setup, environment: dict[str, str]) -> None:
 
 
 def test_pystac_client_that_is_told_where_the_links_lead(setup: Setup) -> None:
-    service, proxy = setup.service.url, setup.url
-
-    # As docs/upstreams.md has it.
-    def through_the_proxy(request: requests.Request) -> None:
-        request.url = request.url.replace(service, proxy, 1)
-
-    catalog = pystac_client.Client.open(f"{proxy}/stac", request_modifier=through_the_proxy)
+    text = (ROOT / "docs" / "upstreams.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    example: dict[str, Any] = {}
+    for documented, real in (("https://service.example", setup.service.url), ("http://localhost:8080", setup.url)):
+        code = code.replace(documented, real)
+    exec(code, example)
     for method in ("GET", "POST"):
-        assert [item.id for item in catalog.search(limit=2, method=method).items()] == ALL_ITEMS
+        assert [item.id for item in example["catalog"].search(limit=2, method=method).items()] == ALL_ITEMS
     assert {asked.status for asked in setup.service.asked} == {200}
 
 
@@ -122,6 +124,28 @@ def test_gdal(
     asked = setup.service.asked
     assert {(each.path, each.status) for each in asked} == {("/rasters/large.tif", 200), ("/rasters/large.tif", 206)}
     assert sum(each.sent for each in asked) < SIZE * SIZE / 20
+
+
+def test_gdal_waits_for_an_issuer_that_is_away(setup: Setup, start: StartProxy, environment: dict[str, str]) -> None:
+    setup.issuer.behaviour.down = True
+    try:
+        proxy = start("launcher", setup.service.url, settings_for(setup.issuer))
+        command = ["gdalinfo", "-json", f"/vsicurl/{proxy.url}/rasters/large.tif"]
+        patient = {
+            "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+            "GDAL_HTTP_MAX_RETRY": "5",
+            "GDAL_HTTP_RETRY_DELAY": "1",
+        }
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, env=environment | patient, stdout=pipe, stderr=pipe, text=True) as gdal:
+            assert gdal.stderr is not None
+            assert "503" in gdal.stderr.readline()
+            setup.issuer.behaviour.down = False
+            shown, complaints = gdal.communicate(timeout=SECONDS)
+        assert gdal.returncode == 0, complaints
+        assert json.loads(shown)["size"] == [SIZE, SIZE]
+    finally:
+        setup.issuer.behaviour.down = False
 
 
 @pytest.mark.browser
