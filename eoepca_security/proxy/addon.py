@@ -250,10 +250,10 @@ class OIDCAuthProxy:
             headers["Connection"] = "close"
 
     async def response(self, flow: HTTPFlow) -> None:
-        """Ask the service again, once and with another token, when it refuses this one."""
+        """Get another token when the service refuses this one, and ask again with it, once, where that can be done."""
         try:
-            if _may_be_repeated(flow):
-                await self._repeat(flow)
+            if _is_refused(flow):
+                await self._replace(flow)
         finally:
             self._ended(flow)
 
@@ -372,12 +372,13 @@ class OIDCAuthProxy:
         except Exception as error:
             raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
 
-    async def _repeat(self, flow: HTTPFlow) -> None:
+    async def _replace(self, flow: HTTPFlow) -> None:
         sent = wire.clearance(flow.request)
         if sent is None or not sent.headers or self._source is None:
             return
         try:
-            if await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer ")) is None:
+            token = await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer "))
+            if token is None or not _may_be_repeated(flow):
                 return
             again = flow.copy()
             again.response = again.error = None
@@ -526,15 +527,19 @@ def _may_inject(settings: Settings | None, scheme: str, address: tuple[str, int]
     return may_get_token(hosts, scheme, *address[:2])
 
 
+def _is_refused(flow: HTTPFlow) -> bool:
+    return flow.response is not None and flow.response.status_code == 401 and flow.is_replay is None
+
+
 def _may_be_repeated(flow: HTTPFlow) -> bool:
+    """Tell whether all of the request is here, and none of its answer is there; mitmproxy replays no WebSockets."""
     request, response = flow.request, flow.response
     return (
         response is not None
-        and response.status_code == 401
-        and flow.is_replay is None
         and request.raw_content is not None
         and response.raw_content is not None
         and len(request.raw_content) <= stream.MAX_HELD
+        and not forwarding.is_websocket(request)
     )
 
 

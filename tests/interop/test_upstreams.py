@@ -7,12 +7,16 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import requests
 from conftest import StartProxy, settings_for
 from eo_service import POLLS, SIZE, Setup
+from helpers_service import echo_one_message, websocket_echo
+
+from eoepca_security.local_server import Handler, LocalServer
 
 pytest_plugins = ["eo_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
@@ -120,3 +124,34 @@ def test_a_chunked_upload(setup: Setup, base_environment: dict[str, str]) -> Non
     assert shown == {"sha256": hashlib.sha256(part * count).hexdigest(), "length": count * MEBIBYTE}
     (asked,) = setup.service.asked
     assert (asked.headers["transfer-encoding"], "content-length" in asked.headers) == ("chunked", False)
+
+
+def test_an_upload_that_is_refused_gets_through_the_next_time(setup: Setup, start: StartProxy) -> None:
+    proxy = start("launcher", setup.service.url, settings_for(setup.issuer))
+    with httpx.Client(base_url=proxy.url, trust_env=False, timeout=SECONDS) as client:
+        assert client.get("/").status_code == 200
+        setup.forget_the_last_token()
+        assert [client.put("/upload", content=iter([b"x"] * 3)).status_code for _ in range(2)] == [401, 200]
+
+
+# WebSockets
+
+
+def test_a_websocket_that_is_refused_gets_through_the_next_time(setup: Setup, start: StartProxy) -> None:
+    tokens: list[str] = []
+
+    class EchoHandler(Handler):
+        def respond(self) -> None:
+            tokens.append(self.headers.get("Authorization", "").removeprefix("Bearer "))
+            if setup.issuer.accepts(tokens[-1]):
+                echo_one_message(self)
+            else:
+                self.answer(401, {})
+
+    with LocalServer(EchoHandler) as server:
+        proxy = start("launcher", server.url, settings_for(setup.issuer))
+        port = urlsplit(proxy.url).port or 0
+        assert websocket_echo(port, "hello", []) == "hello"
+        setup.issuer._issued.pop(tokens[-1])
+        assert [websocket_echo(port, "hello", []) for _ in range(2)] == [401, "hello"]
+    assert len(tokens) == 3
