@@ -75,6 +75,13 @@ async def test_httpx_without_blocking(setup: Setup) -> None:
         assert (await client.post(f"{setup.url}/echo", content=b"x")).text == "x"
 
 
+def test_httpx_by_the_forward_proxy(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", setup.forward_url)
+    monkeypatch.setenv("SSL_CERT_FILE", str(setup.authority))
+    with httpx.Client(timeout=SECONDS) as client:
+        assert client.get(f"{setup.service.tls_url}/").status_code == 200
+
+
 def test_node_fetch(setup: Setup, environment: dict[str, str]) -> None:
     script = "fetch(process.argv[1], {method: 'POST', body: 'x'}).then(a => a.text()).then(console.log)"
     assert run("node", "-e", script, f"{setup.url}/echo", environment=environment) == "x\n"
