@@ -1,4 +1,7 @@
-"""A protected service of Earth observation data and the proxy before it, in both of its forms."""
+"""A protected service of Earth observation data and the proxy before it, in both of its forms.
+
+A plugin's fixtures are there for all tests, so their names begin alike and none is used by itself.
+"""
 
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from eoepca_security.testing import FakeIssuer
 
 
 @pytest.fixture(scope="session")
-def rasters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def eo_rasters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a large cloud-optimized GeoTIFF, made by GDAL."""
     folder = tmp_path_factory.mktemp("rasters")
     plain = folder / "plain.tif"
@@ -25,8 +28,8 @@ def rasters(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def setup(start: StartProxy, rasters: Path, certificate: Path, home: Path) -> Iterator[Setup]:
-    with FakeIssuer() as issuer, running_eo_service(issuer, rasters, certificate) as service:
+def eo_running(start: StartProxy, eo_rasters: Path, certificate: Path, home: Path) -> Iterator[Setup]:
+    with FakeIssuer() as issuer, running_eo_service(issuer, eo_rasters, certificate) as service:
         settings = settings_for(issuer)
         host = service.tls_url.removeprefix("https://")
         forward = start("addon", "", {**settings, "PROXY_INJECT_HOSTS": host, "TLS_CA_FILE": str(certificate)})
@@ -34,6 +37,8 @@ def setup(start: StartProxy, rasters: Path, certificate: Path, home: Path) -> It
         yield Setup(issuer, service, reverse.url, forward.url, home / ".mitmproxy" / "mitmproxy-ca-cert.pem")
 
 
-@pytest.fixture(autouse=True)
-def nothing_asked_yet(setup: Setup) -> None:
-    setup.service.asked.clear()
+@pytest.fixture
+def eo(eo_running: Setup) -> Setup:
+    """The service that was asked nothing yet."""
+    eo_running.service.asked.clear()
+    return eo_running
