@@ -13,11 +13,12 @@ from typing import Any
 from kc_service import serving
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from eoepca_security.testing import FakeIssuer
 
@@ -26,11 +27,14 @@ ITEMS = 5
 POLLS = 2
 CONFORMANCE = ["core", "item-search", "ogcapi-features"]
 
-PAGE = """<!doctype html><title>page</title><p id="said">nothing yet</p>
+PAGE = """<!doctype html><title>page</title><p id="said">nothing yet</p><p id="heard"></p><p id="closed"></p>
 <script>
   fetch("/echo", {method: "POST", body: "from the page"})
     .then(answer => answer.text())
     .then(text => { document.getElementById("said").textContent = text; });
+  const socket = new WebSocket(`ws://${location.host}/socket`);
+  socket.onmessage = message => { document.getElementById("heard").textContent = message.data; };
+  socket.onclose = closing => { document.getElementById("closed").textContent = `closed with ${closing.code}`; };
 </script>"""
 
 
@@ -62,6 +66,7 @@ class EoService:
                 Route("/", self.info),
                 Route("/page", self.page),
                 Route("/echo", self.echo, methods=["POST"]),
+                WebSocketRoute("/socket", self.socket),
                 Route("/upload", self.upload, methods=["PUT", "POST"]),
                 Route("/_search", self.search, methods=["GET", "POST"]),
                 Route("/stac", self.landing),
@@ -83,6 +88,15 @@ class EoService:
 
     async def echo(self, request: Request) -> Response:
         return Response(await request.body())
+
+    async def socket(self, socket: WebSocket) -> None:
+        # As Jupyter and others do: no pages of other sites.
+        if socket.headers["origin"] != f"http://{socket.headers['host']}":
+            await socket.close(1008)
+            return
+        await socket.accept()
+        await socket.send_text("from the service")
+        await socket.close(1000)
 
     async def upload(self, request: Request) -> Response:
         digest, length = hashlib.sha256(), 0
@@ -161,10 +175,8 @@ class Doorkeeper:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request = Request(scope)
+        request = HTTPConnection(scope)
+        method = scope.get("method", "WEBSOCKET")
         status, sent = 0, 0
 
         async def noting(message: Message) -> None:
@@ -179,7 +191,7 @@ class Doorkeeper:
         challenge = {"WWW-Authenticate": 'Basic realm="OpenSearch Security"'}
         app = self._app if is_open else Response("Unauthorized", 401, challenge)
         await app(scope, receive, noting)
-        asked = Asked(request.method, request.url.path, status, sent, dict(request.headers))
+        asked = Asked(method, request.url.path, status, sent, dict(request.headers))
         self._service.asked.append(asked)
 
 

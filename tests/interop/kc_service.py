@@ -86,7 +86,7 @@ def build_app(judge: Judge, seen: list[Seen]) -> FastAPI:
 @contextmanager
 def serving(app: ASGIApp, certificate: Path | None = None) -> Iterator[str]:
     """Run an application in a thread on a free loopback port, over TLS with a certificate; yields its URL."""
-    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none", ssl_certfile=certificate)
+    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="wsproto", ssl_certfile=certificate)
     server = uvicorn.Server(config)
     # The socket listens before the thread runs: a client that is early waits in its queue.
     with socket.create_server(("127.0.0.1", 0)) as listener:
