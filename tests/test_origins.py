@@ -16,6 +16,8 @@ SERVICE = "https://service.example"
         ("https://SERVICE.example:443/", "http://localhost:8080/"),
         ("https://service.example", "http://localhost:8080"),
         ("https://service.example?a", "http://localhost:8080?a"),
+        ("https://service.example/Zoë", "http://localhost:8080/Zoë"),
+        ("https://sérvice.example/", "https://sérvice.example/"),
         ("/jobs/1", "/jobs/1"),
         ("//service.example/", "//service.example/"),
         ("http://service.example/", "http://service.example/"),
