@@ -19,7 +19,8 @@ from eo_service import ITEMS, SIZE, Setup
 pytest.importorskip("pystac_client")
 
 import pystac_client
-from kc_browser import chromium, wait_for_text
+from helpers_browser import chromium
+from kc_browser import wait_for_text
 from pystac.errors import STACError
 
 pytest_plugins = ["eo_fixtures"]
