@@ -65,6 +65,8 @@ class Recorder:
                         self.answer(200, b"x" * 4_000_000, {"Content-Type": "application/octet-stream"})
                     case "/redirect":
                         self.answer(302, b"", {"Location": "http://127.0.0.1:9/elsewhere"})
+                    case "/moved":
+                        self.answer(201, {}, {"Location": f"http://{self.headers['Host']}/jobs/1"})
                     case "/cors":
                         self.answer(
                             200,

@@ -300,20 +300,44 @@ async def test_a_service_that_refuses_the_token_is_a_problem_and_our_own_answers
     "change",
     [
         lambda flow: setattr(flow, "is_replay", "request"),
-        lambda flow: setattr(flow.request, "stream", True),
-        lambda flow: setattr(flow.response, "stream", True),
-        lambda flow: setattr(flow.request, "content", b"x" * (MAX_HELD + 1)),
         lambda flow: setattr(flow.response, "status_code", 403),
     ],
 )
-async def test_what_cannot_be_sent_again_is_not(change: Callable[[HTTPFlow], None], context: Any) -> None:
+async def test_what_was_not_refused_needs_no_other_token(change: Callable[[HTTPFlow], None], context: Any) -> None:
     flow = flow_for()
-    flow.response = Response.make(401)
+    flow.response = answer = Response.make(401)
     change(flow)
-    answer = flow.response
-    # Whose source would raise AttributeError if it were asked for another token.
+    # Its source would raise AttributeError if it were asked for one.
     await addon_with(StubSource(), context).response(flow)
     assert flow.response is answer
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda flow: setattr(flow.request, "raw_content", None),  # it was streamed
+        lambda flow: setattr(flow.response, "raw_content", None),
+        lambda flow: setattr(flow.request, "content", b"x" * (MAX_HELD + 1)),
+        lambda flow: flow.request.headers.update({"Upgrade": "WebSocket", "Connection": "Upgrade"}),
+    ],
+)
+async def test_what_cannot_be_sent_again_is_not_and_the_next_request_has_another_token(
+    change: Callable[[HTTPFlow], None], context: Any
+) -> None:
+    addon, refused = addon_with(StubSource(), context), []
+
+    async def replace(token: str) -> str:
+        refused.append(token)
+        return "another"
+
+    addon._source.replace = replace  # type: ignore[union-attr,method-assign]
+    flow = flow_for()
+    await addon.requestheaders(flow)
+    flow.response = answer = Response.make(401)
+    change(flow)
+    await addon.response(flow)
+    assert flow.response is answer
+    assert len(refused) == 1
 
 
 async def test_without_another_token_the_services_answer_stands(context: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,7 +33,7 @@ from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy import authority, forwarding, options, problem, quick, stream, wire
+from eoepca_security.proxy import authority, forwarding, options, origins, problem, quick, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.check import runs_in_container
 from eoepca_security.proxy.diagnosis import failure_remedy
@@ -262,11 +262,13 @@ class OIDCAuthProxy:
             await self._authorize(flow)
 
     def responseheaders(self, flow: HTTPFlow) -> None:
-        """Let an allowed origin read the answer, and a client that keeps its connection know when the proxy ends."""
+        """Lead to the proxy, let an allowed origin read the answer, and say on kept connections when the proxy ends."""
         if flow.response is None or flow.response.status_code == 101 or _is_elsewhere(flow, self._settings):
             return
         flow.response.stream = stream.streams_response(flow.response)
         headers = flow.response.headers
+        if (proxy := flow.metadata.get(origins.ORIGIN)) is not None:
+            origins.name_the_proxy(headers, proxy, _target(flow).origin)
         if (origin := self._guard.allowed_origin(flow.request.headers.get_all)) is not None:
             headers["Access-Control-Allow-Origin"] = origin
             headers.add("Vary", "Origin")
@@ -275,10 +277,10 @@ class OIDCAuthProxy:
             headers["Connection"] = "close"
 
     async def response(self, flow: HTTPFlow) -> None:
-        """Ask the service again, once and with another token, when it refuses this one."""
+        """Get another token when the service refuses this one, and ask again with it, once, where that can be done."""
         try:
-            if _may_be_repeated(flow):
-                await self._repeat(flow)
+            if _is_refused(flow):
+                await self._replace(flow)
         finally:
             self._ended(flow)
 
@@ -354,7 +356,13 @@ class OIDCAuthProxy:
         forwarding.drop_hop_by_hop(request)
         if self._apisix is not None:
             forwarding.drop_gateway_headers(request.headers)
-        request.host_header = _target(flow).authority
+        target = _target(flow)
+        if isinstance(flow.client_conn.proxy_mode, ReverseMode):
+            scheme = "https" if flow.client_conn.tls else "http"
+            # A replay has the name that the client used from the first time.
+            proxy = flow.metadata.setdefault(origins.ORIGIN, f"{scheme}://{request.host_header}")
+            origins.name_the_service(request.headers, proxy, target.origin)
+        request.host_header = target.authority
         if not (request.is_http2 or request.is_http3):
             # An absolute target (RFC 9112 §3.2.2) would be forwarded as it is.
             request.authority = ""
@@ -394,12 +402,13 @@ class OIDCAuthProxy:
         except Exception as error:
             raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
 
-    async def _repeat(self, flow: HTTPFlow) -> None:
+    async def _replace(self, flow: HTTPFlow) -> None:
         sent = wire.clearance(flow.request)
         if sent is None or not sent.headers or self._source is None:
             return
         try:
-            if await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer ")) is None:
+            token = await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer "))
+            if token is None or not _may_be_repeated(flow):
                 return
             again = flow.copy()
             again.response = again.error = None
@@ -605,15 +614,19 @@ def _may_inject(settings: Settings | None, scheme: str, address: tuple[str, int]
     return may_get_token(hosts, scheme, *address[:2])
 
 
+def _is_refused(flow: HTTPFlow) -> bool:
+    return flow.response is not None and flow.response.status_code == 401 and flow.is_replay is None
+
+
 def _may_be_repeated(flow: HTTPFlow) -> bool:
+    """Tell whether all of the request is here, and none of its answer is there; mitmproxy replays no WebSockets."""
     request, response = flow.request, flow.response
     return (
         response is not None
-        and response.status_code == 401
-        and flow.is_replay is None
         and request.raw_content is not None
         and response.raw_content is not None
         and len(request.raw_content) <= stream.MAX_HELD
+        and not forwarding.is_websocket(request)
     )
 
 

@@ -50,6 +50,11 @@ class Target:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if default_port(self.scheme) == self.port else f"{host}:{self.port}"
 
+    @property
+    def origin(self) -> str:
+        """Scheme and authority (RFC 6454 §6.2)."""
+        return f"{self.scheme}://{self.authority}"
+
 
 @dataclass(frozen=True)
 class Clearance:

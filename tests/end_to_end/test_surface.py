@@ -259,6 +259,20 @@ def test_a_redirect_is_for_the_client(setup: Setup, client: httpx.Client) -> Non
     assert len(setup.forwarded()) == 1
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "LOCALHOST"])
+def test_where_the_service_leads_to_itself_it_leads_to_the_proxy(host: str, setup: Setup) -> None:
+    answer = exchange(setup.port, f"GET /moved HTTP/1.1\r\nHost: {host}:{setup.port}\r\n\r\n".encode())
+    assert f"\r\nLocation: http://{host}:{setup.port}/jobs/1\r\n".encode() in answer
+
+
+def test_the_service_takes_pages_that_came_through_the_proxy_for_its_own(setup: Setup, client: httpx.Client) -> None:
+    for page, expected in ((f"http://localhost:{setup.port}", setup.service_url), (APP, APP)):
+        headers = {"Host": f"localhost:{setup.port}", "Origin": page, "Referer": f"{page}/lab"}
+        assert client.get(setup.url, headers=headers).status_code == 200
+        (received,) = setup.forwarded()
+        assert (received.values("Origin"), received.values("Referer")) == ([expected], [f"{expected}/lab"])
+
+
 def test_trailers_are_dropped_in_both_directions(setup: Setup, client: httpx.Client) -> None:
     assert client.get(f"{setup.url}/trailers").text == "ok"
     body = b"POST / HTTP/1.1\r\n" + L + b"Transfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-T: t\r\n\r\n"

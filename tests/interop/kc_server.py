@@ -52,6 +52,7 @@ class Client:
 CONFIDENTIAL = Client("eoepca-confidential", "test-only-client-secret")
 PUBLIC = Client("eoepca-public")
 INTERACTIVE = Client("eoepca-login")  # for users who log in themselves, by device or by browser
+GATEWAY = Client("eoepca-gateway", "test-only-gateway-secret")  # for a gateway that logs users in
 USERNAME = "alice"
 PASSWORD = "test-only-password"
 AUDIENCE = "eoepca-service"

@@ -5,12 +5,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jwt
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
+from starlette.types import ASGIApp
 
 STOP_SECONDS = 10.0
 
@@ -82,18 +84,25 @@ def build_app(judge: Judge, seen: list[Seen]) -> FastAPI:
 
 
 @contextmanager
-def running_service(issuer: str, audience: str) -> Iterator[Service]:
-    """Run the service in a thread on a free loopback port."""
-    discovery = httpx.get(f"{issuer}/.well-known/openid-configuration", trust_env=False).raise_for_status().json()
-    seen: list[Seen] = []
-    app = build_app(Judge(issuer, audience, jwt.PyJWKClient(discovery["jwks_uri"])), seen)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
+def serving(app: ASGIApp, certificate: Path | None = None) -> Iterator[str]:
+    """Run an application in a thread on a free loopback port, over TLS with a certificate; yields its URL."""
+    config = uvicorn.Config(app, log_config=None, lifespan="off", ws="wsproto", ssl_certfile=certificate)
+    server = uvicorn.Server(config)
     # The socket listens before the thread runs: a client that is early waits in its queue.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
-            yield Service(f"http://127.0.0.1:{listener.getsockname()[1]}", seen)
+            yield f"{'https' if certificate else 'http'}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(STOP_SECONDS)
+
+
+@contextmanager
+def running_service(issuer: str, audience: str) -> Iterator[Service]:
+    """Run the service in a thread on a free loopback port."""
+    discovery = httpx.get(f"{issuer}/.well-known/openid-configuration", trust_env=False).raise_for_status().json()
+    seen: list[Seen] = []
+    with serving(build_app(Judge(issuer, audience, jwt.PyJWKClient(discovery["jwks_uri"])), seen)) as url:
+        yield Service(url, seen)

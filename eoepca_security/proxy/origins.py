@@ -1,0 +1,48 @@
+"""One site under two names: the proxy's, by which its clients know the service, and the service's own. Pure.
+
+The service is called by its own name (`Host`), so what a browser says about pages that came through the proxy has to
+name the service, too: it would take them for another site's otherwise. And where the service sends a client on to
+itself, the client has to come through the proxy again, as it has no token of its own. Bodies stay as they are.
+"""
+
+import re
+from typing import Final
+
+from mitmproxy.http import Headers
+
+from eoepca_security.proxy.guard import parse_origin
+
+ORIGIN: Final = "oidc_proxy_origin"
+"""In a flow's metadata, the proxy's origin as the client knows it."""
+
+_OF_REQUESTS: Final = frozenset({b"origin", b"referer"})
+_OF_RESPONSES: Final = frozenset({b"location", b"content-location"})  # RFC 9110 §10.2.2, §8.7
+
+
+def name_the_service(headers: Headers, proxy: str, service: str) -> None:
+    """Make of a request's `Origin` and `Referer` what they would be had the page come from the service."""
+    _replace(headers, _OF_REQUESTS, proxy, service)
+
+
+def name_the_proxy(headers: Headers, proxy: str, service: str) -> None:
+    """Lead to the proxy where a response leads to the service."""
+    _replace(headers, _OF_RESPONSES, service, proxy)
+
+
+def _replace(headers: Headers, names: frozenset[bytes], old: str, new: str) -> None:
+    # Most have none of them, and mitmproxy's own look-up takes several times as long.
+    if not names.isdisjoint([name.lower() for name, _ in headers.fields]):
+        headers.fields = tuple(
+            (name, _moved(value, old, new) if name.lower() in names else value) for name, value in headers.fields
+        )
+
+
+def _moved(value: bytes, old: str, new: str) -> bytes:
+    match = re.match(rb"[A-Za-z]+://[^/?#]*", value)
+    if match is None:
+        return value
+    try:
+        is_old = parse_origin(match[0].decode("latin-1")) == parse_origin(old)
+    except ValueError:
+        return value
+    return new.encode() + value[match.end() :] if is_old else value
