@@ -8,6 +8,7 @@ import gc
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from types import CoroutineType
 from typing import Any, Final
 
 from mitmproxy.addonmanager import AddonManager, safecall
@@ -85,10 +86,11 @@ class CachedAddonManager(AddonManager):
 
     async def handle_lifecycle(self, event: Hook) -> None:
         """Trigger an event and, where it is about a flow, tell that the flow has changed."""
-        (message,) = _arguments(event)
         await self.trigger_event(event)
-        if isinstance(message, Flow) and self._calls_of(_UPDATE) != ():
-            await self.trigger_event(UpdateHook([message]))
+        if self._calls_of(_UPDATE) != ():
+            (message,) = _arguments(event)
+            if isinstance(message, Flow):
+                await self.trigger_event(UpdateHook([message]))
 
     async def trigger_event(self, event: Hook) -> None:
         """Call the event's hook on all add-ons that have it, in the order of the chain."""
@@ -102,7 +104,7 @@ class CachedAddonManager(AddonManager):
             try:
                 for function in functions:
                     result = function(*arguments)
-                    if result is not None and inspect.isawaitable(result):
+                    if result is not None and (type(result) is CoroutineType or inspect.isawaitable(result)):
                         await result
             except AddonHalt:
                 return

@@ -146,8 +146,12 @@ class _PoolingHandler(ProxyConnectionHandler):
         _handlers[self.client] = self
 
     async def handle_hook(self, hook: StartHook) -> None:
-        """Run a hook; at the client's end give back what others can use."""
-        await super().handle_hook(hook)
+        """Run a hook, as mitmproxy does; at the client's end give back what others can use."""
+        with self.timeout_watchdog.disarm():
+            await self.master.addons.handle_lifecycle(hook)
+            flow = getattr(hook, "flow", None)
+            if flow is not None and flow.intercepted:
+                await flow.wait_for_resume()
         if isinstance(hook, ClientDisconnectedHook):
             for server, io in list(self.transports.items()):
                 if isinstance(server, Server):
