@@ -116,8 +116,8 @@ def _writable_confdir() -> Iterator[str]:
         temporary = tempfile.TemporaryDirectory(prefix="mitmproxy-")
     except OSError:
         raise SettingsError(
-            f"TMPDIR: neither that nor {usual} can be written to, and mitmproxy needs a folder for its own CA: set it to "
-            "one that can, or mount one at /tmp"
+            f"TMPDIR: mitmproxy needs a folder for its own CA, and neither this nor {usual} can be written to: set it "
+            "to one that can, or mount one at /tmp"
         ) from None
     with temporary as folder:
         yield folder
