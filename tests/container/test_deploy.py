@@ -15,6 +15,7 @@ import httpx
 import pytest
 from conftest import ROOT
 from docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, unique, until
+from docker_pod import BASE, Cluster, Pod, claim
 
 from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT
 from eoepca_security.proxy.settings import VARIABLES
