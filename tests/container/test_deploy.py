@@ -33,8 +33,8 @@ MANIFESTS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "kusto
 SECRET = "client-secret-of-the-cluster"
 
 # The first with native sidecars, and a newer one. The other Job is for those before.
-VERSIONS = ("1.29", "1.34")
-OLD_VERSIONS = ("1.22", *VERSIONS)
+VERSIONS = ("1.29", "1.37")
+OLD_VERSIONS = ("1.25", *VERSIONS)
 
 
 def documents(path: Path) -> list[dict[str, Any]]:

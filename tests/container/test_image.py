@@ -127,8 +127,8 @@ def test_the_lines_of_the_readme(image: str, there: Outside, volume: str, tmp_pa
     # The issuer has a certificate of a CA of its own, which a line for everybody cannot know.
     words = [*words[:-1], "--name", name, *there.trust, TAG]
     (tmp_path / ".env").write_text("".join(f"{key}={value}\n" for key, value in there.environment().items()))
-    took = []
-    for _ in range(2):
+    took: list[float] = []
+    while not took or (min(took) > 5 and len(took) < 3):
         begin = time.monotonic()
         process = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
         try:
@@ -210,12 +210,19 @@ def test_health_wherever_the_admin_listener_is(
 def test_a_stop_during_the_start_is_heard(image: str, there: Outside, command: tuple[str, ...]) -> None:
     there.issuer.behaviour.login.polls = ["authorization_pending"] * 1000
     with Container(image, *there.trust, *options(there.environment()), command=command) as container:
+        # What comes before Python has begun is lost in any container whose first process is Python.
+        until(lambda: _heeds_sigterm(container))
         if command == ("login",):
-            until(lambda: "user_code" in container.logs or "http" in container.logs)
+            until(lambda: "/device" in container.logs)
             assert container.healthcheck() == 0  # there is nothing to be asked
         code, seconds = container.stop()
-        assert code in ((0, 143) if command == ("serve",) else (1, 130, 143))
+        assert code in (0, 143)
         assert seconds < 5
+
+
+def _heeds_sigterm(container: Container) -> bool:
+    status = docker("exec", container.name, "grep", "SigCgt", "/proc/1/status", check=False).stdout
+    return bool(status and int(status.split()[1], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def test_twenty_restarts_lose_no_session(image: str, volume: str, tmp_path: Path) -> None:
