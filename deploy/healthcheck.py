@@ -16,7 +16,8 @@ OTHER_COMMANDS = {b"check", b"demo", b"login", b"logout", b"token"}
 
 def main(path: str = "livez") -> int:
     """Ask, say what is wrong, and return the exit code."""
-    if not OTHER_COMMANDS.isdisjoint(Path("/proc/1/cmdline").read_bytes().partition(b"\0--\0")[0].split(b"\0")):
+    _, _, arguments = Path("/proc/1/cmdline").read_bytes().partition(b"/run-mitmproxy.py\0")
+    if arguments.partition(b"\0")[0] in OTHER_COMMANDS:
         return 0
     admin = os.environ.get("PROXY_ADMIN") or "127.0.0.1:8081"
     try:

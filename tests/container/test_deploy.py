@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import ROOT
-from docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, unique, until
+from docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, readme_lines, unique, until
 from docker_pod import BASE, Cluster, Pod, claim
 
 from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT
@@ -98,6 +98,10 @@ def test_what_they_set_is_a_setting_and_where_they_look_is_where_it_is(image: st
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["proxy"]
     assert {*settings["data"], *compose["environment"]} <= known
     assert compose["volumes"] == [f"session:{config['WorkingDir']}"]
+    text = (ROOT / "docs" / "containers.md").read_text()
+    assert set(re.findall(r"\b(?:OPEN_ID|PROXY|TLS|REMOTE)_[A-Z_]+\b", text)) <= known
+    assert "\n".join(readme_lines()) in text
+    assert {name for name in re.findall(r"^\| `(.*?)`", text, re.MULTILINE)} == {each.name for each in FOLDER.iterdir()}
     found = list(containers())
     assert len(found) == 4
     for container, pod in found:

@@ -206,12 +206,16 @@ def test_health_wherever_the_admin_listener_is(
         docker("kill", "--signal", "CONT", proxy.name)
 
 
+@pytest.mark.parametrize("init", [(), ("--init",)])
 @pytest.mark.parametrize("command", [("serve",), ("login",)])
-def test_a_stop_during_the_start_is_heard(image: str, there: Outside, command: tuple[str, ...]) -> None:
+def test_a_stop_during_the_start_is_heard(
+    image: str, there: Outside, command: tuple[str, ...], init: tuple[str, ...]
+) -> None:
     there.issuer.behaviour.login.polls = ["authorization_pending"] * 1000
-    with Container(image, *there.trust, *options(there.environment()), command=command) as container:
+    arguments = (*there.trust, *options(there.environment()), *init)
+    with Container(image, *arguments, command=command) as container:
         # What comes before Python has begun is lost in any container whose first process is Python.
-        until(lambda: _heeds_sigterm(container))
+        until(lambda: bool(init) or _heeds_sigterm(container))
         if command == ("login",):
             until(lambda: "/device" in container.logs)
             assert container.healthcheck() == 0  # there is nothing to be asked
