@@ -101,7 +101,7 @@ def test_what_they_set_is_a_setting_and_where_they_look_is_where_it_is(image: st
     text = (ROOT / "docs" / "containers.md").read_text()
     assert set(re.findall(r"\b(?:OPEN_ID|PROXY|TLS|REMOTE)_[A-Z_]+\b", text)) <= known
     assert "\n".join(readme_lines()) in text
-    assert {name for name in re.findall(r"^\| `(.*?)`", text, re.MULTILINE)} == {each.name for each in FOLDER.iterdir()}
+    assert set(re.findall(r"^\| `(.*?)`", text, re.MULTILINE)) == {each.name for each in FOLDER.iterdir()}
     found = list(containers())
     assert len(found) == 4
     for container, pod in found:
