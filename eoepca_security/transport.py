@@ -1,5 +1,6 @@
 """HTTP with bounds: one exchange that ends in time, reads no more than it should, and goes nowhere else."""
 
+import errno
 import re
 import socket
 import ssl
@@ -294,7 +295,8 @@ def _explain_one(cause: BaseException) -> tuple[str, str] | None:
         return kind, f"its certificate is not trusted ({cause.verify_message}){hint}"
     if isinstance(cause, socket.gaierror):
         return "unknown_host", "its host name is not known"
-    if isinstance(cause, ConnectionRefusedError):
+    # Docker gives `localhost` an IPv6 address where there is no IPv6, too, and the last failure is what is told.
+    if isinstance(cause, ConnectionRefusedError) or getattr(cause, "errno", None) == errno.EADDRNOTAVAIL:
         return "refused", "the connection was refused"
     if isinstance(cause, ssl.SSLError):
         what = getattr(cause, "reason", None) or "handshake failed"  # Python's own have none

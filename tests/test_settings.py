@@ -238,6 +238,15 @@ def test_a_dotenv_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | N
         read_dotenv(tmp_path)
 
 
+def test_a_folder_that_is_closed_to_this_user_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_fifo", refuse)
+    with pytest.raises(SettingsError, match=r"^\.env: cannot be read \(Permission denied\)"):
+        read_dotenv(tmp_path)
+
+
 def test_a_dotenv_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".env")
     with pytest.raises(SettingsError, match="pipe"):

@@ -1,3 +1,4 @@
+import errno
 import gc
 import gzip
 import ipaddress
@@ -550,6 +551,7 @@ def test_an_untrusted_certificate_is_named_with_the_remedy(transport: HttpTransp
         (TimeoutError(), "timeout"),
         (requests.ConnectionError(TimeoutError()), "timeout"),
         (requests.ConnectionError(ConnectionRefusedError()), "refused"),
+        (OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address"), "refused"),
         (OSError("Tunnel connection failed: 407 Proxy Authentication Required"), "proxy"),
         (ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER]"), "no_tls"),
         (ConnectionResetError(), "ended"),

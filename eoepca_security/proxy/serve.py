@@ -236,7 +236,14 @@ def _writable_confdir() -> Iterator[str]:
         authority.make(usual)
         yield CONF_DIR
         return
-    with tempfile.TemporaryDirectory(prefix="mitmproxy-") as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="mitmproxy-")
+    except OSError:
+        raise SettingsError(
+            f"TMPDIR: mitmproxy needs a folder for its own CA, and neither this nor {usual} can be written to: set it "
+            "to one that can, or mount one at /tmp"
+        ) from None
+    with temporary as folder:
         yield folder
 
 

@@ -120,9 +120,9 @@ class Settings:
 def read_dotenv(folder: Path) -> Mapping[str, str]:
     """Return the variables of `.env` in `folder`, as they stand there; raises SettingsError when it cannot be read."""
     path = folder / ".env"
-    if path.is_fifo():
-        raise SettingsError(f".env: {path} is a pipe, which may never end: make it a file, or remove it")
     try:
+        if path.is_fifo():
+            raise SettingsError(f".env: {path} is a pipe, which may never end: make it a file, or remove it")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return {}
