@@ -28,8 +28,6 @@ ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {
     f"oidc-provider {issuer_oidc_provider.VERSION}, opaque": issuer_oidc_provider.opaque_and_key,
 }
 
-REJECTED = {"X-OIDC-Proxy-Error": "credentials_rejected"}
-
 
 @pytest.fixture(
     scope="session",
@@ -107,7 +105,7 @@ def test_login_by_browser(user: User, issuer: Issuer) -> None:
 
 def test_refresh(member: User, service: Service) -> None:
     proxy, before = member.serves(), set(service.seen)
-    eventually(lambda: _is_served(member, proxy) and len(set(service.seen) - before) >= 3, 4 * LIFETIME)
+    eventually(lambda: _is_served(member, proxy) and len(set(service.seen) - before) >= 2, 4 * LIFETIME)
     assert re.search(r"Traceback|rejected|unavailable", proxy.output()) is None, proxy.output()
 
 
@@ -132,7 +130,7 @@ def test_revocation(member: User, issuer: Issuer) -> None:
     proxy = member.serves()
     assert _is_served(member, proxy)
     issuer.revoke()
-    eventually(lambda: member.asks().headers.items() >= REJECTED.items(), 3 * LIFETIME)
+    eventually(lambda: member.asks().headers.get("X-OIDC-Proxy-Error") == "credentials_rejected", 3 * LIFETIME)
     answer = member.asks()
     assert (answer.status_code, "run-mitmproxy.py login" in answer.json()["detail"]) == (502, True), answer.text
     assert member.does("token")[0] == 1

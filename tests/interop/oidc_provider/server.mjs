@@ -11,6 +11,51 @@ const granted = new Set();
 let provider;
 let handle;
 
+const stored = new Map();
+
+// The one that comes with it is another for each provider.
+class Adapter {
+  constructor(model) {
+    this.model = model;
+  }
+
+  key(id) {
+    return `${this.model}:${id}`;
+  }
+
+  find(id) {
+    return stored.get(this.key(id));
+  }
+
+  findBy(name, value) {
+    return [...stored].find(([key, payload]) => key.startsWith(`${this.model}:`) && payload[name] === value)?.[1];
+  }
+
+  findByUid(uid) {
+    return this.findBy('uid', uid);
+  }
+
+  findByUserCode(code) {
+    return this.findBy('userCode', code);
+  }
+
+  upsert(id, payload) {
+    stored.set(this.key(id), payload);
+  }
+
+  consume(id) {
+    this.find(id).consumed = Math.floor(Date.now() / 1000);
+  }
+
+  destroy(id) {
+    stored.delete(this.key(id));
+  }
+
+  revokeByGrantId(grantId) {
+    for (const [key, payload] of stored) if (payload.grantId === grantId) stored.delete(key);
+  }
+}
+
 // A JWT for the service, which is what most services want; without a resource the access tokens are opaque.
 const resourceIndicators = {
   enabled: true,
@@ -25,8 +70,8 @@ const resourceIndicators = {
 function begin() {
   const { privateKey } = generateKeyPairSync('rsa', { modulusLength: 2048 });
   keys.unshift({ ...privateKey.export({ format: 'jwk' }), kid: randomUUID(), use: 'sig', alg: 'RS256' });
-  // What it stores is shared by all providers of the process, so that sessions survive this.
   provider = new Provider(settings.issuer, {
+    adapter: Adapter,
     clients: settings.clients,
     clientAuthMethods: ['none', 'client_secret_basic', 'client_secret_post', 'client_secret_jwt', 'private_key_jwt'],
     cookies: { keys: ['of-tests'] },
