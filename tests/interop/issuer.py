@@ -1,11 +1,15 @@
 """What the scenarios need to know of an issuer, and what judges its tokens without the code under test."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jwt
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 REQUEST_SECONDS = 10.0
 
@@ -99,3 +103,12 @@ def answers(url: str) -> bool:
     except httpx.HTTPError:
         return False
     return answer.is_success
+
+
+def key_pair(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A client's key: the file with the private one, and the public one as a JWK."""
+    key = generate_private_key(SECP256R1())
+    path = folder / "client-key.pem"
+    path.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
+    return path, {**public, "kid": "client-key", "use": "sig", "alg": "ES256"}

@@ -11,12 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jwt
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1
-from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as generate_ec_key
-from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
+from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers, key_pair
 from issuer_person import visit
 from kc_process import Child, free_port, running
 
@@ -37,29 +32,32 @@ def jwt_and_public(folder: Path) -> Iterator[Issuer]:
     """Access tokens that are JWTs for one resource, and a client without a secret."""
     client = {"client_id": "eoepca-login", "token_endpoint_auth_method": "none"}
     settings = {"OPEN_ID_CONNECT_CLIENT_ID": "eoepca-login", "OPEN_ID_CONNECT_AUDIENCE": AUDIENCE}
-    with _running(folder, client, settings, resource_by_default=True) as issuer:
+    with _running(folder, client, settings, key_pair(folder), resource_by_default=True) as issuer:
         yield issuer
 
 
 @contextmanager
 def opaque_and_key(folder: Path) -> Iterator[Issuer]:
     """Opaque access tokens, and a client with a key."""
-    key = generate_private_key(65537, 2048)
-    key_file = folder / "login-key.pem"
-    key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    key_file, public_key = key_pair(folder)
     client = {
         "client_id": "eoepca-login",
         "token_endpoint_auth_method": "private_key_jwt",
-        "jwks": {"keys": [json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(key.public_key()))]},
+        "jwks": {"keys": [public_key]},
     }
     settings = {"OPEN_ID_CONNECT_CLIENT_ID": "eoepca-login", "OPEN_ID_CONNECT_CLIENT_KEY_FILE": str(key_file)}
-    with _running(folder, client, settings, resource_by_default=False) as issuer:
+    with _running(folder, client, settings, (key_file, public_key), resource_by_default=False) as issuer:
         yield issuer
 
 
 @contextmanager
 def _running(
-    folder: Path, client: dict[str, Any], settings: dict[str, str], *, resource_by_default: bool
+    folder: Path,
+    client: dict[str, Any],
+    settings: dict[str, str],
+    key: tuple[Path, dict[str, Any]],
+    *,
+    resource_by_default: bool,
 ) -> Iterator[Issuer]:
     npm, node = (shutil.which(name) for name in ("npm", "node"))
     if npm is None or node is None:
@@ -81,7 +79,7 @@ def _running(
         "response_types": ["code"],
         **client,
     }
-    machines, clients = _machines(folder)
+    machines, clients = _machines(*key)
     config = {
         "port": port,
         "issuer": url,
@@ -121,12 +119,8 @@ def _revoke(child: Child) -> None:
     child.wait_until(lambda: child.output().count("revoked") > before, START_SECONDS)
 
 
-def _machines(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+def _machines(key_file: Path, public_key: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
     """Clients that act for themselves: as the issuer is told of them, and the launcher's settings for them."""
-    key = generate_ec_key(SECP256R1())
-    key_file = folder / "machine-key.pem"
-    key_file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
     told, settings = [], {}
     for method in ("client_secret_basic", "client_secret_post", "client_secret_jwt", "private_key_jwt"):
         client_id = f"eoepca-{method}"
@@ -138,7 +132,7 @@ def _machines(folder: Path) -> tuple[list[dict[str, Any]], dict[str, dict[str, s
                 "grant_types": ["client_credentials"],
                 "redirect_uris": [],
                 "response_types": [],
-                **({"jwks": {"keys": [public]}} if has_key else {"client_secret": SECRET}),
+                **({"jwks": {"keys": [public_key]}} if has_key else {"client_secret": SECRET}),
             }
         )
         settings[method] = {

@@ -1,9 +1,8 @@
 """A person with a browser without scripts, who fills in the forms of an issuer's pages until there are none left."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import urljoin
 
 import httpx
@@ -55,17 +54,20 @@ class _Forms(HTMLParser):
                 form.fillable.add(name)
 
 
-def visit(url: str, knows: Mapping[str, str], says_yes: tuple[str, str] = ("", "")) -> str:
+def visit(url: str, knows: Mapping[str, str], says_yes: Collection[tuple[str, str]] = ()) -> str:
     """Open `url` and go on until a page asks for nothing that the person knows; return that page's text.
 
-    `knows` is what goes into fields, by their names; `says_yes` the name and value of the button that allows what was
-    asked for, where it has any.
+    `knows` is what goes into fields, by their names; `says_yes` the names and values of buttons that allow what was
+    asked for.
     """
-    # Browsers take loopback for a safe place, where cookies that are `Secure` may go without TLS.
-    policy = DefaultCookiePolicy(secure_protocols=("http", "https"))
-    with httpx.Client(
-        cookies=CookieJar(policy), follow_redirects=True, trust_env=False, timeout=PAGE_SECONDS
-    ) as browser:
+    with httpx.Client(follow_redirects=True, trust_env=False, timeout=PAGE_SECONDS) as browser:
+
+        def is_loopback(_: httpx.Response) -> None:
+            # Browsers take it for a safe place, where cookies that are `Secure` may go without TLS.
+            for cookie in browser.cookies.jar:
+                cookie.secure = False
+
+        browser.event_hooks = {"response": [is_loopback]}
         page = browser.get(url)
         for _ in range(MOST_PAGES):
             assert page.status_code < 400, f"{page.url} answered {page.status_code}: {page.text[-3000:]}"
@@ -76,16 +78,18 @@ def visit(url: str, knows: Mapping[str, str], says_yes: tuple[str, str] = ("", "
     raise AssertionError(f"there is no end to the pages; the last was {page.url}: {page.text}")
 
 
-def _form(text: str, knows: Mapping[str, str], says_yes: tuple[str, str]) -> Form | None:
+def _form(text: str, knows: Mapping[str, str], says_yes: Collection[tuple[str, str]]) -> Form | None:
     parser = _Forms()
     parser.feed(text)
     for form in parser.forms:
         asked = form.fillable & knows.keys()
-        allows = says_yes in form.buttons or (form.method == "post" and not form.fillable and ("", "") in form.buttons)
-        if form.method != "post" or not (asked or allows):
+        yes = next((button for button in form.buttons if button in says_yes), None)
+        # A form with nothing to fill in and one button without a name, as it is where there is nothing to choose.
+        is_question = not form.fillable and form.buttons[:1] == [("", "")]
+        if form.method != "post" or not (asked or yes or is_question):
             continue
         form.values.update({name: knows[name] for name in asked if not form.values[name]})
-        name, value = says_yes if says_yes in form.buttons else form.buttons[0] if form.buttons else ("", "")
+        name, value = yes or (form.buttons or [("", "")])[0]
         if name:
             form.values[name] = value
         return form

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
+import issuer_keycloak
 import issuer_oidc_provider
 import jwt
+import kc_server
 import pytest
 from conftest import eventually
 from helpers_fastapi import bearer, get, make_app
@@ -24,6 +26,8 @@ pytest_plugins = ["issuer_table"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
 ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {
+    f"Keycloak {kc_server.VERSION}": issuer_keycloak.current,
+    f"Keycloak {kc_server.OLDEST}": issuer_keycloak.oldest,
     f"oidc-provider {issuer_oidc_provider.VERSION}, JWT": issuer_oidc_provider.jwt_and_public,
     f"oidc-provider {issuer_oidc_provider.VERSION}, opaque": issuer_oidc_provider.opaque_and_key,
 }
