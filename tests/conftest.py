@@ -135,6 +135,14 @@ class ProxyProcess:
 StartProxy = Callable[..., ProxyProcess]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let a file have its fixtures to itself with `--dist loadgroup`, too, unless its tests say how they belong."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def settings_for(issuer: FakeIssuer, **more: str) -> dict[str, str]:
     """Return the environment that makes a proxy a client of `issuer`."""
     environment = {

@@ -26,9 +26,9 @@ class Issuer:
     """A running issuer: a row of the table in docs/issuers.md.
 
     `settings` are the launcher's for the client that people log in with, and `clients` those of the clients that act
-    for themselves, by client authentication method. `audience` is that of access tokens, None where they are opaque.
+    for themselves, by client authentication method. `login_options` are for logins by browser. `audience` is that of access tokens, None where they are opaque.
     `user_of` returns whose token it is, None where the issuer does not know it. `lacks` says why a scenario is not for
-    this issuer, by its name. `revoke` ends all of the user's sessions, as an administrator does. `person` opens a page and does what it asks for; returns the last page's text.
+    this issuer, by its name. `pace` is how many seconds it needs between two tokens of a user. `revoke` ends all of the user's sessions, as an administrator does. `person` opens a page and does what it asks for; returns the last page's text.
     """
 
     url: str
@@ -38,6 +38,7 @@ class Issuer:
     revoke: Callable[[], None]
     rotate_keys: Callable[[], None]
     audience: str | None = None
+    pace: float = 0.0
     login_options: tuple[str, ...] = ()
     clients: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Endpoints:
             claims = jwt.decode(
                 token,
                 keys.get_signing_key_from_jwt(token).key,
-                algorithms=["RS256"],
+                algorithms=["RS256", "RS512"],
                 issuer=self.document["issuer"],
                 audience=AUDIENCE,
                 leeway=0,

@@ -23,10 +23,11 @@ AUTHENTICATORS = {
 
 
 @contextmanager
-def current(folder: Path) -> Iterator[Issuer]:
+def current(folder: Path, keycloak: Keycloak) -> Iterator[Issuer]:
+    """In the Keycloak of all tests: one more start would take a minute."""
     realm, clients = _realm(folder)
-    with running_keycloak(folder, [realm]) as keycloak:
-        yield _issuer(keycloak, clients)
+    keycloak.admin("POST", "", realm)
+    yield _issuer(keycloak, clients)
 
 
 @contextmanager

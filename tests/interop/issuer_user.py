@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -48,20 +49,23 @@ def running_service(user_of: Callable[[str], str | None]) -> Iterator[Service]:
 
 @dataclass(frozen=True)
 class User:
-    """One person's folder and settings."""
+    """One person's folder and settings, and how many seconds they leave between two commands."""
 
     folder: Path
     settings: Mapping[str, str]
     stack: ExitStack
+    pace: float = 0.0
     port: int = field(default_factory=free_port)
 
     def begins(self, *arguments: str) -> Child:
         """Start the launcher; it ends with the test."""
+        time.sleep(self.pace)
         log = self.folder / f"{len(list(self.folder.glob('*.log')))}-{arguments[0]}.log"
         return self.stack.enter_context(running(self._command(*arguments), self._env(), self.folder, log))
 
     def does(self, *arguments: str) -> tuple[int, str, str]:
         """Run the launcher to its end; exit code, stdout and stderr."""
+        time.sleep(self.pace)
         done = subprocess.run(
             self._command(*arguments),
             env=self._env(),

@@ -113,7 +113,7 @@ class Keycloak:
         ).raise_for_status()
         answer = httpx.request(
             method,
-            f"{self.url}/admin/realms/{path}",
+            f"{self.url}/admin/realms/{path}".rstrip("/"),
             json=body,
             headers={"Authorization": f"Bearer {token.json()['access_token']}"},
             trust_env=False,

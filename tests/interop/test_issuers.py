@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
+import issuer_canaille
 import issuer_keycloak
 import issuer_oidc_provider
 import jwt
@@ -17,15 +18,17 @@ from conftest import eventually
 from helpers_fastapi import bearer, get, make_app
 from issuer import LIFETIME, USERNAME, Issuer
 from issuer_user import Service, User, running_service
+from kc_fixtures import KEYCLOAK_GROUP
 from kc_process import Child
 
 from eoepca_security import OIDCProxyScheme
 from eoepca_security.verify import unverified_claims
 
-pytest_plugins = ["issuer_table"]
+pytest_plugins = ["issuer_table", "kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
-ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {
+ISSUERS: dict[str, Callable[..., AbstractContextManager[Issuer]]] = {
+    f"Canaille {issuer_canaille.VERSION}": issuer_canaille.confidential,
     f"Keycloak {kc_server.VERSION}": issuer_keycloak.current,
     f"Keycloak {kc_server.OLDEST}": issuer_keycloak.oldest,
     f"oidc-provider {issuer_oidc_provider.VERSION}, JWT": issuer_oidc_provider.jwt_and_public,
@@ -33,12 +36,18 @@ ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {
 }
 
 
+def _group(name: str) -> pytest.MarkDecorator:
+    """An issuer is started once, by the worker that runs all of its tests."""
+    return pytest.mark.xdist_group(KEYCLOAK_GROUP if ISSUERS[name] is issuer_keycloak.current else name)
+
+
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(begin, id=name, marks=pytest.mark.xdist_group(name)) for name, begin in ISSUERS.items()],
+    params=[pytest.param(begin, id=name, marks=_group(name)) for name, begin in ISSUERS.items()],
 )
 def issuer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Issuer]:
-    with request.param(tmp_path_factory.mktemp("issuer")) as issuer:
+    shared = [request.getfixturevalue("keycloak")] if request.param is issuer_keycloak.current else []
+    with request.param(tmp_path_factory.mktemp("issuer"), *shared) as issuer:
         yield issuer
 
 
@@ -64,12 +73,12 @@ def member(user: User, issuer: Issuer) -> User:
 
 def _user(issuer: Issuer, service: Service, folder: Path, stack: ExitStack, **more: str) -> User:
     settings = {"OPEN_ID_CONNECT_URL": issuer.url, "REMOTE_PROTECTED_DOMAIN": service.url, **issuer.settings, **more}
-    return User(folder, settings, stack)
+    return User(folder, settings, stack, issuer.pace)
 
 
 def _log_in(user: User, issuer: Issuer) -> str:
     way = ("--browser",) if "test_login_by_browser" not in issuer.lacks else ()
-    return user.logs_in(issuer.person, *way, *issuer.login_options)
+    return user.logs_in(issuer.person, *way, *(issuer.login_options if way else ()))
 
 
 def _is_served(user: User, proxy: Child) -> bool:
@@ -92,7 +101,7 @@ def test_discovery(user: User) -> None:
 
 
 def test_login_by_device(user: User, issuer: Issuer) -> None:
-    said = user.logs_in(issuer.person, *issuer.login_options)
+    said = user.logs_in(issuer.person)
     assert f"Logged in as {USERNAME}" in said
     assert user.refresh_token() not in said
     assert issuer.user_of(user.token()) == USERNAME
@@ -190,7 +199,9 @@ async def test_scheme(member: User, issuer: Issuer) -> None:
     assert (await get(make_app(strict), bearer(access_token))).status_code == 401
     parties = [member.settings["OPEN_ID_CONNECT_CLIENT_ID"]]
     strict = OIDCProxyScheme(openIdConnectUrl=issuer.url, audience=issuer.audience, authorized_parties=parties)
-    assert (await get(make_app(strict), bearer(access_token))).status_code == 200
+    # Where the token does not say to whom it was issued, nobody is let in.
+    says_client = not unverified_claims(access_token).keys().isdisjoint({"azp", "client_id"})
+    assert (await get(make_app(strict), bearer(access_token))).status_code == (200 if says_client else 401)
 
 
 def test_client_authentication(

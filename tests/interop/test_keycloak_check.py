@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from kc_fixtures import KEYCLOAK_GROUP
 from kc_process import free_port
 from kc_server import AUDIENCE, CONFIDENTIAL, PUBLIC, REALM, Keycloak
 from kc_service import Service
 
 pytest_plugins = ["kc_fixtures"]
-pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.xdist_group(KEYCLOAK_GROUP), pytest.mark.interop, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 

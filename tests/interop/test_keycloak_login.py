@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from kc_fixtures import KEYCLOAK_GROUP
 from kc_process import Child, accepts, free_port, running
 from kc_server import AUDIENCE, INTERACTIVE, REALM, USERNAME, Keycloak
 from kc_service import Service
@@ -22,7 +23,7 @@ pytest.importorskip("selenium")
 from kc_browser import chromium, grant, log_in, wait_for_text
 
 pytest_plugins = ["kc_fixtures"]
-pytestmark = [pytest.mark.interop, pytest.mark.browser, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.xdist_group(KEYCLOAK_GROUP), pytest.mark.interop, pytest.mark.browser, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 SECONDS = 60.0
