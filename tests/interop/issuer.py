@@ -25,10 +25,13 @@ LIFETIME = 12
 class Issuer:
     """A running issuer: a row of the table in docs/issuers.md.
 
-    `settings` are the launcher's for the client that people log in with, and `clients` those of the clients that act
-    for themselves, by client authentication method. `login_options` are for logins by browser. `audience` is that of access tokens, None where they are opaque.
-    `user_of` returns whose token it is, None where the issuer does not know it. `lacks` says why a scenario is not for
-    this issuer, by its name. `pace` is how many seconds it needs between two tokens of a user. `revoke` ends all of the user's sessions, as an administrator does. `person` opens a page and does what it asks for; returns the last page's text.
+    `settings` are the launcher's for the client that people log in with, `login_options` what `login --browser` needs
+    besides, and `clients` the settings of clients that act for themselves, by client authentication method. `audience`
+    is that of access tokens, None where they are opaque. `pace` is how many seconds it needs between two tokens of a
+    user, `refusal` the code for what it calls an invalid grant. `lacks` says why a scenario, by its name, is not for this issuer.
+
+    `user_of` returns whose token it is, None where the issuer does not know it. `person` opens a page and does what it
+    asks for; returns the last page's text. `revoke` ends all of the user's sessions, as an administrator does.
     """
 
     url: str
@@ -39,6 +42,7 @@ class Issuer:
     rotate_keys: Callable[[], None]
     audience: str | None = None
     pace: float = 0.0
+    refusal: str = "credentials_rejected"
     login_options: tuple[str, ...] = ()
     clients: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
@@ -55,7 +59,7 @@ class Endpoints:
         answer = httpx.get(f"{url}/.well-known/openid-configuration", trust_env=False, timeout=REQUEST_SECONDS)
         return cls(answer.raise_for_status().json())
 
-    def user_of_jwt(self, token: str, *, claim: str = "sub") -> str | None:
+    def user_of_jwt(self, token: str, *, claim: str = "sub", audience: str = AUDIENCE) -> str | None:
         """Verify a JWT with PyJWT, no leeway on the clock, and return the claim."""
         keys = jwt.PyJWKClient(self.document["jwks_uri"], cache_keys=False)
         try:
@@ -64,7 +68,7 @@ class Endpoints:
                 keys.get_signing_key_from_jwt(token).key,
                 algorithms=["RS256", "RS512"],
                 issuer=self.document["issuer"],
-                audience=AUDIENCE,
+                audience=audience,
                 leeway=0,
                 options={"require": ["aud", "exp", "iss", "sub"]},
             )
@@ -85,16 +89,6 @@ class Endpoints:
     def signing_kids(self) -> set[str]:
         answer = httpx.get(self.document["jwks_uri"], trust_env=False, timeout=REQUEST_SECONDS)
         return {str(key["kid"]) for key in answer.json()["keys"] if key.get("use", "sig") == "sig"}
-
-    def post(self, endpoint: str, form: Mapping[str, str], auth: tuple[str, str] | None = None) -> httpx.Response:
-        """Send a form as a client would; None for a public one, which names itself in the form."""
-        return httpx.post(
-            self.document[endpoint],
-            data=dict(form),
-            auth=auth or httpx.USE_CLIENT_DEFAULT,
-            trust_env=False,
-            timeout=REQUEST_SECONDS,
-        )
 
 
 def answers(url: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
-from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers, key_pair
+from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
 from issuer_person import visit
 from kc_process import free_port, running
 
@@ -123,9 +123,7 @@ def confidential(folder: Path) -> Iterator[Issuer]:
                 "OPEN_ID_CONNECT_AUDIENCE": AUDIENCE,
             },
             user_of=endpoints.user_of_jwt,
-            person=partial(
-                visit, knows={"login": USERNAME, "password": PASSWORD}, says_yes={("answer", "accept")}
-            ),
+            person=partial(visit, knows={"login": USERNAME, "password": PASSWORD}, says_yes={("answer", "accept")}),
             revoke=partial(canaille.does, "delete", "token", "--noconfirm", "--subject", USERNAME),
             rotate_keys=partial(_rotate_keys, canaille, endpoints),
             audience=AUDIENCE,
@@ -192,7 +190,7 @@ def _machine() -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _installed(folder: Path) -> Path:
-    """Install it into an environment of its own, by the uv that runs the tests, or by pip; the folder of its commands."""
+    """Install it by the uv that runs the tests, or by pip; return the folder of its commands."""
     environment = folder / "venv"
     python = environment / "bin" / "python"
     uv = os.environ.get("UV") or shutil.which("uv")

@@ -9,7 +9,7 @@ from typing import Any
 
 from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, key_pair
 from issuer_person import visit
-from kc_server import OLDEST, OLDEST_JAVA_MAJORS, VERSION, Keycloak, running_keycloak
+from kc_server import OLDEST, OLDEST_JAVA_MAJORS, Keycloak, running_keycloak
 
 REALM = "eoepca-issuers"
 SECRET = "test-only-client-secret-of-some-length"

@@ -138,6 +138,10 @@ def _machines(key_file: Path, public_key: dict[str, Any]) -> tuple[list[dict[str
         settings[method] = {
             "OPEN_ID_CONNECT_CLIENT_ID": client_id,
             "OPEN_ID_CONNECT_CLIENT_AUTH": method,
-            **({"OPEN_ID_CONNECT_CLIENT_KEY_FILE": str(key_file)} if has_key else {"OPEN_ID_CONNECT_CLIENT_SECRET": SECRET}),
+            **(
+                {"OPEN_ID_CONNECT_CLIENT_KEY_FILE": str(key_file)}
+                if has_key
+                else {"OPEN_ID_CONNECT_CLIENT_SECRET": SECRET}
+            ),
         }
     return told, settings

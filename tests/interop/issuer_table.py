@@ -73,7 +73,9 @@ def main(arguments: list[str]) -> int:
         page.write_text(after)
         return 0
     if before != after:
-        print(*difflib.unified_diff(before.splitlines(), after.splitlines(), str(page), "what ran", lineterm=""), sep="\n")
+        print(
+            *difflib.unified_diff(before.splitlines(), after.splitlines(), str(page), "what ran", lineterm=""), sep="\n"
+        )
     return before != after
 
 

@@ -6,9 +6,6 @@ import pytest
 from kc_server import AUDIENCE, REALM, Keycloak, running_keycloak
 from kc_service import Service, running_service
 
-KEYCLOAK_GROUP = "keycloak"
-"""What uses the one below runs in one worker, so that it is started once."""
-
 
 @pytest.fixture(scope="session")
 def keycloak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keycloak]:

@@ -17,11 +17,11 @@ import pytest
 from fastapi import Depends, FastAPI, Security
 from helpers_fastapi import bearer, make_app
 from helpers_fastapi import get as get_from
-from kc_fixtures import KEYCLOAK_GROUP
 from kc_process import Child, accepts, free_port, running
 from kc_server import (
     AUDIENCE,
     CONFIDENTIAL,
+    KEYCLOAK_GROUP,
     PUBLIC,
     REALM,
     ROTATING_REALM,

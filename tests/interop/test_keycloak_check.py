@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from kc_fixtures import KEYCLOAK_GROUP
 from kc_process import free_port
-from kc_server import AUDIENCE, CONFIDENTIAL, PUBLIC, REALM, Keycloak
+from kc_server import AUDIENCE, CONFIDENTIAL, KEYCLOAK_GROUP, PUBLIC, REALM, Keycloak
 from kc_service import Service
 
 pytest_plugins = ["kc_fixtures"]
