@@ -28,7 +28,7 @@ class Issuer:
     `settings` are the launcher's for the client that people log in with, `login_options` what `login --browser` needs
     besides, and `clients` the settings of clients that act for themselves, by client authentication method. `audience`
     is that of access tokens, None where they are opaque. `pace` is how many seconds it needs between two tokens of a
-    user, `refusal` the code for what it calls an invalid grant. `lacks` says why a scenario, by its name, is not for this issuer.
+    user, `refusal` the proxy's code for its refusals. `lacks` says why a scenario, by its name, is not for this issuer.
 
     `user_of` returns whose token it is, None where the issuer does not know it. `person` opens a page and does what it
     asks for; returns the last page's text. `revoke` ends all of the user's sessions, as an administrator does.

@@ -23,11 +23,10 @@ AUTHENTICATORS = {
 
 
 @contextmanager
-def current(folder: Path, keycloak: Keycloak) -> Iterator[Issuer]:
-    """In the Keycloak of all tests: one more start would take a minute."""
+def current(folder: Path) -> Iterator[Issuer]:
     realm, clients = _realm(folder)
-    keycloak.admin("POST", "", realm)
-    yield _issuer(keycloak, clients)
+    with running_keycloak(folder, [realm]) as keycloak:
+        yield _issuer(keycloak, clients)
 
 
 @contextmanager

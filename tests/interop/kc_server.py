@@ -28,8 +28,6 @@ DOWNLOAD_SECONDS = 600.0
 START_SECONDS = 180.0
 REQUEST_SECONDS = 10.0
 
-KEYCLOAK_GROUP = "keycloak"  # what shares one runs in one worker, so that it is started once
-
 REALM = "eoepca"
 ROTATING_REALM = "eoepca-rotating"  # as REALM, but a refresh token may be used once
 REALM_FILE = Path(__file__).with_name("realm-eoepca.json")

@@ -24,10 +24,10 @@ from kc_process import Child
 from eoepca_security import OIDCProxyScheme
 from eoepca_security.verify import unverified_claims
 
-pytest_plugins = ["issuer_table", "kc_fixtures"]
+pytest_plugins = ["issuer_table"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
-ISSUERS: dict[str, Callable[..., AbstractContextManager[Issuer]]] = {
+ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {
     f"Canaille {issuer_canaille.VERSION}": issuer_canaille.confidential,
     f"Glewlwyd {issuer_glewlwyd.VERSION}": issuer_glewlwyd.confidential,
     f"Keycloak {kc_server.VERSION}": issuer_keycloak.current,
@@ -37,18 +37,12 @@ ISSUERS: dict[str, Callable[..., AbstractContextManager[Issuer]]] = {
 }
 
 
-def _group(name: str) -> pytest.MarkDecorator:
-    """An issuer is started once, by the worker that runs all of its tests."""
-    return pytest.mark.xdist_group(kc_server.KEYCLOAK_GROUP if ISSUERS[name] is issuer_keycloak.current else name)
-
-
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(begin, id=name, marks=_group(name)) for name, begin in ISSUERS.items()],
+    params=[pytest.param(begin, id=name) for name, begin in ISSUERS.items()],
 )
 def issuer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Issuer]:
-    shared = [request.getfixturevalue("keycloak")] if request.param is issuer_keycloak.current else []
-    with request.param(tmp_path_factory.mktemp("issuer"), *shared) as issuer:
+    with request.param(tmp_path_factory.mktemp("issuer")) as issuer:
         yield issuer
 
 

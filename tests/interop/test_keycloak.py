@@ -21,7 +21,6 @@ from kc_process import Child, accepts, free_port, running
 from kc_server import (
     AUDIENCE,
     CONFIDENTIAL,
-    KEYCLOAK_GROUP,
     PUBLIC,
     REALM,
     ROTATING_REALM,
@@ -36,7 +35,7 @@ from eoepca_security import OIDCProxyScheme, require_roles
 
 # The first test waits for the download and the start of Keycloak too; each wait inside has a deadline of its own.
 pytest_plugins = ["kc_fixtures"]
-pytestmark = [pytest.mark.xdist_group(KEYCLOAK_GROUP), pytest.mark.interop, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 WATCH_SECONDS = 135.0  # more than two lifetimes of an access token

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from kc_process import free_port
-from kc_server import AUDIENCE, CONFIDENTIAL, KEYCLOAK_GROUP, PUBLIC, REALM, Keycloak
+from kc_server import AUDIENCE, CONFIDENTIAL, PUBLIC, REALM, Keycloak
 from kc_service import Service
 
 pytest_plugins = ["kc_fixtures"]
-pytestmark = [pytest.mark.xdist_group(KEYCLOAK_GROUP), pytest.mark.interop, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from kc_process import Child, accepts, free_port, running
-from kc_server import AUDIENCE, INTERACTIVE, KEYCLOAK_GROUP, REALM, USERNAME, Keycloak
+from kc_server import AUDIENCE, INTERACTIVE, REALM, USERNAME, Keycloak
 from kc_service import Service
 
 pytest.importorskip("selenium")
@@ -23,7 +23,6 @@ from kc_browser import chromium, grant, log_in, wait_for_text
 
 pytest_plugins = ["kc_fixtures"]
 pytestmark = [
-    pytest.mark.xdist_group(KEYCLOAK_GROUP),
     pytest.mark.interop,
     pytest.mark.browser,
     pytest.mark.timeout(1000),

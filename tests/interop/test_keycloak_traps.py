@@ -4,12 +4,12 @@ from typing import Any
 
 import httpx
 import pytest
-from kc_server import AUDIENCE, KEYCLOAK_GROUP, PASSWORD, PUBLIC, REALM, USERNAME, Client, Keycloak
+from kc_server import AUDIENCE, PASSWORD, PUBLIC, REALM, USERNAME, Client, Keycloak
 
 from eoepca_security.verify import unverified_claims
 
 pytest_plugins = ["kc_fixtures"]
-pytestmark = [pytest.mark.interop, pytest.mark.xdist_group(KEYCLOAK_GROUP), pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 
 def log_in(keycloak: Keycloak, client: Client, scope: str) -> dict[str, Any]:
