@@ -71,7 +71,7 @@ def _running(
         raise NodeError(f"npm could not install oidc-provider:\n{install.stdout}{install.stderr}")
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    # `native` lets a loopback redirect have any port (RFC 8252 §7.3); `web`, the default, does not allow one at all.
+    # `native` lets a loopback redirect have any port (RFC 8252 §7.3); `web`, the default, does not.
     people = {
         "application_type": "native",
         "grant_types": GRANTS,

@@ -36,7 +36,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     callspec = getattr(item, "callspec", None)
     column = getattr(item, "originalname", "")
-    if FOLDER in os.environ and callspec is not None and column in COLUMNS and (report.when == "call" or report.failed):
+    if (
+        FOLDER in os.environ
+        and callspec is not None
+        and column in COLUMNS
+        and (report.when == "call" or not report.passed)
+    ):
         path = Path(os.environ[FOLDER]) / f"{callspec.id}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         results = json.loads(path.read_text()) if path.exists() else {}
