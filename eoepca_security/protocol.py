@@ -334,7 +334,8 @@ def read_answer(
     except ValueError as error:
         message = f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
         # Whether this is a refusal (Glewlwyd 2.7 says nothing more of a used-up refresh token or a wrong secret), or comes
-        # from something in between, cannot be known; RFC 6749 §5.2 wants a refusal to say that it is one.
+        # Whether this is a refusal (Glewlwyd 2.7 says nothing more of a used-up refresh token), or comes from something
+        # in between, cannot be known; RFC 6749 §5.2 wants a refusal to say that it is one.
         if status in (400, 401, 403):
             message += (
                 "; if it stays so, it may mean to refuse the client (OPEN_ID_CONNECT_CLIENT_SECRET) or the session "
