@@ -333,8 +333,7 @@ def read_answer(
         answer = parse_object(body)
     except ValueError as error:
         message = f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
-        # Whether this is a refusal (Glewlwyd 2.7 says nothing more of a used-up refresh token or a wrong secret), or comes
-        # Whether this is a refusal (Glewlwyd 2.7 says nothing more of a used-up refresh token), or comes from something
+        # Whether this refuses something (as Glewlwyd 2.7 refuses a used-up refresh token), or comes from something
         # in between, cannot be known; RFC 6749 §5.2 wants a refusal to say that it is one.
         if status in (400, 401, 403):
             message += (

@@ -54,8 +54,6 @@ def _issuer(keycloak: Keycloak, clients: Mapping[str, Mapping[str, str]]) -> Iss
 def _revoke(keycloak: Keycloak) -> None:
     (user,) = keycloak.admin("GET", f"{REALM}/users?username={USERNAME}")
     keycloak.admin("POST", f"{REALM}/users/{user['id']}/logout")
-    # Offline sessions are not ended by that.
-    keycloak.admin("DELETE", f"{REALM}/users/{user['id']}/consents/eoepca-login")
 
 
 def _rotate_keys(keycloak: Keycloak, endpoints: Endpoints) -> None:
