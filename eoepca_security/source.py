@@ -52,8 +52,9 @@ class TokenSource:
     block, and runs in a thread of its own. `store` keeps the session across restarts and shares it between processes.
     `check` is called with each new access token, in the thread too, and raises TokenError when it must not be used.
     `access_token` is used first, while it lives. `continues` is a source whose login this one goes on with, whatever
-    token that has come to by now. `now` is epoch seconds. `observe` is told of each refresh: what it failed for, if it
-    did, and how many seconds it took. One instance belongs to one event loop.
+    token that has come to by now. One that `joins` begins with an access token that another process got; otherwise the
+    issuer is asked at the start, which tells whether the login is still good. `now` is epoch seconds. `observe` is told
+    of each refresh: what it failed for, if it did, and how many seconds it took. One instance belongs to one loop.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class TokenSource:
         check: Callable[[str], object] | None = None,
         now: Callable[[], float] = time.time,
         continues: "TokenSource | None" = None,
+        joins: bool = False,
         observe: Callable[[TokenError | None, float], None] | None = None,
     ) -> None:
         if continues is None:
@@ -74,6 +76,7 @@ class TokenSource:
             self._session = continues._session
             self._session.continue_with(request_token, store)
         self._initial = access_token
+        self._stale = "" if joins else None
         self._check = check or (lambda _token: None)
         self._now = now
         self._observe = observe or (lambda _failure, _seconds: None)
@@ -127,7 +130,7 @@ class TokenSource:
         now = self._now()
         if self._token is None or self._token.value == refused:
             if self._refresh is None:
-                if 0 <= now - self._forced_at < FORCED_INTERVAL or self._retry_in(now) > 0:
+                if self.forced_in() > 0:
                     return None
                 self._forced_at = now
             await self._wait_for(self._ensure_refresh(0))
@@ -168,6 +171,14 @@ class TokenSource:
     def retry_after(self) -> float:
         """Return in how many seconds it is worth asking again after a failure, at least 1."""
         return max(1.0, self._retry_in(self._now()))
+
+    def forced_in(self) -> float:
+        """Return in how many seconds `replace` may ask the issuer; 0 when it may now, or a refresh is under way."""
+        now = self._now()
+        if self._refresh is not None:
+            return 0.0
+        since = now - self._forced_at
+        return max(FORCED_INTERVAL - since if 0 <= since < FORCED_INTERVAL else 0.0, self._retry_in(now))
 
     def _retry_in(self, now: float) -> float:
         """Return the seconds until the issuer may be asked again; a clock that was set back does not add to them."""
@@ -265,7 +276,7 @@ class TokenSource:
                 self._initial = None
                 await self._bounded(self._session.look)
                 return token
-        stale = self._token.value if self._token is not None else None
+        stale = self._token.value if self._token is not None else self._stale
         token = await self._bounded(lambda: self._session.renew(stale))
         # JWTs count whole seconds, so one that lives a second may be as good as over when it comes; the next is not.
         for _ in range(2):

@@ -297,7 +297,8 @@ class FakeIssuer:
         method, authentic = self._authenticate(authorization, form)
         if authentic and method in self.behaviour.auth_methods:
             return method, None
-        return method, (401, {"error": "invalid_client", "error_description": f"{method} was not accepted"})
+        why = "the client has to authenticate" if method == "none" else f"{method} was not accepted"
+        return method, (401, {"error": "invalid_client", "error_description": why})
 
     def _authenticate(self, authorization: str | None, form: Mapping[str, str]) -> tuple[str, bool]:
         """Return the client authentication method that was used, and whether it holds."""

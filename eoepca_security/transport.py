@@ -90,6 +90,8 @@ class HttpTransport:
                 answer = self._send(session, request, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             cause, reason = explain(error)
+            if cause == "ended" and request.url.startswith("http://"):
+                reason += "; is it https:// rather than http://?"  # this is what servers do that want TLS
             if not (adapter.was_cut or cause == "timeout"):
                 raise IssuerUnavailable(
                     f"{request.url} cannot be reached{_by_proxy(adapter)}: {reason}",

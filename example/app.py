@@ -60,6 +60,10 @@ tasks: dict[str, asyncio.Task[None]] = {}
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     """End with the service what it does in the background."""
+    if not os.environ.get("OPEN_ID_CONNECT_AUDIENCE"):
+        logger.warning(
+            "OPEN_ID_CONNECT_AUDIENCE is not set, so tokens have to be for %r: set it to what they are for", audience
+        )
     yield
     for task in tasks.values():
         task.cancel()

@@ -1,7 +1,5 @@
 """Fixtures: a controllable issuer, a recording service, and the real proxy as a process between them."""
 
-import datetime
-import ipaddress
 import os
 import re
 import signal
@@ -17,10 +15,7 @@ from typing import Any, Self
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from helpers_tls import write_certificate
 from xdist.scheduler import LoadScopeScheduling
 
 from eoepca_security.local_server import Handler, LocalServer
@@ -228,28 +223,8 @@ def run_process(command: Sequence[str], environment: Mapping[str, str], folder: 
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A self-signed certificate for 127.0.0.1 and localhost, with its key in the same file."""
-    key = generate_private_key(SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
-    now = datetime.datetime.now(datetime.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]),
-            critical=False,
-        )
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, SHA256())
-    )
     path = tmp_path_factory.mktemp("tls") / "certificate.pem"
-    path.write_bytes(
-        built.public_bytes(Encoding.PEM) + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    )
+    write_certificate(path)
     return path
 
 

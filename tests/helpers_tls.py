@@ -1,4 +1,4 @@
-"""A certificate for 127.0.0.1 that no CA has signed."""
+"""A certificate for 127.0.0.1 and localhost that no CA has signed."""
 
 import datetime
 import ipaddress
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 
 def write_certificate(path: Path, days: int = 1) -> ssl.SSLContext:
-    """Write a self-signed certificate with its key, that ends in `days`; returns a context that serves it."""
+    """Write a self-signed certificate, with its key, that ends in `days`; returns a context that serves it."""
     key = generate_private_key(SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
     now = datetime.datetime.now(datetime.UTC)
@@ -24,7 +24,10 @@ def write_certificate(path: Path, days: int = 1) -> ssl.SSLContext:
         .serial_number(1)
         .not_valid_before(now - datetime.timedelta(days=10))
         .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]),
+            critical=False,
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, SHA256())
     )

@@ -20,8 +20,9 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import wire
 from eoepca_security.proxy.addon import OIDCAuthProxy, exposure
-from eoepca_security.proxy.settings import OPTIONS, Settings
+from eoepca_security.proxy.settings import Settings
 from eoepca_security.proxy.stream import MAX_HELD
+from eoepca_security.proxy.variables import OPTIONS
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.session import AccessToken
 
@@ -273,6 +274,25 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     assert addon._source._session._refresh_token == "another-login"
 
 
+# --- what the status tells of the service ------------------------------------------------------------------------
+
+
+async def test_a_service_that_refuses_the_token_is_a_problem_and_our_own_answers_are_not(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    for status, problems in ((401, 1), (403, 0)):
+        flow = flow_for()
+        await addon.requestheaders(flow)
+        flow.response = Response.make(status)
+        addon._ended(flow)
+        refused = flow_for()
+        refused.request.headers["Host"] = "evil.example"
+        await addon.requestheaders(refused)
+        addon._ended(refused)
+        told = addon._status()
+        assert len(told["problems"]) == problems
+    assert [(one["code"], one["count"]) for one in told["recent_errors"]] == [("host_not_allowed", 2)]
+
+
 # --- a service that refuses the token ----------------------------------------------------------------------------
 
 
@@ -355,6 +375,16 @@ async def test_the_address_listened_on_is_a_name_of_the_proxy_unless_it_is_all(c
             await addon.requestheaders(flow)
             is_allowed = host in (allowed, "localhost:8080")
             assert (flow.response is None) is is_allowed, (listen_host, mode, host)
+
+
+async def test_hosts_that_are_none_are_told_of_without_a_word_about_the_mode(context: Any) -> None:
+    addon = OIDCAuthProxy()
+    context.master.addons.add(addon)
+    options = {"oidc_url": "https://issuer.example", "oidc_client_id": "client", "refresh_token": "r"}
+    context.options.update(mode=["regular"], inject_hosts="http://x/", **options)
+    assert [problem.partition(":")[0] for problem in addon._problems] == ["PROXY_INJECT_HOSTS"]
+    context.options.update(mode=["socks5"])
+    assert [problem.partition(":")[0] for problem in addon._problems] == ["mode", "PROXY_INJECT_HOSTS"]
 
 
 async def test_options_that_would_undo_the_protection_are_refused(context: Any) -> None:

@@ -1,19 +1,23 @@
 """The admin listener in this process: its rules and bounds."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import Metric
+from test_status import STATE
 
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import admin
-from eoepca_security.proxy.admin import Admin, Subject, admin_guard, page
-from eoepca_security.proxy.metrics import Metrics
+from eoepca_security.proxy.admin import Admin, Subject, admin_guard
+from eoepca_security.proxy.metrics import Metrics, counts
 from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.status import status
 
 SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
 
@@ -27,8 +31,11 @@ class Proxy:
     async def ready(self) -> TokenError | None:
         return self.failure
 
-    def status(self) -> dict[str, Any]:
-        return {"ready": self.failure is None, "detail": "<script>alert(1)</script>", "token": {"seconds_left": 5}}
+    async def families(self) -> list[Metric]:
+        return self.metrics.families()
+
+    async def status(self) -> dict[str, Any]:
+        return status(replace(STATE, failure=self.failure))
 
     def quit(self) -> None:
         self.ended += 1
@@ -41,8 +48,10 @@ def proxy() -> Proxy:
 
 @pytest.fixture
 async def address(proxy: Proxy) -> AsyncIterator[Address]:
-    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.metrics, proxy.quit))
-    yield server.start()
+    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
+    address = server.start()
+    assert address is not None
+    yield address
     server.stop()
 
 
@@ -80,8 +89,11 @@ async def test_metrics_count_by_class_code_and_result(client: httpx.AsyncClient,
         "oidc_proxy_requests_in_flight 3.0",
     ):
         assert line in text
-    assert proxy.metrics.requests() == {"2xx": 1, "4xx": 1, "none": 1}
-    assert proxy.metrics.errors() == {"host_not_allowed": 1}
+    assert counts(proxy.metrics.families()) == {
+        "requests": {"2xx": 1, "4xx": 1, "none": 1},
+        "errors": {"host_not_allowed": 1},
+        "refreshes": {"success": 1, "credentials_rejected": 1},
+    }
     openmetrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert openmetrics.headers["Content-Type"].startswith("application/openmetrics-text")
 
@@ -109,28 +121,36 @@ async def test_other_sites_reach_no_page(client: httpx.AsyncClient, proxy: Proxy
 
 
 async def test_every_answer_is_locked_down(client: httpx.AsyncClient) -> None:
-    for path in ("/", "/status", "/metrics", "/other"):
+    for path in ("/", "/status", "/metrics", "/other", "/status.js"):
         headers = (await client.get(path)).headers
         assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
         assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
         assert headers["Cache-Control"] == "no-store"
         assert "Server" not in headers
         assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
-def test_the_page_escapes_what_it_shows() -> None:
-    text = page({"ready": False, "detail": "<script>", "token": {"seconds_left": 5}, "code": None, "<b>": {"x&y": "&"}})
-    assert "&lt;script&gt;" in text
-    assert "<script>" not in text
-    assert "<b>" not in text
-    assert "<th>token: seconds left</th><td>5</td>" in text
-    assert "not ready" in text
+async def test_the_page_may_load_what_is_here_and_nothing_else(client: httpx.AsyncClient) -> None:
+    response = await client.get("/")
+    policy = response.headers["Content-Security-Policy"]
+    assert policy == (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'"
+    )
+    assert not re.search(r" (style|on[a-z]+)=|<style|<script>|(href|src)=\"[^\"]*[:/]", response.text)
+    loaded = re.findall(r'<(?:link|script) [^>]*(?:href|src)="([^"]+)"', response.text)
+    types = [(await client.get(f"/{name}")).headers["Content-Type"] for name in loaded]
+    assert types == ["image/svg+xml", "text/css; charset=utf-8", "text/javascript; charset=utf-8"]
+    assert (await client.post(f"/{loaded[0]}")).status_code == 405
 
 
 async def test_sizes_and_times_are_bounded(address: Address, monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> None:
     monkeypatch.setattr(admin, "TIMEOUT", 0.2)
-    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.metrics, proxy.quit))
+    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
     bounded = server.start()
+    assert bounded is not None
     try:
         for at, data in (
             (address, b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100_000),

@@ -20,7 +20,8 @@ from eoepca_security.protocol import Client
 from eoepca_security.proxy import check as check_module
 from eoepca_security.proxy.check import Step, check
 from eoepca_security.proxy.launcher import main
-from eoepca_security.proxy.settings import VARIABLES, Settings
+from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.proxy.wiring import make_store
 from eoepca_security.session import Stored
 from eoepca_security.testing import FakeIssuer
@@ -456,6 +457,24 @@ def test_a_port_that_is_taken(settings: Settings) -> None:
     with RawServer(replies(http(b"something else"))) as server:
         steps = run(replace(settings, port=server.port))
     assert "set PROXY_PORT to another port" in remedy_of(steps, "listener")
+
+
+def test_the_admin_listeners_port_that_is_taken_is_a_fault_only_where_it_was_set(settings: Settings) -> None:
+    free = Address("127.0.0.1", free_port())
+    assert run(replace(settings, admin=free))["listener"].detail == f"127.0.0.1:0 is free; admin: {free} is free"
+    with RawServer(replies(http(b"something else"), http(b"something else"))) as server:
+        taken = Address("127.0.0.1", server.port)
+        steps = run(replace(settings, admin=taken, admin_is_set=True))
+        assert f"{taken} (Address already in use)" in steps["listener"].detail
+        assert remedy_of(steps, "listener") == "stop what uses it, or set PROXY_ADMIN to another address, or off"
+        step = run(replace(settings, admin=taken))["listener"]
+    assert step.status == "ok"
+    assert "there will be no admin listener: cannot listen on" in step.detail
+
+
+def test_an_admin_address_of_another_machine(settings: Settings) -> None:
+    steps = run(replace(settings, admin=Address("203.0.113.7", 0), admin_is_set=True))
+    assert "change PROXY_ADMIN" in remedy_of(steps, "listener")
 
 
 def remedy_of(steps: dict[str, Step], name: str) -> str:

@@ -1,51 +1,88 @@
 """What the documents promise is what the code has."""
 
 import re
+import runpy
 import tomllib
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from conftest import ROOT
 from helpers_fastapi import bearer, get
 
 import eoepca_security
-from eoepca_security.proxy.settings import VARIABLES
+from eoepca_security.proxy import variables
+from eoepca_security.proxy.check import check
+from eoepca_security.proxy.metrics import Metrics, exposition
+from eoepca_security.proxy.problem import ANSWERS
+from eoepca_security.proxy.settings import read_settings
+from eoepca_security.proxy.variables import VARIABLES, Variable
 from eoepca_security.testing import FakeIssuer
 
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "python-api.md").read_text()
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
+PAGES = (ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
 PATHS = ("/me", "/catalogue", "/admin")
 
 
-def test_env_example_explains_every_variable_and_no_other() -> None:
-    text = (ROOT / ".env.example").read_text()
-    blocks = re.findall(r"^((?:# .*\n|#\n)+)((?:#?[A-Z_]+=.*\n)+)", text, re.MULTILINE)
-    explained = {name for _, lines in blocks for name in re.findall(r"^#?([A-Z_]+)=", lines, re.MULTILINE)}
-    assert explained == {variable.env for variable in VARIABLES}
-    for comment, lines in blocks:
-        is_secret = any(variable.secret and f"{variable.env}=" in lines for variable in VARIABLES)
-        assert ("(secret)" in comment) == is_secret, comment
+def test_env_example_and_the_settings_page_are_as_the_code_describes_them() -> None:
+    written = runpy.run_path(str(ROOT / "tools" / "settings_reference.py"))
+    remedy = "run `uv run tools/settings_reference.py`"
+    assert (ROOT / ".env.example").read_text() == written["env_example"](), remedy
+    assert (ROOT / "docs" / "settings.md").read_text() == written["settings_page"](), remedy
+    assert {value for value in vars(variables).values() if isinstance(value, Variable)} == set(VARIABLES)
+    for variable in VARIABLES:
+        assert f"\n### `{variable.env}`\n" in (ROOT / "docs" / "settings.md").read_text()
 
 
-def test_env_example_shows_the_defaults() -> None:
-    lines = (ROOT / ".env.example").read_text().splitlines()
-    values = dict(line.removeprefix("#").split("=", 1) for line in lines if re.match(r"#[A-Z_]+=", line))
-    # Comments, so that a container's own values stand when a copy of the file is its environment.
-    assert not any(re.match(r"[A-Z_]+=.", line) for line in lines)
-    assert values == {
-        "OPEN_ID_CONNECT_CLIENT_AUTH": "auto",
-        "OPEN_ID_CONNECT_GRANT": "refresh_token",
-        "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP": "false",
-        "REMOTE_PROTECTED_ENDPOINT": "/",
-        "TLS_NO_VERIFY": "false",
-        "PROXY_HOST": "127.0.0.1",
-        "PROXY_PORT": "8080",
-        "PROXY_ADMIN": "127.0.0.1:8081",
-        "PROXY_FORWARD_AS": "bearer",
+def test_the_defaults_that_are_described_are_those_in_force() -> None:
+    needed = {
+        "OPEN_ID_CONNECT_URL": "https://issuer.example",
+        "OPEN_ID_CONNECT_CLIENT_ID": "client",
+        "OPEN_ID_REFRESH_TOKEN": "refresh",
+        "REMOTE_PROTECTED_DOMAIN": "https://service.example",
     }
+    described = {variable.env: variable.default for variable in VARIABLES if variable.default}
+    assert set(needed) >= {variable.env for variable in VARIABLES if variable.required}
+    assert replace(read_settings(needed | described), admin_is_set=False) == read_settings(needed)
 
 
-def test_every_setting_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"\b(?:OPEN_ID|PROXY|TLS|REMOTE)_[A-Z_]+\b", (ROOT / "README.md").read_text()))
-    assert named
-    assert named <= {variable.env for variable in VARIABLES}
+def test_every_setting_that_the_documents_name_exists() -> None:
+    known = {variable.env for variable in VARIABLES} | {f"{v.env}_FILE" for v in VARIABLES if v.secret}
+    for page in PAGES:
+        named = set(re.findall(r"\b(?:OPEN_ID|PROXY|TLS|REMOTE)_[A-Z_]+\b", page.read_text()))
+        assert named <= known, page.name
+
+
+def test_readme_and_troubleshooting_have_every_code_with_its_status() -> None:
+    codes = {(code, str(status)) for code, (status, _) in ANSWERS.items()}
+    rows = r"^\| (?:\[`(\w+)`\]\(#\1\)|`(\w+)`) \| (\d{3}) \|"
+    for text in (README, TROUBLESHOOTING):
+        assert {(a or b, status) for a, b, status in re.findall(rows, text, re.MULTILINE)} == codes
+    answers, steps = TROUBLESHOOTING.split("\n## What `check` says\n")
+    assert set(re.findall(r"^### `(\w+)`$", answers, re.MULTILINE)) == set(ANSWERS)
+    environment = {variable.env: "https://127.0.0.1:1" for variable in VARIABLES if variable.required}
+    settings = read_settings(environment | {"OPEN_ID_TOKEN_STORE": "none", "OPEN_ID_REFRESH_TOKEN": "refresh"})
+    names = [step.name for step in check(settings, in_container=False)]
+    assert re.findall(r"^### `(\w+)`$", steps, re.MULTILINE) == names
+
+
+def test_operations_has_every_metric() -> None:
+    shown = exposition(Metrics(lambda: 0).families(), "")[0].decode()
+    metrics = set(re.findall(r"^# TYPE (\w+?)(?<!_created) ", shown, re.MULTILINE))
+    text = (ROOT / "docs" / "operations.md").read_text()
+    assert set(re.findall(r"^\| `(oidc_proxy_\w+)", text, re.MULTILINE)) == metrics
+
+
+def test_the_site_has_every_page_and_every_picture() -> None:
+    named = re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    for page in PAGES:
+        pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)|<img[^>]* src=\"([^\"]+)\"", page.read_text())
+        assert all((page.parent / (a or b)).is_file() for a, b in pictures), page.name
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+        assert all((page.parent / link).exists() for link in links), page.name
 
 
 def test_the_changelog_has_the_version_or_unreleased_changes() -> None:
@@ -54,7 +91,7 @@ def test_the_changelog_has_the_version_or_unreleased_changes() -> None:
 
 
 async def test_the_protected_service_of_the_readme_works() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     (code,) = (block for block in blocks if "OIDCProxyScheme" in block)
     example: dict[str, Any] = {}
     with FakeIssuer() as issuer:
@@ -70,3 +107,21 @@ async def test_the_protected_service_of_the_readme_works() -> None:
 def test_all_public_names_exist() -> None:
     for name in eoepca_security.__all__:
         assert getattr(eoepca_security, name).__doc__
+
+
+def test_the_api_page_has_all_public_names() -> None:
+    shown = set(re.findall(r"^::: eoepca_security\.[\w.]*?(\w+)$", API, re.MULTILINE))
+    assert set(eoepca_security.__all__) | {"OIDCProxyScheme", "Authentication", "require_roles"} <= shown
+
+
+async def test_the_python_example_of_the_api_page_gets_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    example, for_tests = re.findall(r"^```python\n(.*?)^```$", API, re.MULTILINE | re.DOTALL)
+    with FakeIssuer(client_id="my-client") as issuer:
+        code = example.replace("https://keycloak.example/realms/eoepca", issuer.url)
+        code = code.replace("eyJhbGciOi…", issuer.refresh_token).replace("asyncio.run(main())", "")
+        namespace: dict[str, Any] = {}
+        exec(code, namespace)
+        await namespace["main"]()
+    assert capsys.readouterr().out.startswith("good until ")
+    exec(for_tests, {})
+    assert "http://127.0.0.1:" in capsys.readouterr().out

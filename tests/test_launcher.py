@@ -1,6 +1,7 @@
 """The command line, called in this process: what it prints and how it ends."""
 
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import settings_for
 
 from eoepca_security.proxy.launcher import main
-from eoepca_security.proxy.settings import VARIABLES
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.testing import Behaviour, FakeIssuer
 
 
@@ -89,7 +90,7 @@ def test_wrong_settings_end_with_2_and_a_line_each(verb: list[str], capsys: pyte
     assert out == ""
     named = [line.partition(":")[0] for line in err.splitlines()]
     expected = ["OPEN_ID_CONNECT_URL", "OPEN_ID_CONNECT_CLIENT_ID", "OPEN_ID_REFRESH_TOKEN"]
-    assert named == expected + ([] if verb == ["token"] else ["REMOTE_PROTECTED_DOMAIN"])
+    assert named == expected + ([] if verb == ["token"] else ["REMOTE_PROTECTED_DOMAIN"]) + [".env"]
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", f"{'a' * 70}.example", "203.0.113.7"])
@@ -103,11 +104,23 @@ def test_an_address_that_cannot_be_listened_on_is_a_wrong_setting(
     assert line.startswith("PROXY_HOST: ")
 
 
+def test_a_port_that_is_taken_ends_with_1_and_one_short_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer() as issuer, socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        more = {"PROXY_PORT": address.rpartition(":")[2], "REMOTE_PROTECTED_DOMAIN": "http://127.0.0.1:9"}
+        set_environment(monkeypatch, issuer, **more)
+        assert main(["serve"]) == 1
+    said = f"PROXY_PORT: cannot listen on {address} (Address already in use): stop what uses it, or choose another"
+    assert capsys.readouterr().err == f"{said} port or PROXY_HOST\n"
+
+
 def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--", "--set", "oidc_url=ftp://x", "--set=oidc_client_id=c", "--set", "unrelated=1"]
     assert main(arguments) == 2
     named = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert named == ["OPEN_ID_CONNECT_URL", "OPEN_ID_REFRESH_TOKEN", "REMOTE_PROTECTED_DOMAIN"]
+    assert named == ["OPEN_ID_CONNECT_URL", "OPEN_ID_REFRESH_TOKEN", "REMOTE_PROTECTED_DOMAIN", ".env"]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +130,7 @@ def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixtur
         ["--bogus"],
         ["serve", "extra"],
         ["serve", "--log-format", "xml"],
+        ["--log-format", "json", "check"],
         *([verb, "--", "--set", "x=y"] for verb in ("check", "login", "logout", "token", "demo")),
     ],
 )

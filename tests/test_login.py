@@ -16,7 +16,8 @@ from eoepca_security.protocol import Client
 from eoepca_security.proxy import login as login_module
 from eoepca_security.proxy.launcher import main
 from eoepca_security.proxy.login import by_device
-from eoepca_security.proxy.settings import VARIABLES, Settings
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.proxy.wiring import make_provider, make_store
 from eoepca_security.session import Stored
 from eoepca_security.testing import FakeIssuer

@@ -61,6 +61,12 @@ def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int
     assert remedy in body["detail"]
 
 
+def test_a_service_that_hangs_up_without_tls_may_want_it() -> None:
+    for is_plain in (True, False):
+        fault = problem.upstream_fault("service.example:9200", "server closed connection", is_plain=is_plain)
+        assert ("https://" in fault.detail) is is_plain
+
+
 def test_the_last_resort_is_a_new_one_each_time() -> None:
     first = problem.last_resort()
     first.headers["X"] = "y"

@@ -184,6 +184,13 @@ def test_processes_take_turns_and_share_what_one_of_them_got(
     assert (issuer.count, issuer.reuses) == (3, 0)
 
 
+def test_one_that_has_no_token_to_replace_may_take_what_another_process_got(
+    issuer: StrictIssuer, clock: Clock, tmp_path: Path
+) -> None:
+    session(issuer, clock, tmp_path).renew(None)
+    assert session(issuer, clock, tmp_path).renew("").value == "at-1"
+
+
 def test_an_old_token_of_another_process_is_not_taken_over(issuer: StrictIssuer, clock: Clock, tmp_path: Path) -> None:
     one, two = session(issuer, clock, tmp_path), session(issuer, clock, tmp_path)
     one.renew(None)

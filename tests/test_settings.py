@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from mitmproxy.options import Options
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.proxy.settings import VARIABLES, read_dotenv, read_settings
+from eoepca_security.proxy.settings import read_dotenv, read_settings, settings_in
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.session import Stored
 from eoepca_security.store import TokenStore
 
@@ -323,6 +324,37 @@ def test_no_option_has_a_name_that_mitmproxy_uses() -> None:
     assert {variable.option for variable in VARIABLES if variable.option}.isdisjoint(Options().keys())
 
 
+# --- what is missing or misspelt ---------------------------------------------------------------------------------
+
+
+def test_a_misspelt_name_in_the_environment_is_told_and_another_programs_is_not() -> None:
+    others = ("PROXY_PASS", "PROXY_USER", "HTTPS_PROXY", "TLS_CERT_FILE", "REMOTE_HOST", "PROXY_PORT_8080_TCP_ADDR")
+    misspelt = ("PROXY_ALLOWED_HOST", "TLS_CAFILE", "REMOTE_PROTECTED_DOMIAN", "OPEN_ID_REFESH_TOKEN", "OPEN_ID_X")
+    warnings = read_settings(GOOD | dict.fromkeys((*others, *misspelt), "x")).warnings
+    assert warnings == (
+        "OPEN_ID_REFESH_TOKEN is not a setting: is OPEN_ID_REFRESH_TOKEN meant?",
+        warnings[1],
+        "PROXY_ALLOWED_HOST is not a setting: is PROXY_ALLOWED_HOSTS meant?",
+        "REMOTE_PROTECTED_DOMIAN is not a setting: is REMOTE_PROTECTED_DOMAIN meant?",
+        "TLS_CAFILE is not a setting: is TLS_CA_FILE meant?",
+    )
+    assert warnings[1].startswith("OPEN_ID_X is not a setting")
+
+
+def test_where_dotenv_was_looked_for_is_told_when_something_is_missing(tmp_path: Path) -> None:
+    hint = f".env: there is none in {tmp_path}, where it is looked for"
+    missing = {name: value for name, value in GOOD.items() if name != "OPEN_ID_CONNECT_URL"}
+    for environment, says in ((missing, True), (GOOD | {"PROXY_PORT": "x"}, False)):
+        with pytest.raises(SettingsError) as caught:
+            settings_in(tmp_path, environment)
+        assert (hint in caught.value.problems) is says
+    (tmp_path / ".env").write_text("PROXY_PORT=9000")
+    with pytest.raises(SettingsError) as caught:
+        settings_in(tmp_path, missing)
+    assert hint not in caught.value.problems
+    assert settings_in(tmp_path, GOOD).port == 9000
+
+
 # --- the token store ---------------------------------------------------------------------------------------------
 
 
@@ -383,3 +415,14 @@ def test_lists_of_hosts_and_origins() -> None:
     assert settings.warnings == ()
     (warning,) = read_settings(GOOD | lists).warnings
     assert "PROXY_INJECT_HOSTS is not used" in warning
+
+
+def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (read_settings(GOOD).workers, read_settings(GOOD | {"PROXY_WORKERS": " 4 "}).workers) == (1, 4)
+    for wrong in ("0", "-1", "65", "two", "1.5", "٣"):
+        (problem,) = problems(GOOD | {"PROXY_WORKERS": wrong})
+        assert problem.startswith("PROXY_WORKERS: ")
+        assert "use 1 to 64" in problem
+    monkeypatch.delattr(os, "fork")
+    assert read_settings(GOOD | {"PROXY_WORKERS": "1"}).workers == 1
+    assert problems(GOOD | {"PROXY_WORKERS": "2"}) == ("PROXY_WORKERS: this system cannot fork: use 1",)

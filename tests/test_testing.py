@@ -427,6 +427,8 @@ def test_a_method_that_is_not_offered_is_not_accepted(method: str, secret: str |
 
         answer = authenticate(issuer, Client("client", secret, method, key))
         assert (answer.status, answer.members["error"]) == (401, "invalid_client")
+        refused = "the client has to authenticate" if method == "none" else f"{method} was not accepted"
+        assert answer.members["error_description"] == refused
         assert method not in issuer.discovery()["token_endpoint_auth_methods_supported"]
 
 

@@ -729,3 +729,11 @@ def test_the_bundle_takes_every_file_that_is_trusted(authority: Authority, tmp_p
     assert loaded(authority.file) <= trusted(trust(commented))
 
     assert authority.pem.encode() in ca_bundle(commented)
+
+
+def test_who_hangs_up_without_tls_may_want_it(transport: HttpTransport) -> None:
+    with (
+        RawServer(replies()) as server,
+        pytest.raises(IssuerUnavailable, match=r"ended early; is it https:// rather than http://\?$"),
+    ):
+        transport.get(server.url, timeout=PATIENCE)

@@ -10,18 +10,18 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary, WeakSet
 
-from mitmproxy import ctx
+from mitmproxy import command, ctx
 from mitmproxy.addonmanager import Loader, traverse
 from mitmproxy.addons.clientplayback import ReplayHandler
 from mitmproxy.addons.proxyserver import Proxyserver
-from mitmproxy.exceptions import OptionsError
+from mitmproxy.exceptions import CommandError, OptionsError
 from mitmproxy.http import HTTPFlow, Response
 from mitmproxy.log import ALERT
 from mitmproxy.master import Master
@@ -29,18 +29,23 @@ from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
+from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
 from eoepca_security.proxy import authority, forwarding, options, problem, stream, wire
 from eoepca_security.proxy.admin import Admin, Subject
+from eoepca_security.proxy.check import runs_in_container
+from eoepca_security.proxy.diagnosis import failure_remedy
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.identity import identity
-from eoepca_security.proxy.lifecycle import DaemonThreads, drain, end_with_the_terminal
+from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT, DaemonThreads, drain, end_with_the_terminal
 from eoepca_security.proxy.logs import STARTED
-from eoepca_security.proxy.metrics import Metrics
-from eoepca_security.proxy.settings import ADMIN, ALLOWED_HOSTS, CA_FILE, OPTIONS, Settings, read_dotenv, read_settings
-from eoepca_security.proxy.status import status, unready
+from eoepca_security.proxy.metrics import Metrics, counts
+from eoepca_security.proxy.page import duration, lines
+from eoepca_security.proxy.settings import Settings, settings_in
+from eoepca_security.proxy.status import Answer, Mishaps, Refresh, State, status, unready
+from eoepca_security.proxy.variables import ALLOWED_HOSTS, CA_FILE, OPTIONS
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
@@ -63,14 +68,21 @@ class OIDCAuthProxy:
 
     `settings` come from the launcher; without them they are read from the add-on's options, the environment and `.env`.
     `on_started` is called once with the proxy's URL and what kept the first token from coming, if anything did.
+    One that `joins` others goes on with their session, rather than ask the issuer whether it is good. `end` is
+    called when a client ends the proxy, mitmproxy's shutdown unless it is given.
     """
 
     def __init__(
         self,
         settings: Settings | None = None,
         on_started: Callable[[str, TokenError | None], None] | None = None,
+        *,
+        joins: bool = False,
+        end: Callable[[], None] | None = None,
     ) -> None:
         self._given = settings
+        self._end_all = end or _shut_down
+        self._joins = joins
         self._on_started = on_started or _exit_if_rejected
         self._settings: Settings | None = None
         self._source: TokenSource | None = None
@@ -84,7 +96,12 @@ class OIDCAuthProxy:
         self._in_flight: WeakSet[HTTPFlow] = WeakSet()
         self._codes: WeakKeyDictionary[HTTPFlow, str] = WeakKeyDictionary()
         self._metrics = Metrics(lambda: len(self._in_flight))
-        self._last_refresh: dict[str, Any] | None = None
+        self._last_refresh: Refresh | None = None
+        self._last_answer: Answer | None = None
+        self._claims: Mapping[str, Any] = {}
+        self._mishaps = Mishaps()
+        self._in_container = runs_in_container()
+        self._asked: asyncio.Task[None] | None = None
 
     # --- start, settings, end ----------------------------------------------------------------------------------------
 
@@ -113,9 +130,9 @@ class OIDCAuthProxy:
 
     def _read_settings(self) -> None:
         try:
-            settings = self._given or read_settings(
+            settings = self._given or settings_in(
+                Path.cwd(),
                 os.environ,
-                dotenv=read_dotenv(Path.cwd()),
                 options={name: getattr(ctx.options, name) for name in _OPTION_NAMES},
                 need_upstream=False,
             )
@@ -135,6 +152,7 @@ class OIDCAuthProxy:
         self._source = make_source(
             settings,
             continues=before if goes_on else None,
+            joins=self._joins,
             observe=self._refreshed,
             learn=self._apisix.learn if self._apisix is not None else None,
         )
@@ -188,13 +206,21 @@ class OIDCAuthProxy:
         hurried = False
         if isinstance(server, Proxyserver):
             self._ending = True
-            hurried = await drain(server, lambda: self._is_serving() or not (finishing is None or finishing.done()))
+            if (number := self._serving()) > 0:
+                requests = "1 request" if number == 1 else f"{number} requests"
+                logger.log(
+                    ALERT,
+                    "stopping: waiting up to %g s for %s; a second signal ends it at once",
+                    DRAIN_TIMEOUT,
+                    requests,
+                )
+            hurried = await drain(server, lambda: self._serving() > 0 or not (finishing is None or finishing.done()))
         if finishing is not None and not hurried:
             await finishing
         self._stop_admin()
 
-    def _is_serving(self) -> bool:
-        return any(flow.live and not flow.websocket for flow in self._in_flight)
+    def _serving(self) -> int:
+        return sum(bool(flow.live and not flow.websocket) for flow in self._in_flight)
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -295,6 +321,7 @@ class OIDCAuthProxy:
         # A replay was let in before, or comes from whoever sits at mitmproxy's console.
         if flow.is_replay is None and (refusal := self._refusal(flow)) is not None:
             self._codes[flow] = refusal.code
+            self._mishaps.add(refusal.code, refusal.detail)
             return problem.answer(refusal, method=request.method)
         if (headers := self._guard.preflight(request.method, request.headers.get_all)) is not None:
             return Response.make(204, b"", headers)
@@ -308,7 +335,7 @@ class OIDCAuthProxy:
         if flow.request.method != "POST":
             return Response.make(405, b"", {"Allow": "POST"})
         # Which does not end before this request has its answer.
-        ctx.master.shutdown()
+        self._end_all()
         return Response.make(200, b"ending\n", {"Content-Type": "text/plain; charset=utf-8"})
 
     def _refusal(self, flow: HTTPFlow) -> Refusal | None:
@@ -342,6 +369,8 @@ class OIDCAuthProxy:
             token = await self._token(flow)
         except TokenError as error:
             self._codes[flow] = error.code
+            if self._source is None or error is not self._source.failure:
+                self._mishaps.add(error.code, str(error))
             retry_after = self._source.retry_after() if self._source else 1.0
             flow.response = problem.answer(error, method=flow.request.method, retry_after=retry_after)
             return
@@ -385,7 +414,12 @@ class OIDCAuthProxy:
     def _ended(self, flow: HTTPFlow) -> None:
         if flow.is_replay is None:
             status = flow.response.status_code if flow.response is not None else None
-            self._metrics.request_ended(status, self._codes.get(flow) or flow.metadata.get(stream.CODE, ""))
+            code = self._codes.get(flow) or flow.metadata.get(stream.CODE, "")
+            self._metrics.request_ended(status, code)
+            if status is not None and not code and wire.clearance(flow.request) is not None:
+                self._last_answer = Answer(status, time.time())
+            elif stream.DETAIL in flow.metadata:
+                self._mishaps.add(code, flow.metadata[stream.DETAIL])
             if not self._ending:
                 self._in_flight.discard(flow)
 
@@ -395,46 +429,93 @@ class OIDCAuthProxy:
         self._metrics.refreshed(failure, seconds)
         token = self._source.at_hand if self._source is not None else None
         self._metrics.token_ends(token.ends_at if token is not None else None)
-        self._last_refresh = {
-            "at": round(time.time(), 3),
-            "seconds": round(seconds, 3),
-            "result": failure.code if failure else "success",
-        }
+        self._last_refresh = Refresh(time.time(), seconds, failure)
+        if failure is not None:
+            self._mishaps.add(failure.code, str(failure))
+        elif token is not None:
+            self._claims = unverified_claims(token.value)
+
+    def subject(self) -> Subject:
+        """Return what can be told of the proxy, and how to end it."""
+        return Subject(self._ready, self._told, self._families, self._end_all)
 
     async def _ready(self) -> TokenError | None:
         return await unready(self._source)
 
+    async def _families(self) -> list[Metric]:
+        return self._metrics.families()
+
+    async def _told(self) -> dict[str, Any]:
+        return self._status()
+
     def _status(self) -> dict[str, Any]:
         listener, upstream = _addresses(self._settings)
-        where = {
-            "listener": listener,
-            "upstream": upstream,
-            "issuer": self._settings.issuer_url if self._settings is not None else None,
-        }
-        return (
-            where
-            | status(self._source, self._metrics, self._last_refresh)
-            | {"requests_in_flight": len(self._in_flight)}
+        source = self._source
+        return status(
+            State(
+                at=time.time(),
+                started_at=self._metrics.started_at,
+                listener=listener,
+                upstream=upstream,
+                in_container=self._in_container,
+                settings=self._settings,
+                token=source.at_hand if source is not None else None,
+                claims=self._claims,
+                failure=source.failure if source is not None else None,
+                last_refresh=self._last_refresh,
+                last_answer=self._last_answer,
+                mishaps=self._mishaps.latest(),
+                counts=counts(self._metrics.families()),
+                in_flight=len(self._in_flight),
+            )
         )
+
+    @command.command("oidc.status")  # type: ignore[untyped-decorator]
+    def show_status(self) -> Sequence[str]:
+        """Show whose token the proxy holds, for how long, and what is wrong, if anything is."""
+        return lines(self._status())
+
+    @command.command("oidc.refresh")  # type: ignore[untyped-decorator]
+    def refresh(self) -> None:
+        """Get a new access token now. The event log tells what came of it."""
+        source, settings = self._source, self._settings
+        if source is None or settings is None:
+            raise CommandError("the proxy is not configured: oidc.status tells more")
+        wait = source.forced_in() if source.at_hand is not None else 0.0
+        if wait > 0:
+            failed = f": the last attempt failed ({source.failure.code})" if source.failure is not None else ""
+            raise CommandError(f"no refresh now{failed}; try again in {duration(math.ceil(wait))}")
+        # Kept, or it might be collected while it runs.
+        self._asked = asyncio.get_running_loop().create_task(self._refresh_now(source, settings))
+
+    async def _refresh_now(self, source: TokenSource, settings: Settings) -> None:
+        """Force a refresh, under the same limits as when the service refuses a token, and log what came of it."""
+        try:
+            before = source.at_hand
+            token = await (source.replace(before.value) if before is not None else source.token())
+            failure = source.failure
+        except TokenError as error:
+            token, failure = None, error
+        if token is not None:
+            logger.log(
+                ALERT,
+                "a new access token: of %s, lives %d s",
+                identity(unverified_claims(token.value)),
+                math.ceil(token.ends_at - token.obtained_at),
+            )
+        elif failure is not None:
+            remedy = failure_remedy(failure, settings, in_container=self._in_container)
+            detail = str(failure).partition("; ")[0]
+            logger.warning("no new access token (%s): %s; what to do: %s", failure.code, detail, remedy)
+        else:
+            logger.warning("no new access token: the issuer gave the one that was there already")
 
     def _start_admin(self, settings: Settings) -> None:
         if settings.admin is None:
             return
-        subject = Subject(self._ready, self._status, self._metrics, ctx.master.shutdown)
-        admin = Admin(settings, subject)
-        try:
-            address = admin.start()
-        except OSError as error:
-            reason = f"{ADMIN.env}: cannot listen on {settings.admin} ({error.strerror or error})"
-            if settings.admin_is_set:
-                logger.error("%s: choose another address, or off", reason)  # noqa: TRY400  one line, for people
-            else:
-                logger.warning("%s, so there is no admin listener", reason)
-            return
-        self._admin = admin
-        logger.log(ALERT, "admin listener at http://%s", address)
-        if not is_loopback(settings.admin.host):
-            logger.warning("whatever can reach http://%s sees the proxy's state and can end it", address)
+        admin = Admin(settings, self.subject())
+        if admin.start() is not None:
+            self._admin = admin
 
     def _stop_admin(self) -> None:
         if self._admin is not None:
@@ -481,9 +562,14 @@ class OIDCAuthProxy:
         self._on_started(listener, failure)
 
 
+def _shut_down() -> None:
+    ctx.master.shutdown()
+
+
 def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:
     if isinstance(failure, CredentialsRejected):
-        logger.error("%s: %s", failure.code, failure)
+        # The source has told it at length.
+        logger.error("ending, as there can be no token (%s): `run-mitmproxy.py check` says what to do", failure.code)
 
 
 def _exit_if_unprotected(master: Master) -> None:

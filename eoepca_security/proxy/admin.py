@@ -1,20 +1,25 @@
 """The admin listener: probes, metrics, the state of things for people, and an off switch."""
 
-import html
 import json
-from collections.abc import Awaitable, Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from mitmproxy.log import ALERT
+from prometheus_client import Metric
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 
 from eoepca_security.errors import TokenError
+from eoepca_security.protocol import is_loopback
 from eoepca_security.proxy import problem
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard
-from eoepca_security.proxy.metrics import Metrics
+from eoepca_security.proxy.metrics import exposition
+from eoepca_security.proxy.page import RESOURCES, page
 from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.variables import ADMIN
 
 MAX_SIZE: Final = 16 * 1024
 """Longest header block, and longest body, that is read, in bytes."""
@@ -22,13 +27,18 @@ MAX_SIZE: Final = 16 * 1024
 TIMEOUT: Final = 30.0
 """Seconds that a connection may be idle, or take to send a request's headers."""
 
+_NOTHING_ELSE: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+
 _HEADERS: Final = {
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": _NOTHING_ELSE,
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,8 @@ class Subject:
     """What the pages tell of: `ready` gives None or why there is no token, `quit` ends the proxy."""
 
     ready: Callable[[], Awaitable[TokenError | None]]
-    status: Callable[[], Mapping[str, Any]]
-    metrics: Metrics
+    status: Callable[[], Awaitable[Mapping[str, Any]]]
+    families: Callable[[], Awaitable[Sequence[Metric]]]
     quit: Callable[[], None]
 
 
@@ -48,9 +58,11 @@ class Admin:
         if settings.admin is None:
             raise ValueError("there is to be no admin listener")
         self._address = settings.admin
+        self._is_set = settings.admin_is_set
         arguments = {"guard": admin_guard(settings, settings.admin), "subject": subject}
         pages = (("/", _Home), ("/livez", _Live), ("/readyz", _Ready), ("/metrics", _Metrics), ("/status", _Status))
         handlers: list[Any] = [(path, page, arguments) for path, page in (*pages, ("/quitquitquit", _Quit))]
+        handlers += [(path, _Resource, arguments) for path in RESOURCES]
         self._server = HTTPServer(
             Application(
                 handlers,
@@ -64,11 +76,23 @@ class Admin:
             body_timeout=TIMEOUT,
         )
 
-    def start(self) -> Address:
-        """Listen, and return the address, with the port that was free where any was asked for; raises OSError."""
-        sockets = bind_sockets(self._address.port, self._address.host)
+    def start(self) -> Address | None:
+        """Listen, and return the address, with the port that was free where any was asked for; None if that fails."""
+        try:
+            sockets = bind_sockets(self._address.port, self._address.host)
+        except OSError as error:
+            reason = f"{ADMIN.env}: cannot listen on {self._address} ({error.strerror or error})"
+            if self._is_set:
+                logger.error("%s: choose another address, or off", reason)  # noqa: TRY400  one line, for people
+            else:
+                logger.warning("%s, so there is no admin listener", reason)
+            return None
         self._server.add_sockets(sockets)
-        return Address(self._address.host, sockets[0].getsockname()[1])
+        address = Address(self._address.host, sockets[0].getsockname()[1])
+        logger.log(ALERT, "admin listener at http://%s", address)
+        if not is_loopback(address.host):
+            logger.warning("whatever can reach http://%s sees the proxy's state and can end it", address)
+        return address
 
     def stop(self) -> None:
         """Listen no more; the connections end with the process."""
@@ -145,18 +169,26 @@ class _Ready(_Page):
 
 class _Metrics(_Page):
     async def get(self) -> None:
-        body, media_type = self.subject.metrics.exposition(self.request.headers.get("Accept", ""))
+        body, media_type = exposition(await self.subject.families(), self.request.headers.get("Accept", ""))
         self.tell(200, {"Content-Type": media_type}, body)
 
 
 class _Status(_Page):
     async def get(self) -> None:
-        self.text(json.dumps(self.subject.status(), indent=2) + "\n", "application/json")
+        self.text(json.dumps(await self.subject.status(), indent=2) + "\n", "application/json")
 
 
 class _Home(_Page):
     async def get(self) -> None:
-        self.text(page(self.subject.status()), "text/html; charset=utf-8")
+        own = "img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'"
+        self.set_header("Content-Security-Policy", f"{_NOTHING_ELSE}; {own}")
+        self.text(page(await self.subject.status()), "text/html; charset=utf-8")
+
+
+class _Resource(_Page):
+    async def get(self) -> None:
+        media_type, content = RESOURCES[self.request.path]
+        self.tell(200, {"Content-Type": media_type}, content)
 
 
 class _Quit(_Page):
@@ -168,26 +200,3 @@ class _Quit(_Page):
     async def post(self) -> None:
         self.text("ending\n")
         self.subject.quit()
-
-
-def page(status: Mapping[str, Any]) -> str:
-    """Return the status as a page that needs nothing from anywhere else, and refreshes itself."""
-    rows = "\n".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in _flat(status)
-    )
-    state = "ready" if status["ready"] else "not ready"
-    return (
-        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta http-equiv="refresh" content="5">\n'
-        f"<title>OIDC proxy: {state}</title>\n<h1>OIDC proxy: {state}</h1>\n<table>\n{rows}\n</table>\n</html>\n"
-    )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for name, value in values.items():
-        label = prefix + name.replace("_", " ")
-        if isinstance(value, Mapping):
-            rows += _flat(value, f"{label}: ")
-        elif value is not None:
-            rows.append((label, str(value)))
-    return rows

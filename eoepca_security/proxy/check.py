@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, StoreError, TokenInvalid
 from eoepca_security.protocol import Client, choose_auth_method, printable, without_secrets
 from eoepca_security.proxy.diagnosis import (
+    CLIENT_ERRORS,
     CLOCK,
     LOGIN,
     Place,
@@ -29,17 +30,20 @@ from eoepca_security.proxy.diagnosis import (
 )
 from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.listening import cannot_listen
-from eoepca_security.proxy.settings import (
+from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.variables import (
+    ADMIN,
     AUDIENCE,
     CLIENT_AUTH,
     GRANT,
+    HOST,
     ISSUER,
     PORT,
     REFRESH_TOKEN,
     SCOPE,
     TOKEN_STORE,
     UPSTREAM,
-    Settings,
+    Variable,
 )
 from eoepca_security.proxy.wiring import make_provider, make_store
 from eoepca_security.session import AccessToken, RefreshSession, number
@@ -57,8 +61,6 @@ PROBE_TIMEOUT: Final = 2.0
 """Seconds that whatever has our port may take to say what it is."""
 
 T = TypeVar("T")
-
-_CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
 
 
 @dataclass(frozen=True)
@@ -153,17 +155,16 @@ class _Run:
         return f"a session is in {self._store.place}"
 
     def listener(self) -> str:
-        host, port = self._settings.host, self._settings.port
+        settings, admin = self._settings, self._settings.admin
+        found = _listens(Address(settings.host, settings.port), HOST, f"set {PORT.env} to another port")
+        if admin is None:
+            return found
         try:
-            problem = cannot_listen(host, port)
-        except SettingsError as error:
-            name, _, problem = str(error).partition(": ")
-            raise _Fault(problem, f"change {name}") from None
-        if problem is None:
-            return f"{host}:{port} is free"
-        if _is_our_proxy(host, port):
-            return f"{host}:{port} is in use, by an OIDC proxy that runs"
-        raise _Fault(problem.partition(": ")[0], f"stop what uses it, or set {PORT.env} to another port")
+            return f"{found}; admin: {_listens(admin, ADMIN, f'set {ADMIN.env} to another address, or off')}"
+        except _Fault as fault:
+            if settings.admin_is_set:
+                raise
+            return f"{found}; there will be no admin listener: {fault.detail}"
 
     def discovery(self) -> str:
         try:
@@ -189,7 +190,7 @@ class _Run:
             raise _Fault(_first_part(error), f"set {CLIENT_AUTH.env}, or the credential that it needs") from None
         self._obtain()
         refusal = self._obtained
-        if isinstance(refusal, CredentialsRejected) and refusal.error in _CLIENT_ERRORS:
+        if isinstance(refusal, CredentialsRejected) and refusal.error in CLIENT_ERRORS:
             raise _Fault(_first_part(refusal), self._client_remedy(refusal.error))
         return f"{printable(client.client_id)} ({method})"
 
@@ -256,7 +257,7 @@ class _Run:
                 self._obtained = AccessToken(settings.access_token, self._now(), end)
                 return
             error = self._try_client(settings.client)
-            self._obtained = error if error is not None and error.error in _CLIENT_ERRORS else None
+            self._obtained = error if error is not None and error.error in CLIENT_ERRORS else None
             return
         session = RefreshSession(self._provider.request_token, settings.refresh_token, store=self._store, now=self._now)
         try:
@@ -284,7 +285,7 @@ class _Run:
         works_without = False
         if has_secret:
             refusal = self._try_client(Client(client.client_id, auth_method="none"))
-            works_without = refusal is not None and refusal.error not in _CLIENT_ERRORS
+            works_without = refusal is not None and refusal.error not in CLIENT_ERRORS
         remedy = client_remedy(has_secret=has_secret, works_without=works_without, client_id=client.client_id)
         if error == "unauthorized_client" and self._settings.grant == "client_credentials" and not works_without:
             remedy += "; or allow the client this grant (Keycloak: Service accounts roles)"
@@ -305,6 +306,20 @@ class _Run:
 
     def _raise(self, error: IssuerUnavailable) -> NoReturn:
         raise _Fault(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
+
+
+def _listens(address: Address, variable: Variable, other: str) -> str:
+    """Say that the proxy can listen there, or does; raises a fault when neither is so, with `other` as a way out."""
+    try:
+        problem = cannot_listen(*address, variable)
+    except SettingsError as error:
+        name, _, problem = str(error).partition(": ")
+        raise _Fault(problem, f"change {name}") from None
+    if problem is None:
+        return f"{address} is free"
+    if _is_our_proxy(*address):
+        return f"{address} is in use, by an OIDC proxy that runs"
+    raise _Fault(problem.partition(": ")[0], f"stop what uses it, or {other}")
 
 
 class _Recorder:

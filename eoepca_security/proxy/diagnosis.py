@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from typing import Final
 from urllib.parse import urlsplit
 
-from eoepca_security.errors import IssuerUnavailable
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.protocol import is_loopback, printable
-from eoepca_security.proxy.settings import (
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import (
     AUDIENCE,
     CA_FILE,
     CLIENT_AUTH,
@@ -25,6 +26,11 @@ from eoepca_security.session import number
 from eoepca_security.verify import unverified_claims
 
 LOGIN: Final = "run `run-mitmproxy.py login`"
+
+CHECK: Final = "run `run-mitmproxy.py check`, which says more"
+
+CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
+"""What an issuer answers (RFC 6749 §5.2) when it is the client that it does not accept."""
 
 CLOCK: Final = "set this machine's clock by the network (`timedatectl set-ntp true`), or have the issuer's set"
 
@@ -145,6 +151,26 @@ def audience_remedy(client_id: str, audience: str) -> str:
         f"{client}-dedicated > Add mapper > By configuration > Audience, with {audience} as Included Custom Audience "
         f"and Add to access token on), or set {AUDIENCE.env} to what the service expects"
     )
+
+
+def failure_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
+    """Return what to do about a refresh that failed, as far as the failure alone tells."""
+    match error:
+        case IssuerUnavailable(cause=str(cause)):
+            place = Place(ISSUER, settings.issuer_url, in_container)
+            return f"{network_remedy(place, cause, by_proxy=error.by_proxy)}; the proxy tries again by itself"
+        case IssuerUnavailable():
+            return f"the proxy tries again by itself; if this lasts, {CHECK}"
+        case CredentialsRejected(error=str(said)) if said in CLIENT_ERRORS:
+            has_secret = settings.client.secret is not None or settings.client.key is not None
+            return client_remedy(has_secret=has_secret, works_without=False, client_id=settings.client.client_id)
+        case CredentialsRejected() if error.error == "invalid_grant" or "no session" in str(error):
+            return f"{LOGIN}; the next request finds the new session"
+        case TokenInvalid(claim="aud") if settings.audience is not None:
+            return audience_remedy(settings.client.client_id, settings.audience)
+        case TokenInvalid() if "clock" in str(error):
+            return CLOCK
+    return CHECK
 
 
 def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 
 from eoepca_security.errors import SettingsError, StoreError, TokenError
-from eoepca_security.proxy.settings import OPTIONS, TOKEN_STORE, Settings, read_dotenv, read_settings
+from eoepca_security.proxy.settings import Settings, settings_in
+from eoepca_security.proxy.variables import OPTIONS, TOKEN_STORE
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
@@ -108,24 +109,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result if isinstance(result, int) else 0
 
 
+_log_format = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    help="serve: json is an object on each line, for machines.",
+)
+
+
 @click.group(invoke_without_command=True, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="eoepca-security")
+@_log_format
 @click.pass_context
-def cli(context: click.Context) -> int:
+def cli(context: click.Context, *, log_format: str | None) -> int:
     """Put OIDC access tokens into the requests of tools that cannot log in."""
-    return 0 if context.invoked_subcommand else context.invoke(serve)
+    if context.invoked_subcommand is None:
+        return int(context.invoke(serve, log_format=log_format))
+    if log_format is not None:
+        raise click.UsageError("--log-format is an option of serve: put it behind that")
+    return 0
 
 
 @cli.command(epilog=SERVE_EPILOG)
-@click.option(
-    "--log-format",
-    type=click.Choice(["text", "json"]),
-    default="text",
-    help="json: an object on each line, for machines.",
-)
+@_log_format
 @click.pass_obj
-def serve(extra: Sequence[str], *, log_format: str) -> int:
+def serve(extra: Sequence[str], *, log_format: str | None) -> int:
     """Run the proxy (the default)."""
+    log_format = log_format or "text"
     # mitmproxy takes a second to import, which the other commands need not spend.
     from eoepca_security.proxy.logs import complain  # noqa: PLC0415
     from eoepca_security.proxy.serve import run  # noqa: PLC0415
@@ -236,9 +245,9 @@ def _refuse(extra: Sequence[str], command: str) -> None:
 
 
 def _settings(extra: Sequence[str], *, need_upstream: bool = True, need_session: bool = True) -> Settings:
-    settings = read_settings(
+    settings = settings_in(
+        Path.cwd(),
         os.environ,
-        dotenv=read_dotenv(Path.cwd()),
         options=_overrides(extra),
         need_upstream=need_upstream,
         need_session=need_session,

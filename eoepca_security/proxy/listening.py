@@ -1,10 +1,12 @@
 """Whether the proxy could listen where it is to."""
 
 import errno
+import os
 import socket
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.proxy.settings import HOST, Variable
+from eoepca_security.proxy.settings import Address
+from eoepca_security.proxy.variables import HOST, Variable
 
 
 def cannot_listen(host: str, port: int, variable: Variable = HOST) -> str | None:
@@ -24,5 +26,7 @@ def cannot_listen(host: str, port: int, variable: Variable = HOST) -> str | None
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
             raise foreign from None
-        reason = error.strerror or str(error)
-        return f"cannot listen on {host}:{port} ({reason}): stop what uses it, or choose another port or {variable.env}"
+        # What Python adds to the system's words is the address again.
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        other = f"another port or {variable.env}" if variable is HOST else "another address, or off"
+        return f"cannot listen on {Address(host, port)} ({reason}): stop what uses it, or choose {other}"

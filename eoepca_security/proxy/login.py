@@ -28,7 +28,8 @@ from eoepca_security.protocol import TokenResponse
 from eoepca_security.provider import Provider
 from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.loopback import Loopback
-from eoepca_security.proxy.settings import GRANT, REFRESH_TOKEN, TOKEN_STORE, Settings
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import GRANT, REFRESH_TOKEN, TOKEN_STORE
 from eoepca_security.proxy.wiring import make_provider, make_store
 from eoepca_security.session import Stored
 from eoepca_security.store import TokenStore

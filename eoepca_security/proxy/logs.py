@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from mitmproxy.addons.termlog import TermLog
-from mitmproxy.log import MitmFormatter
+from mitmproxy.log import ALERT, MitmFormatter
 from mitmproxy.master import Master
 
 FORMATS: Final = ("text", "json")
@@ -34,6 +34,13 @@ def set_format(master: Master, log_format: str, *, without: Callable[[logging.Lo
         addon.logger.setFormatter(JsonFormatter())
     elif sys.stdout.isatty():
         addon.logger.setFormatter(SummaryFormatter(colorize=True))
+
+
+def log_plainly(log_format: str) -> None:
+    """Let the log of a process without a mitmproxy be like mitmproxy's, in one of the `FORMATS`."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else MitmFormatter(colorize=sys.stdout.isatty()))
+    logging.basicConfig(level=ALERT, handlers=[handler])
 
 
 def complain(message: str, log_format: str) -> None:

@@ -1,11 +1,12 @@
 """What the proxy counts, for Prometheus and for the status page."""
 
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 
 from eoepca_security.errors import TokenError
 
@@ -57,28 +58,88 @@ class Metrics:
         """Note when the access token at hand ends, in epoch seconds."""
         self._token_expiry.set(at or 0)
 
-    def requests(self) -> dict[str, int]:
-        """Return the numbers of requests by class of status."""
-        return _sums(self._requests, "status_class")
-
-    def errors(self) -> dict[str, int]:
-        """Return the numbers of requests that the proxy answered itself with an error code."""
-        return {code: number for code, number in _sums(self._requests, "code").items() if code}
-
-    def refreshes(self) -> dict[str, int]:
-        """Return the numbers of attempts to get a token, by result."""
-        return _sums(self._refreshes, "result")
-
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return Prometheus' text in the form that fits the `Accept` header, and its media type."""
-        encode, media_type = choose_encoder(accept)
-        return encode(self._registry), media_type
+    def families(self) -> list[Metric]:
+        """Return everything as it stands now."""
+        return list(self._registry.collect())
 
 
-def _sums(counter: Counter, label: str) -> dict[str, int]:
-    sums: dict[str, int] = {}
-    for family in counter.collect():
+def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
+    """Return what the status page shows of them.
+
+    `requests` are by class of status, `errors` (requests answered by the proxy itself) by code, `refreshes` by result.
+    """
+    found: dict[str, dict[str, int]] = {"refreshes": {}, "requests": {}, "errors": {}}
+    for sample in (sample for family in families for sample in family.samples):
+        for name, total, label in (
+            ("requests", "oidc_proxy_requests_total", "status_class"),
+            ("errors", "oidc_proxy_requests_total", "code"),
+            ("refreshes", "oidc_proxy_refreshes_total", "result"),
+        ):
+            if sample.name == total and (value := sample.labels[label]):
+                found[name][value] = found[name].get(value, 0) + int(sample.value)
+    return found
+
+
+def exposition(families: Sequence[Metric], accept: str) -> tuple[bytes, str]:
+    """Return Prometheus' text in the form that fits the `Accept` header, and its media type."""
+    encode, media_type = choose_encoder(accept)
+    registry = CollectorRegistry()
+    registry.register(_Given(families))
+    return encode(registry), media_type
+
+
+def merged(parts: Iterable[Sequence[Metric]]) -> list[Metric]:
+    """Return the families of several processes as those of one."""
+    families: dict[str, Metric] = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for family in (family for part in parts for family in part):
+        families.setdefault(family.name, family)
+        sums = values.setdefault(family.name, {})
         for sample in family.samples:
-            if sample.name.endswith("_total"):
-                sums[sample.labels[label]] = sums.get(sample.labels[label], 0) + int(sample.value)
-    return sums
+            key = (sample.name, tuple(sample.labels.items()))
+            sums[key] = _joined(sample.name, sums[key], sample.value) if key in sums else sample.value
+    result = []
+    for name, family in families.items():
+        joined = Metric(name, family.documentation, family.type)
+        for (sample_name, labels), value in values[name].items():
+            joined.add_sample(sample_name, dict(labels), value)
+        result.append(joined)
+    return result
+
+
+def lasting(families: Iterable[Metric]) -> list[Metric]:
+    """Return what stays true of a process that has ended: its counts."""
+    return [family for family in families if family.type in ("counter", "histogram")]
+
+
+def to_json(families: Iterable[Metric]) -> list[Any]:
+    """Return the families as JSON can carry them; `from_json` is the way back."""
+    return [
+        [family.name, family.documentation, family.type, [[s.name, s.labels, s.value] for s in family.samples]]
+        for family in families
+    ]
+
+
+def from_json(data: Iterable[Any]) -> list[Metric]:
+    """Return the families that `to_json` was given."""
+    families = []
+    for name, documentation, kind, samples in data:
+        family = Metric(name, documentation, kind)
+        for sample in samples:
+            family.add_sample(*sample)
+        families.append(family)
+    return families
+
+
+class _Given(Collector):
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Sequence[Metric]:
+        return self._families
+
+
+def _joined(name: str, one: float, other: float) -> float:
+    if name == "oidc_proxy_token_expiry_timestamp_seconds":
+        return max(one, other)
+    return min(one, other) if name.endswith("_created") else one + other

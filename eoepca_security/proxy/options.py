@@ -59,7 +59,9 @@ def problems(options: OptManager, settings: Settings | None) -> list[str]:
         for name, value in _REQUIRED.items()
         if getattr(options, name, value) != value
     ]
-    if not all(is_protected(ProxyMode.parse(mode), settings) for mode in options.mode):
+    modes = [ProxyMode.parse(mode) for mode in options.mode]
+    # Without settings, because they are wrong, nobody knows what inject_hosts is to be.
+    if not all(is_protected(mode, settings) or (settings is None and isinstance(mode, RegularMode)) for mode in modes):
         found.append(
             "mode: the OIDC add-on needs --mode reverse:https://service.example (or http://), or regular together with "
             "inject_hosts"

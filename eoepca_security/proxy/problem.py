@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +16,7 @@ from eoepca_security.proxy.guard import Refusal
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
 
-_ANSWERS: Final[dict[str, tuple[int, str]]] = {
+ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
     "host_not_allowed": (403, "The proxy does not answer to this Host"),
     "cross_site_request": (403, "The proxy takes no requests from other web sites"),
     IssuerUnavailable.code: (503, "The identity provider does not give a token"),
@@ -24,6 +25,7 @@ _ANSWERS: Final[dict[str, tuple[int, str]]] = {
     "upstream_unavailable": (502, "The protected service does not answer"),
     "upstream_timeout": (504, "The protected service does not answer in time"),
 }
+"""Every code of the public interface, with its status and its title."""
 
 _HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
 
@@ -39,6 +41,11 @@ def last_resort() -> Response:
     return response
 
 
+def title(code: str) -> str:
+    """Return in words what a code of the public interface says."""
+    return ANSWERS[code][1]
+
+
 @dataclass(frozen=True)
 class UpstreamFault:
     """Why the protected service gives no answer; `code` is of the public interface."""
@@ -47,12 +54,17 @@ class UpstreamFault:
     detail: str
 
 
-def upstream_fault(service: str, reason: str) -> UpstreamFault:
-    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do."""
+def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> UpstreamFault:
+    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do.
+
+    `is_plain` says that it was addressed without TLS.
+    """
     if "certificate verify failed" in reason.lower():
         remedy = "TLS_CA_FILE adds a CA to those that are trusted"
     elif "server closed connection" in reason:
-        remedy = "it hung up without an answer; its log may say why"
+        # As servers do that want TLS.
+        other = ", or is it https:// rather than http:// in REMOTE_PROTECTED_DOMAIN?" if is_plain else ""
+        remedy = f"it hung up without an answer: its log may say why{other}"
     else:
         remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
     is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason
@@ -64,7 +76,7 @@ def parts(
     error: TokenError | Refusal | UpstreamFault, *, retry_after: float = 1, status: int | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Return status (the usual one unless given), headers and body of an answer; `retry_after` is in seconds."""
-    usual, title = _ANSWERS[error.code]
+    usual, title = ANSWERS[error.code]
     status = status or usual
     detail = str(error) if isinstance(error, TokenError) else error.detail
     body = {"title": title, "status": status, "detail": detail, "code": error.code}

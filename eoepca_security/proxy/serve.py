@@ -5,27 +5,55 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
+import signal
+import socket
 import ssl
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from mitmproxy.options import CONF_DIR, Options
 from mitmproxy.tools import cmdline
 from mitmproxy.tools import main as mitmproxy_main
 from mitmproxy.tools.dump import DumpMaster
+from tornado.netutil import bind_sockets
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
 from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
+from eoepca_security.proxy.admin import Admin
 from eoepca_security.proxy.fast import cache_hooks, settle_memory
 from eoepca_security.proxy.listening import cannot_listen
-from eoepca_security.proxy.logs import complain, set_format
-from eoepca_security.proxy.settings import ADMIN, CA_FILE, PORT, UPSTREAM, Settings
+from eoepca_security.proxy.logs import complain, log_plainly, set_format
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.together import Crew, Line, answer
+from eoepca_security.proxy.variables import ADMIN, CA_FILE, PORT, TOKEN_STORE, UPSTREAM, WORKERS
+from eoepca_security.proxy.workers import Part, share_listeners, supervise
 from eoepca_security.transport import ca_bundle
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
+
+MEMORY: Final = Path("/dev/shm")  # noqa: S108  in it, a folder that only we can read
+"""Where processes share what is to be kept in memory only."""
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one of several processes is given: the sockets to listen on, and how it is asked about its state.
+
+    `lifeline` is a file descriptor that ends when the process that started this one is gone. `end` ends them all. Only
+    one, and only once, `leads`: it tells of the start, and ends the proxy where the credentials are rejected then.
+    """
+
+    listeners: Sequence[socket.socket]
+    line: Line
+    lifeline: int
+    end: Callable[[], None]
+    leads: bool
 
 
 def run(
@@ -33,16 +61,37 @@ def run(
 ) -> int:
     """Run the proxy until it is told to stop; return the exit code.
 
-    `extra` are mitmdump's own arguments. `on_started` is called in the event loop once the first refresh has ended.
-    `log_format` is one of `logs.FORMATS`.
+    `extra` are mitmdump's own arguments. `on_started` is called in the event loop once the first refresh has ended; not
+    with several workers. `log_format` is one of `logs.FORMATS`.
     A rejected credential ends the start with exit code 1.
     """
     if settings.upstream is None:
         raise SettingsError(f"{UPSTREAM.env}: is required")
-    exit_code, starting = 0, True
+    if problem := _taken_address(settings):
+        complain(problem, log_format)
+        return 1
+    with _upstream_trust(settings) as trust_arguments, _writable_confdir() as confdir:
+        arguments = [*trust_arguments, *extra]
+        if settings.workers == 1:
+            return _run(settings, arguments, confdir, on_started, log_format)
+        with _shared_session(settings) as (shared, for_now):
+            return _run_workers(shared, arguments, confdir, log_format, for_now)
 
-    def ends_the_start(record: logging.LogRecord) -> bool:
-        return starting and f"({CredentialsRejected.code})" in record.getMessage()
+
+def _run(
+    settings: Settings,
+    arguments: Sequence[str],
+    confdir: str,
+    on_started: OnStarted | None,
+    log_format: str,
+    worker: Worker | None = None,
+) -> int:
+    exit_code, starting = 0, True
+    leads = worker is None or worker.leads
+
+    def is_told_elsewhere(record: logging.LogRecord) -> bool:
+        is_rejection = f"({CredentialsRejected.code})" in record.getMessage()
+        return starting and (is_rejection or (not leads and record.levelno < logging.ERROR))
 
     class Master(DumpMaster):
         def __init__(self, options: Options) -> None:
@@ -50,44 +99,119 @@ def run(
             # Ours rather than mitmproxy's defaults, which arguments and its config file may change: our start-up line
             # and what goes wrong, not a line for every connection and request.
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
-            set_format(self, log_format, without=ends_the_start)
+            set_format(self, log_format, without=is_told_elsewhere)
             self.event_loop.set_exception_handler(_ignore_cancelled)
-            self.addons.add(OIDCAuthProxy(settings, self._started))
+            addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
+            self.addons.add(addon)
             # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
             chain = self.addons.chain
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
             cache_hooks(self)
             pool.install(pool.Pool())
+            if worker is not None:
+                share_listeners((settings.host, settings.port), worker.listeners)
+                answer(worker.line, addon.subject())
+                self.event_loop.add_reader(worker.lifeline, self._orphaned, worker.lifeline)
+
+        def _orphaned(self, lifeline: int) -> None:
+            self.event_loop.remove_reader(lifeline)
+            self.shutdown()  # type: ignore[no-untyped-call]
 
         def _started(self, listener: str, failure: TokenError | None) -> None:
             nonlocal exit_code, starting
             starting = False
             settle_memory()
-            if isinstance(failure, CredentialsRejected):
+            if isinstance(failure, CredentialsRejected) and leads:
                 exit_code = 1
                 complain(f"{failure.code}: {failure}", log_format)
                 super().shutdown()  # type: ignore[no-untyped-call]
             elif on_started is not None:
                 on_started(self, listener, failure)
 
-    if problem := _taken_address(settings):
-        complain(problem, log_format)
-        return 1
-    with _upstream_trust(settings) as trust_arguments, _writable_confdir() as confdir:
-        arguments = [
-            *("--mode", f"reverse:{settings.upstream}"),
-            *("--listen-host", settings.host, "--listen-port", str(settings.port)),
-            *(["--ssl-insecure"] if settings.tls_no_verify else []),
-            *trust_arguments,
-            *extra,
-        ]
-        try:
-            mitmproxy_main.run(Master, cmdline.mitmdump, arguments, _filters)
-        except SystemExit as error:
-            return error.code if isinstance(error.code, int) else 1
-        except KeyboardInterrupt:
-            return 0
+    own = [
+        *("--mode", f"reverse:{settings.upstream}"),
+        *("--listen-host", settings.host, "--listen-port", str(settings.port)),
+        *(["--ssl-insecure"] if settings.tls_no_verify else []),
+    ]
+    try:
+        mitmproxy_main.run(Master, cmdline.mitmdump, [*own, *arguments], _filters)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        return 0
     return exit_code
+
+
+def _run_workers(
+    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, for_now: Path | None
+) -> int:
+    """Run several processes that listen on the same sockets, and one for the admin listener.
+
+    The last that is left removes the folder `for_now`.
+    """
+    listeners = bind_sockets(settings.port, settings.host)
+    supervisor = os.getpid()
+    # Which one of the others could not have, but all know.
+    settings = replace(settings, port=listeners[0].getsockname()[1])
+    lines = [Line.make() for _ in range(settings.workers)]
+
+    def end_all() -> None:
+        os.kill(supervisor, signal.SIGTERM)
+
+    def close_listeners() -> None:
+        for listener in listeners:
+            listener.close()
+
+    def work(number: int, is_first: bool, lifeline: int) -> int:
+        worker = Worker(listeners, lines[number], lifeline, end_all, leads=is_first and number == 0)
+        code = _run(replace(settings, admin=None), arguments, confdir, None, log_format, worker)
+        if for_now is not None and os.getppid() != supervisor:
+            shutil.rmtree(for_now, ignore_errors=True)
+        return code
+
+    def tell(is_first: bool, lifeline: int) -> int:
+        close_listeners()
+        log_plainly(log_format)
+        admin = Admin(settings, Crew(settings, lines, end_all).subject())
+        asyncio.run(_serve_admin(admin, lifeline))
+        return 0
+
+    def mourn(number: int, fate: str) -> None:
+        what = f"worker {number + 1} of {settings.workers}" if number < settings.workers else "the admin listener"
+        complain(f"{what} {fate}; another takes its place", log_format)
+
+    parts = [Part(partial(work, number)) for number in range(settings.workers)]
+    if settings.admin is not None:
+        parts.append(Part(tell, is_worker=False))
+    # What is there already is neither looked through nor, so, copied by each of them.
+    settle_memory()
+    return supervise(parts, on_end=close_listeners, mourn=mourn)
+
+
+async def _serve_admin(admin: Admin, lifeline: int) -> None:
+    """Run the admin listener until this process is told to end, or is on its own."""
+    end, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, end.set)
+    loop.add_reader(lifeline, end.set)
+    admin.start()
+    await end.wait()
+
+
+@contextlib.contextmanager
+def _shared_session(settings: Settings) -> Iterator[tuple[Settings, Path | None]]:
+    """Let processes share the session also where it is to be kept in memory only: in a folder for now, in memory."""
+    if settings.token_store is not None or settings.grant != "refresh_token":
+        yield settings, None
+        return
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="oidc-proxy-", dir=MEMORY)
+    except OSError as error:
+        raise SettingsError(
+            f"{WORKERS.env}: several processes share the session through the token store, and there is no place in "
+            f"memory for one ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
+        ) from None
+    with folder as path:
+        yield replace(settings, token_store=Path(path)), Path(path)
 
 
 def _taken_address(settings: Settings) -> str | None:

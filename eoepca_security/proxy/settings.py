@@ -3,11 +3,12 @@
 import difflib
 import io
 import ipaddress
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from dotenv.parser import parse_stream
 
@@ -24,116 +25,47 @@ from eoepca_security.protocol import (
     url_problem,
 )
 from eoepca_security.proxy.guard import EVERYWHERE, parse_host, parse_origin
+from eoepca_security.proxy.variables import (
+    ACCESS_TOKEN,
+    ADMIN,
+    ALLOW_HTTP,
+    ALLOWED_HOSTS,
+    ALLOWED_ORIGINS,
+    AUDIENCE,
+    CA_FILE,
+    CLIENT_AUTH,
+    CLIENT_ID,
+    CLIENT_KEY_FILE,
+    CLIENT_SECRET,
+    ENDPOINT,
+    FORWARD_AS,
+    FORWARD_AS_CHOICES,
+    GRANT,
+    HOST,
+    INJECT_HOSTS,
+    ISSUER,
+    PORT,
+    REFRESH_TOKEN,
+    SCOPE,
+    TERMINATION_ENDPOINT,
+    TLS_NO_VERIFY,
+    TOKEN_STORE,
+    UPSTREAM,
+    VARIABLES,
+    WORKERS,
+    Variable,
+)
 from eoepca_security.store import TokenStore
 from eoepca_security.transport import trust
 
 _MAX_FILE: Final = 64 * 1024
 _PORTS: Final = {"http": 80, "https": 443}
-_FORWARD_AS: Final = ("bearer", "apisix")
+_TYPO: Final = 0.86  # how similar a name in the environment is to one of ours when it is a typing error
+
+MAX_WORKERS: Final = 64
+"""Most processes that one listener may have."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Variable:
-    """A setting: its environment variable, its add-on option if it has one, and whether it is a secret."""
-
-    env: str
-    option: str | None
-    help: str
-    secret: bool = False
-
-
-ISSUER = Variable("OPEN_ID_CONNECT_URL", "oidc_url", "The OIDC issuer, or its discovery document's URL.")
-CLIENT_ID = Variable("OPEN_ID_CONNECT_CLIENT_ID", "oidc_client_id", "The OAuth client's ID.")
-CLIENT_SECRET = Variable(
-    "OPEN_ID_CONNECT_CLIENT_SECRET", "oidc_client_secret", "The client's secret; none for a public client.", secret=True
-)
-CLIENT_AUTH = Variable(
-    "OPEN_ID_CONNECT_CLIENT_AUTH",
-    "oidc_client_auth",
-    f"How the client authenticates: {', '.join(CLIENT_AUTH_METHODS)}.",
-)
-CLIENT_KEY_FILE = Variable(
-    "OPEN_ID_CONNECT_CLIENT_KEY_FILE", "oidc_client_key_file", "PEM file with the private key for private_key_jwt."
-)
-REFRESH_TOKEN = Variable("OPEN_ID_REFRESH_TOKEN", "refresh_token", "The refresh token.", secret=True)
-ACCESS_TOKEN = Variable(
-    "OPEN_ID_AUTH_TOKEN", "auth_token", "An initial access token, used while it lives.", secret=True
-)
-GRANT = Variable("OPEN_ID_CONNECT_GRANT", "oidc_grant", f"The OAuth grant: {' or '.join(GRANTS)}.")
-AUDIENCE = Variable(
-    "OPEN_ID_CONNECT_AUDIENCE", "oidc_audience", "When set, access tokens that are JWTs must verify and carry it."
-)
-SCOPE = Variable("OPEN_ID_CONNECT_SCOPE", "oidc_scope", "Scopes to ask for, separated by spaces.")
-ALLOW_HTTP = Variable(
-    "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP",
-    "oidc_dangerously_allow_http",
-    "Talk to the issuer over plain http beyond localhost: everyone on the way can take the session over.",
-)
-TOKEN_STORE = Variable(
-    "OPEN_ID_TOKEN_STORE",
-    "oidc_token_store",
-    "Folder that keeps rotated refresh tokens across restarts, or none for memory only.",
-)
-CA_FILE = Variable("TLS_CA_FILE", None, "CA certificates to trust besides the system's, for issuer and service.")
-UPSTREAM = Variable("REMOTE_PROTECTED_DOMAIN", None, "The protected service, e.g. https://service.example:9200.")
-ENDPOINT = Variable(
-    "REMOTE_PROTECTED_ENDPOINT", None, "What to ask the protected service for, to see whether it accepts the token."
-)
-TLS_NO_VERIFY = Variable("TLS_NO_VERIFY", None, "Do not verify the protected service's certificate.")
-HOST = Variable("PROXY_HOST", None, "Address to listen on.")
-PORT = Variable("PROXY_PORT", None, "Port to listen on; 0 takes a free one.")
-ADMIN = Variable("PROXY_ADMIN", "admin_listen", "Address of the admin listener, as host:port, or off.")
-ALLOWED_HOSTS = Variable(
-    "PROXY_ALLOWED_HOSTS",
-    "allowed_hosts",
-    "Names that clients may use in Host, separated by commas; * allows all. Unset: loopback and the listening address.",
-)
-ALLOWED_ORIGINS = Variable(
-    "PROXY_ALLOWED_ORIGINS", "allowed_origins", "Web origins whose pages may use the proxy, separated by commas."
-)
-TERMINATION_ENDPOINT = Variable(
-    "PROXY_TERMINATION_ENDPOINT", "termination_endpoint", "Path on the proxy where a POST ends it."
-)
-FORWARD_AS = Variable(
-    "PROXY_FORWARD_AS",
-    "forward_as",
-    "Headers that the service gets: bearer (Authorization) or apisix (those of APISIX's openid-connect plugin, too).",
-)
-INJECT_HOSTS = Variable(
-    "PROXY_INJECT_HOSTS",
-    "inject_hosts",
-    "In regular mode: hosts, as host or host:port, that get the token; separated by commas.",
-)
-
-VARIABLES: Final = (
-    ISSUER,
-    CLIENT_ID,
-    CLIENT_SECRET,
-    CLIENT_AUTH,
-    CLIENT_KEY_FILE,
-    REFRESH_TOKEN,
-    ACCESS_TOKEN,
-    GRANT,
-    AUDIENCE,
-    SCOPE,
-    ALLOW_HTTP,
-    TOKEN_STORE,
-    CA_FILE,
-    UPSTREAM,
-    ENDPOINT,
-    TLS_NO_VERIFY,
-    HOST,
-    PORT,
-    ADMIN,
-    ALLOWED_HOSTS,
-    ALLOWED_ORIGINS,
-    TERMINATION_ENDPOINT,
-    FORWARD_AS,
-    INJECT_HOSTS,
-)
-OPTIONS: Final = tuple(variable for variable in VARIABLES if variable.option is not None)
 
 
 class Address(NamedTuple):
@@ -144,10 +76,6 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-DEFAULT_ADMIN: Final = Address("127.0.0.1", 8081)
-"""Where the launcher's admin listener is unless it is set; when that is taken, the proxy goes on without."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +107,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     termination_endpoint: str | None = None
     forward_as: str = "bearer"
+    workers: int = 1
     inject_hosts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -204,6 +133,17 @@ def read_dotenv(folder: Path) -> Mapping[str, str]:
     if faults := [binding.original.line for binding in bindings if binding.error]:
         raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: mend or remove it" for line in faults))
     return {binding.key: binding.value for binding in bindings if binding.key and binding.value is not None}
+
+
+def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settings:
+    """As `read_settings`, with the variables of `.env` in `folder`; says so where that is missing and may be why."""
+    try:
+        return read_settings(environ, dotenv=read_dotenv(folder), **more)
+    except SettingsError as error:
+        is_missing = any(": is required: " in problem for problem in error.problems)
+        if not is_missing or (folder / ".env").exists():
+            raise
+        raise SettingsError(*error.problems, f".env: there is none in {folder}, where it is looked for") from None
 
 
 def read_settings(
@@ -253,7 +193,7 @@ def read_settings(
         reader.warnings.append(f"{TLS_NO_VERIFY.env} is on: whoever is between here and the service can read the token")
     host, port = reader.host(), reader.port()
     upstream = reader.upstream(host, port) if need_upstream else None
-    admin, admin_is_set = reader.admin(DEFAULT_ADMIN if need_upstream else None)
+    admin, admin_is_set = reader.admin(is_on=need_upstream)
     inject_hosts = reader.hosts(INJECT_HOSTS)
     if need_upstream and inject_hosts:
         reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher forwards to {UPSTREAM.env} only")
@@ -280,7 +220,8 @@ def read_settings(
         allowed_hosts=reader.hosts(ALLOWED_HOSTS, wildcard=True),
         allowed_origins=reader.origins(),
         termination_endpoint=reader.termination_endpoint(),
-        forward_as=reader.choice(FORWARD_AS, _FORWARD_AS),
+        forward_as=reader.choice(FORWARD_AS, FORWARD_AS_CHOICES),
+        workers=reader.workers(),
         inject_hosts=inject_hosts,
         warnings=tuple(reader.warnings),
     )
@@ -347,8 +288,10 @@ class _Reader:
         """Tell of names that look like ours but are not: a setting that is misspelt is silently not in force."""
         known = {variable.env for variable in VARIABLES} | {f"{v.env}_FILE" for v in VARIABLES if v.secret}
         environ, dotenv = self._layers
-        ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_PROTECTED_")
+        ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_")
         names = {name for name in environ if name.startswith(ours[:2])} | {n for n in dotenv if n.startswith(ours)}
+        # Other programs' variables begin like that, too, in an environment that all share.
+        names |= {n for n in environ if n.startswith(ours) and difflib.get_close_matches(n, known, 1, _TYPO)}
         lines = []
         for name in sorted(names - known):
             close = difflib.get_close_matches(name, known, 1)
@@ -389,13 +332,13 @@ class _Reader:
         return value
 
     def boolean(self, variable: Variable) -> bool:
-        value = (self.text(variable) or "false").lower()
+        value = (self.text(variable) or variable.default).lower()
         if value not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
             self.problem(variable, f"{value!r} is neither true nor false: use true or false")
         return value in ("true", "1", "yes", "on")
 
     def choice(self, variable: Variable, choices: Sequence[str]) -> str:
-        value = self.text(variable) or choices[0]
+        value = self.text(variable) or variable.default
         if value not in choices:
             self.problem(variable, f"{value!r} is unknown: use one of {', '.join(choices)}")
         return value
@@ -466,7 +409,7 @@ class _Reader:
         return None
 
     def host(self) -> str:
-        value = (self.text(HOST) or "127.0.0.1").removeprefix("[").removesuffix("]")
+        value = (self.text(HOST) or HOST.default).removeprefix("[").removesuffix("]")
         try:
             ipaddress.ip_address(value)
         except ValueError:
@@ -475,22 +418,23 @@ class _Reader:
         return value
 
     def port(self) -> int:
-        value = self.text(PORT) or "8080"
+        value = self.text(PORT) or PORT.default
         if not _is_port(value):
             self.problem(PORT, f"{value!r} is no port: use a number from 1 to 65535, or 0 for a free one")
-            return 8080
+            return int(PORT.default)
         return int(value)
 
-    def admin(self, default: Address | None) -> tuple[Address | None, bool]:
-        """Return the admin listener's address, if it is to be on, and whether that was set."""
-        value = self.text(ADMIN)
-        if value is None or value == "off":
-            return (default if value is None else None), value is not None
+    def admin(self, *, is_on: bool) -> tuple[Address | None, bool]:
+        """Return the admin listener's address, if it is to be on, and whether that was set; `is_on` without that."""
+        given = self.text(ADMIN)
+        value = given or (ADMIN.default if is_on else "off")
+        if value == "off":
+            return None, given is not None
         host, _, port = value.rpartition(":")
         if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", host) or not _is_port(port):
-            self.problem(ADMIN, f"{value!r} is no address: use host:port, e.g. {DEFAULT_ADMIN}, or off")
+            self.problem(ADMIN, f"{value!r} is no address: use host:port, e.g. {ADMIN.default}, or off")
             return None, True
-        return Address(host.strip("[]"), int(port)), True
+        return Address(host.strip("[]"), int(port)), given is not None
 
     def items(self, variable: Variable) -> tuple[str, ...]:
         """Return a comma-separated list."""
@@ -551,9 +495,18 @@ class _Reader:
             )
         return f"{parts.scheme}://{parts.netloc.lower()}"
 
+    def workers(self) -> int:
+        value = self.text(WORKERS) or WORKERS.default
+        if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
+            self.problem(WORKERS, f"{value!r} is no number of processes: use 1 to {MAX_WORKERS}")
+            return 1
+        if int(value) > 1 and not hasattr(os, "fork"):
+            self.problem(WORKERS, "this system cannot fork: use 1")
+        return int(value)
+
     def endpoint(self) -> str:
         """Return path and query of what the service is asked for; the host of a URL does not count."""
-        value = self.text(ENDPOINT) or "/"
+        value = self.text(ENDPOINT) or ENDPOINT.default
         path = re.sub(r"^https?://[^/?#]*", "", value).partition("#")[0] or "/"
         if not re.fullmatch(r"/[!-~]*", path):
             self.problem(ENDPOINT, "is no path: use one like /collections")

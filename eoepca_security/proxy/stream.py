@@ -34,6 +34,9 @@ MAX_HELD: Final = 1024 * 1024
 CODE: Final = "oidc_proxy_error"
 """In a flow's metadata, the code of the answer that was made here."""
 
+DETAIL: Final = "oidc_proxy_error_detail"
+"""There too, what it says."""
+
 MAX_DISCARDED: Final = 1024 * 1024 * 1024
 """Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
 answer only when they have sent everything, and would never see it if the connection ended before that."""
@@ -142,9 +145,11 @@ class Stream(HttpStream):
             yield from self._repeat()
         else:
             request = self.flow.request
-            fault = problem.upstream_fault(f"{request.host}:{request.port}", event.message)
+            fault = problem.upstream_fault(
+                f"{request.host}:{request.port}", event.message, is_plain=request.scheme == "http"
+            )
             self.flow.response = problem.answer(fault, method=request.method)
-            self.flow.metadata[CODE] = fault.code
+            self.flow.metadata |= {CODE: fault.code, DETAIL: fault.detail}
             yield from self._answer()
 
     def _is_in(self, state: Any) -> bool:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
 from eoepca_security.provider import Provider
-from eoepca_security.proxy.settings import AUDIENCE, REFRESH_TOKEN, Settings
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.variables import AUDIENCE, REFRESH_TOKEN
 from eoepca_security.source import TokenSource
 from eoepca_security.store import TokenStore
 from eoepca_security.transport import HttpTransport, Transport, trust
@@ -39,13 +40,14 @@ def make_source(
     settings: Settings,
     *,
     continues: TokenSource | None = None,
+    joins: bool = False,
     observe: Callable[[TokenError | None, float], None] | None = None,
     learn: Callable[[Provider, str], object] | None = None,
 ) -> TokenSource:
     """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet.
 
-    `continues` is a source with the same login, which it goes on with. `observe` is as TokenSource has it. `learn` is
-    called with each new access token that is good, in the thread that got it.
+    `continues` is a source with the same login, which it goes on with. `joins` and `observe` are as TokenSource has
+    them. `learn` is called with each new access token that is good, in the thread that got it.
     """
     provider = make_provider(settings)
 
@@ -79,5 +81,6 @@ def make_source(
         store=make_store(settings),
         check=check,
         continues=continues,
+        joins=joins,
         observe=observe,
     )

@@ -148,3 +148,16 @@ async def test_the_other_service_may_fail(
 def test_its_settings_have_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="OPEN_ID_CONNECT_URL and OPEN_ID_CONNECT_CLIENT_ID"):
         load({}, monkeypatch)
+
+
+@pytest.mark.parametrize("audience", ["", "service"])
+async def test_it_tells_to_set_the_audience(
+    audience: str,
+    issuer: FakeIssuer,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    example = load(environment_of(issuer, service, OPEN_ID_CONNECT_AUDIENCE=audience), monkeypatch)
+    async with example.app.router.lifespan_context(example.app):
+        assert ("OPEN_ID_CONNECT_AUDIENCE is not set" in caplog.text) is (audience == "")

@@ -93,6 +93,7 @@ def test_requests_in_flight_get_their_answers_before_the_end_and_no_secret_shows
         assert proxy.wait_until_ended() == 0
         assert sorted(answers) == [(200, 14), (200, 4_000_000)]
 
+    assert "stopping: waiting up to 8 s for 2 requests" in proxy.output
     assert "Traceback" not in proxy.output
     files = [path.read_bytes() for path in (tmp_path / "flows", tmp_path / "all.har")]
     assert all(b"/held" in content and b"added by the proxy" in content for content in files)
@@ -261,11 +262,20 @@ def test_readiness_is_the_token_and_not_the_service(
     assert (status["ready"], status["code"], status["token"]) == (False, "issuer_unavailable", None)
     assert status["refreshes"]["issuer_unavailable"] >= 1
     assert client.get(proxy.url).status_code == 503
-    assert client.get(f"{admin}/status").json()["errors"] == {"issuer_unavailable": 1}
+    status = client.get(f"{admin}/status").json()
+    assert status["errors"] == {"issuer_unavailable": 1}
+    assert (status["state"], status["recent_errors"][0]["code"]) == ("failing", "issuer_unavailable")
+    assert [problem["title"] for problem in status["problems"]] == ["The identity provider does not give a token"]
     issuer.behaviour.fault = None
     # Nobody but the probe asks.
     eventually(lambda: client.get(f"{admin}/readyz").status_code == 200, timeout=30)
     assert client.get(proxy.url).status_code == 502
+    status = client.get(f"{admin}/status").json()
+    assert (status["state"], status["recent_errors"][0]["code"]) == ("ready", "upstream_unavailable")
+    [problem] = status["problems"]
+    assert problem["title"] == "The protected service does not answer"
+    assert "127.0.0.1:9" in problem["detail"]
+    assert problem["remedy"] == "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
 
 
 # --- TLS to the service ------------------------------------------------------------------------------------------

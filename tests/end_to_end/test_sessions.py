@@ -96,7 +96,7 @@ def test_json_lines_for_machines(
     assert [line["level"] for line in rest] == ["warning"]
     assert rest[0]["logger"] == "eoepca_security.proxy.addon"
 
-    failed = command(base_environment, tmp_path, "serve", "--log-format", "json")
+    failed = command(base_environment, tmp_path, "--log-format", "json")
     assert failed.returncode == 2
     assert {json.loads(line)["level"] for line in failed.stderr.splitlines()} == {"error"}
 

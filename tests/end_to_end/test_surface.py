@@ -291,6 +291,11 @@ def test_the_admin_listener_tells_of_the_proxy(setup: Setup, client: httpx.Clien
     assert 0 < status["token"]["seconds_left"] <= status["token"]["lifetime_seconds"] <= 60
     assert status["refreshes"] == {"success": 1}
     assert status["requests"]["2xx"] >= 1
+    assert (status["state"], status["problems"]) == ("ready", [])
+    assert client.get(setup.url, headers={"Host": "evil.example"}).status_code == 403
+    newest = client.get(f"{setup.admin}/status").json()["recent_errors"][0]
+    assert newest["code"] == "host_not_allowed"
+    assert "evil.example is not a name of this proxy" in newest["detail"]
     metrics = client.get(f"{setup.admin}/metrics")
     assert metrics.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     for name in (
@@ -305,7 +310,7 @@ def test_the_admin_listener_tells_of_the_proxy(setup: Setup, client: httpx.Clien
     assert page.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
     assert "alice" in page.text
-    assert "script" not in page.text
+    assert '<script src="status.js" defer></script>' in page.text
     for text in (json.dumps(status), metrics.text, page.text):
         assert not any(token in text for token in setup.issuer._issued)
 

@@ -61,7 +61,7 @@ def table(folder: Path) -> str:
         cells = [results.get(column, "did not run") for column in COLUMNS]
         lines.append(f"| {path.stem} | {' | '.join('—' if cell.startswith('- ') else cell for cell in cells)} |")
         notes += [
-            f"- {path.stem}, {COLUMNS[column].lower()}: {cell.removeprefix('- ')}."
+            f"- {path.stem}, {COLUMNS[column]}: {cell.removeprefix('- ')}."
             for column, cell in zip(COLUMNS, cells, strict=True)
             if cell.startswith("- ")
         ]

@@ -1,45 +1,10 @@
-"""A real Chromium without a window, and what a person does in it at Keycloak's pages."""
+"""What a person does in a browser at Keycloak's pages."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
+from helpers_browser import PAGE_SECONDS
 from kc_server import PASSWORD, USERNAME
-from selenium.webdriver import Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
+from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
-
-PAGE_SECONDS = 60.0
-
-ARGUMENTS = (
-    "--headless=new",
-    "--no-sandbox",  # it does not start as root otherwise
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--no-proxy-server",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=900,700",
-)
-
-
-@contextmanager
-def chromium(profile: Path) -> Iterator[Chrome]:
-    """Run Debian's Chromium with an empty profile."""
-    options = ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
-        options.add_argument(argument)
-    driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    try:
-        driver.set_page_load_timeout(PAGE_SECONDS)
-        yield driver
-    finally:
-        driver.quit()
 
 
 def log_in(driver: Chrome) -> None:

@@ -19,7 +19,8 @@ from kc_service import Service
 
 pytest.importorskip("selenium")
 
-from kc_browser import chromium, grant, log_in, wait_for_text
+from helpers_browser import chromium
+from kc_browser import grant, log_in, wait_for_text
 
 pytest_plugins = ["kc_fixtures"]
 pytestmark = [

@@ -1,0 +1,113 @@
+// Keeps the status page up to date. The server renders it, always; here its parts are exchanged where they have changed,
+// and times are shown in the browser's time zone, counted from the server's clock.
+"use strict";
+
+const INTERVAL = 2000;
+const PATIENCE = 5000;
+
+// What to add to the browser's own clock, which may be off, to get the proxy's; milliseconds.
+let offset = 0;
+
+function duration(seconds) {
+  let left = Math.floor(seconds);
+  const parts = [];
+  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]]) {
+    parts.push([Math.floor(left / size), unit]);
+    left %= size;
+  }
+  while (parts.length > 1 && parts[0][0] === 0) parts.shift();
+  return parts.slice(0, 2).filter(([number]) => number || parts.length === 1).map((part) => part.join(" ")).join(" ");
+}
+
+function relative(seconds) {
+  if (Math.abs(seconds) < 1) return "now";
+  return seconds > 0 ? `in ${duration(seconds)}` : `${duration(-seconds)} ago`;
+}
+
+function moment(at, now) {
+  const [then, today] = [new Date(at * 1000), new Date(now * 1000)];
+  const sameDay = then.toDateString() === today.toDateString();
+  const shown = sameDay ? then.toLocaleTimeString() : then.toLocaleString();
+  return `${shown} (${relative(at - now)})`;
+}
+
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function showTimes(root) {
+  const now = (Date.now() + offset) / 1000;
+  for (const element of root.querySelectorAll("[data-at]")) setText(element, moment(Number(element.dataset.at), now));
+  for (const element of root.querySelectorAll("[data-ends]")) {
+    const left = Math.max(Number(element.dataset.ends) - now, 0);
+    if (element.localName === "progress") element.setAttribute("value", Math.floor(left));
+    else setText(element, duration(left));
+  }
+}
+
+function exchange(old, fresh) {
+  if (old.isEqualNode(fresh)) return;
+  old.className = fresh.className;
+  old.replaceChildren(...fresh.childNodes);
+}
+
+function update(text) {
+  const fresh = new DOMParser().parseFromString(text, "text/html");
+  const main = fresh.getElementById("main");
+  if (main === null) throw new Error("this is another program's page");
+  offset = Number(fresh.body.dataset.now) * 1000 - Date.now();
+  showTimes(document);
+  showTimes(fresh);
+  document.title = fresh.title;
+  exchange(document.getElementById("state"), fresh.getElementById("state"));
+  exchange(document.getElementById("about"), fresh.getElementById("about"));
+  const parts = [...document.querySelectorAll("main > section")];
+  const others = [...main.children];
+  // A part that has come or gone moves all that follow.
+  if (parts.length !== others.length) document.getElementById("main").replaceChildren(...others);
+  else parts.forEach((part, index) => exchange(part, others[index]));
+}
+
+let lostSince = null;
+
+function tellLost(reason) {
+  lostSince ??= Date.now();
+  const lost = document.getElementById("lost");
+  if (lost.hidden) {
+    const title = document.createElement("strong");
+    title.textContent = "The proxy is not reachable any more";
+    const since = new Date(lostSince).toLocaleTimeString();
+    lost.replaceChildren(title, `Since ${since} (${reason}). Below is what it said last. Is it still running? This page looks for it.`);
+    lost.hidden = false;
+    document.title = "Not reachable - OIDC proxy";
+    document.body.classList.add("stale");
+  }
+}
+
+function tellFound() {
+  lostSince = null;
+  document.getElementById("lost").hidden = true;
+  document.body.classList.remove("stale");
+}
+
+async function look() {
+  try {
+    const response = await fetch("./", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+    if (!response.ok) throw new Error(`it answers ${response.status}`);
+    update(await response.text());
+    tellFound();
+  } catch (error) {
+    tellLost(error instanceof TypeError ? "no answer" : error.name === "TimeoutError" ? "no answer in time" : error.message);
+  }
+  setTimeout(look, INTERVAL);
+}
+
+function tick() {
+  showTimes(document);
+  // At the next whole second of the proxy's clock, so that the countdown moves evenly.
+  setTimeout(tick, 1000 - ((Date.now() + offset) % 1000));
+}
+
+offset = Number(document.body.dataset.now) * 1000 - Date.now();
+tick();
+setTimeout(look, INTERVAL);

@@ -1,0 +1,187 @@
+"""Several processes that serve one listener, and the one that starts them, replaces those that die, and ends them all.
+
+They are forked from a process that has imported everything and listens already: a connection waits in the one queue
+until any of them takes it, so none is lost when one of them dies before that.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from mitmproxy.proxy.mode_servers import AsyncioServerInstance
+
+END_TIMEOUT: Final = 25.0
+"""Seconds that the processes have to end when they are told to; then they are killed."""
+
+MAX_DELAY: Final = 30.0
+"""Longest time in seconds before the next attempt to replace a process that ends again and again."""
+
+_BACKLOG: Final = 128
+_SETTLED_AFTER: Final = 30.0
+_CRASHED: Final = 70  # sysexits.h: an internal software error
+
+# Ends by these are decided, not accidents: told to end, a fault at the start, wrong settings.
+_DELIBERATE: Final = (0, 1, 2)
+
+
+@dataclass
+class Part:
+    """What one process does, and how that went so far.
+
+    `run` returns an exit code. It is told whether this is the first time, and given a file descriptor that reaches its
+    end when the supervisor is gone. Parts that are no workers end last.
+    """
+
+    run: Callable[[bool, int], int]
+    is_worker: bool = True
+    failures: int = field(default=0, init=False)
+    started_at: float = field(default=0.0, init=False)
+
+
+def supervise(
+    parts: Sequence[Part],
+    *,
+    on_end: Callable[[], None],
+    mourn: Callable[[int, str], None],
+    now: Callable[[], float] = time.monotonic,
+) -> int:
+    """Run all parts, each in a process of its own, until one of them or a signal ends them; return the exit code.
+
+    `on_end` is called when the end begins, `mourn` with the number and the fate of each part that died.
+    """
+    return _Supervisor(parts, on_end, mourn, now).run()
+
+
+def share_listeners(address: tuple[str, int], listeners: Sequence[socket.socket]) -> None:
+    """Let mitmproxy's servers in this process use `listeners` where they are to listen on `address`.
+
+    They take TCP connections only, not QUIC, which has no such queue.
+    """
+    listen = AsyncioServerInstance.listen
+
+    async def listen_together(instance: AsyncioServerInstance[Any], host: str, port: int) -> list[Any]:
+        if (host, port) != address:
+            return await listen(instance, host, port)
+        servers = []
+        for listener in listeners:
+            # asyncio would take as many connections as its backlog at once, and leave the other processes idle.
+            servers.append(await asyncio.start_server(instance.handle_stream, sock=listener, backlog=1))
+            listener.listen(_BACKLOG)
+        return servers
+
+    AsyncioServerInstance.listen = listen_together  # type: ignore[method-assign,assignment]
+
+
+class _Supervisor:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        on_end: Callable[[], None],
+        mourn: Callable[[int, str], None],
+        now: Callable[[], float],
+    ) -> None:
+        self._parts = parts
+        self._on_end = on_end
+        self._mourn = mourn
+        self._now = now
+        self._running: dict[int, Part] = {}
+        self._due: dict[float, Part] = {}
+        self._exit_code: int | None = None
+        self._killed_at = float("inf")
+        self._signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # it is to outlive the terminal otherwise (nohup)
+            self._signals.add(signal.SIGHUP)
+        # Its end tells the parts that we are gone, however that came about.
+        self._lifeline = os.pipe()
+
+    def run(self) -> int:
+        # Waited for instead of handled: nothing is missed, and nothing happens at a bad time.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
+        for part in self._parts:
+            self._start(part, is_first=True)
+        while self._running or self._due:
+            received = signal.sigtimedwait(self._signals, self._patience())
+            if received is not None and received.si_signo != signal.SIGCHLD:
+                self._end(0)
+            self._reap()
+            self._start_due()
+            if self._now() >= self._killed_at:
+                self._send(signal.SIGKILL, self._running)
+                self._killed_at = float("inf")
+        return self._exit_code or 0
+
+    def _patience(self) -> float:
+        return max(0.0, min([*self._due, self._killed_at, self._now() + 60]) - self._now())
+
+    def _start(self, part: Part, *, is_first: bool) -> None:
+        part.started_at = self._now()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            self._running[pid] = part
+            return
+        code = _CRASHED
+        try:
+            # A Ctrl-C at the terminal is ours to pass on; as a second signal it would end them at once.
+            os.setpgid(0, 0)
+            os.close(self._lifeline[1])
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+            code = part.run(is_first, self._lifeline[0])
+        except KeyboardInterrupt:
+            code = 0
+        except BaseException:  # noqa: BLE001  nothing may return to what the other process does
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
+
+    def _reap(self) -> None:
+        while self._running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            part = self._running.pop(pid, None)
+            if part is not None:
+                self._has_ended(part, os.waitstatus_to_exitcode(status))
+
+    def _has_ended(self, part: Part, code: int) -> None:
+        if self._exit_code is not None:
+            if not any(other.is_worker for other in self._running.values()):
+                self._send(signal.SIGTERM, self._running)
+        elif code in _DELIBERATE:
+            self._end(code)
+        else:
+            lived = self._now() - part.started_at
+            part.failures = 1 if lived > _SETTLED_AFTER else part.failures + 1
+            delay = 0.0 if part.failures == 1 else min(2.0 ** (part.failures - 2), MAX_DELAY)
+            self._due[self._now() + delay] = part
+            fate = f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed"
+            self._mourn(self._parts.index(part), fate)
+
+    def _start_due(self) -> None:
+        for at in [at for at in self._due if at <= self._now()]:
+            self._start(self._due.pop(at), is_first=False)
+
+    def _end(self, code: int) -> None:
+        if self._exit_code is None:
+            self._exit_code = code
+            self._killed_at = self._now() + END_TIMEOUT
+            self._due.clear()
+            self._on_end()
+        workers = [pid for pid, part in self._running.items() if part.is_worker]
+        self._send(signal.SIGTERM, workers or list(self._running))
+
+    def _send(self, number: int, pids: "Sequence[int] | dict[int, Part]") -> None:
+        for pid in tuple(pids):
+            os.kill(pid, number)

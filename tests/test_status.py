@@ -1,0 +1,190 @@
+"""What the proxy tells of itself, as JSON, as a page and as lines."""
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.protocol import Client
+from eoepca_security.proxy.page import duration, lines, page, relative
+from eoepca_security.proxy.settings import Settings
+from eoepca_security.proxy.status import MAX_RECENT, Answer, Mishap, Mishaps, Refresh, State, status
+from eoepca_security.session import AccessToken
+
+NOW = 1_800_000_000.0
+SECRETS = ("the-access-token", "the-id-token", "the-refresh-token", "the-initial-token", "the-client-secret")
+
+SETTINGS = Settings(
+    "https://issuer.example/realms/x",
+    Client("my-client", SECRETS[4]),
+    refresh_token=SECRETS[2],
+    access_token=SECRETS[3],
+    audience="my-service",
+)
+
+STATE = State(
+    at=NOW,
+    started_at=NOW - 7265,
+    listener="http://127.0.0.1:8080",
+    upstream="https://service.example:9200",
+    in_container=False,
+    settings=SETTINGS,
+    token=AccessToken(SECRETS[0], NOW - 19, NOW + 41, SECRETS[1]),
+    claims={"sub": "6f0c", "preferred_username": "alice", "email": "a@b.example"},
+    failure=None,
+    last_refresh=Refresh(NOW - 19, 0.031, None),
+    last_answer=Answer(200, NOW - 3),
+    mishaps=(),
+    counts={
+        "refreshes": {"success": 3, "issuer_unavailable": 1},
+        "requests": {"2xx": 5, "5xx": 1},
+        "errors": {"upstream_unavailable": 1},
+    },
+    in_flight=2,
+)
+
+REJECTED = CredentialsRejected("the issuer answered invalid_grant: Token is not active; log in", error="invalid_grant")
+REFUSED = IssuerUnavailable("https://issuer.example cannot be reached: Connection refused", cause="refused")
+
+
+def test_all_of_it_is_told_and_no_secret() -> None:
+    told = status(STATE)
+    assert told["identity"] == {"sub": "6f0c", "preferred_username": "alice"}
+    assert told["token"] == {
+        "obtained_at": NOW - 19,
+        "ends_at": NOW + 41,
+        "lifetime_seconds": 60,
+        "seconds_left": 41,
+    }
+    assert told["last_refresh"] == {"at": NOW - 19, "seconds": 0.031, "result": "success"}
+    text = "\n".join(lines(told))
+    for part in (
+        "identity: alice (sub 6f0c)",
+        "listening at: http://127.0.0.1:8080",
+        "forwarding to: https://service.example:9200",
+        "identity provider: https://issuer.example/realms/x",
+        "(in 41 s)",
+        "lifetime: 1 min, renewed in time",
+        "(19 s ago)",
+        "its result: success, after 31 ms",
+        "refreshes: 3 success, 1 issuer_unavailable",
+        "requests, 2xx, success: 5",
+        "requests, being served: 2",
+        "requests, upstream_unavailable: 1",
+    ):
+        assert part in text
+    shown = page(told)
+    assert "running since" in shown
+    assert "(2 h 1 min ago)" in shown
+    assert not [secret for secret in SECRETS if secret in shown + text + json.dumps(told)]
+
+
+def test_the_page_shows_no_epoch_seconds() -> None:
+    telling = replace(STATE, mishaps=(Mishap("host_not_allowed", "no", NOW - 90_000),))
+    shown = re.sub(r"<[^>]*>", "", page(status(telling)))
+    assert not re.search(r"\d{9}", shown)
+    assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+ \(1 d 1 h ago\)", shown)
+    assert not re.search(r"\d{9}", "\n".join(lines(status(telling))))
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "headline"),
+    [
+        ({}, "ready", "Ready"),
+        ({"failure": REFUSED}, "degraded", "Ready, but not for long"),
+        ({"failure": REFUSED, "token": None}, "failing", "No token"),
+        ({"token": None}, "idle", "Idle"),
+        ({"token": None, "last_refresh": None}, "starting", "Starting"),
+        ({"token": None, "settings": None}, "failing", "No token"),
+    ],
+)
+def test_the_state_is_named(change: dict[str, Any], name: str, headline: str) -> None:
+    told = status(replace(STATE, **change))
+    assert (told["state"], told["ready"]) == (name, "token" not in change)
+    assert f"<strong>{headline}</strong>" in page(told)
+    assert lines(told)[0].startswith(f"{headline}: ")
+
+
+@pytest.mark.parametrize(
+    ("failure", "remedy"),
+    [
+        (REJECTED, "run `run-mitmproxy.py login`; the next request finds the new session"),
+        (CredentialsRejected("there is no session: run `run-mitmproxy.py login`"), "run `run-mitmproxy.py login`"),
+        (CredentialsRejected("no", error="invalid_client"), "copy OPEN_ID_CONNECT_CLIENT_SECRET anew"),
+        (CredentialsRejected("no", error="invalid_scope"), "run `run-mitmproxy.py check`"),
+        (REFUSED, "start it, or check host and port in OPEN_ID_CONNECT_URL; the proxy tries again by itself"),
+        (IssuerUnavailable("it answered 500"), "the proxy tries again by itself"),
+        (TokenInvalid("the token is not for the audience my-service", claim="aud"), "with my-service as Included"),
+        (TokenInvalid("the token is expired: compare this machine's clock"), "set this machine's clock"),
+        (TokenInvalid("the token's signature does not fit"), "run `run-mitmproxy.py check`"),
+    ],
+)
+def test_a_failure_comes_with_its_remedy(failure: TokenError, remedy: str) -> None:
+    told = status(replace(STATE, token=None, failure=failure))
+    assert (told["code"], told["detail"]) == (failure.code, str(failure))
+    [problem] = told["problems"]
+    assert remedy in problem["remedy"]
+    assert problem["detail"] == str(failure).partition("; ")[0]
+    assert f"what to do: {problem['remedy']}" in lines(told)
+    assert "What to do:" in page(told)
+
+
+def test_in_a_container_localhost_is_the_container() -> None:
+    settings = replace(SETTINGS, issuer_url="http://localhost:9000/realms/x")
+    told = status(replace(STATE, settings=settings, failure=REFUSED, in_container=True))
+    assert "host.docker.internal" in told["problems"][0]["remedy"]
+
+
+def test_a_service_that_fails_is_a_problem_until_it_answers() -> None:
+    fault = Mishap("upstream_unavailable", "service.example:443: Connection refused; check that it is up", NOW - 5)
+    failing = replace(STATE, mishaps=(fault,), last_answer=Answer(200, NOW - 9))
+    assert status(failing)["problems"] == [
+        {
+            "title": "The protected service does not answer",
+            "detail": "service.example:443: Connection refused",
+            "remedy": "check that it is up",
+        }
+    ]
+    assert not status(replace(failing, last_answer=Answer(500, NOW - 4)))["problems"]
+    [problem] = status(replace(failing, last_answer=Answer(401, NOW - 4)))["problems"]
+    assert problem["title"] == "The protected service refuses the token"
+
+
+def test_whatever_comes_from_elsewhere_is_escaped() -> None:
+    evil = "<script>alert(1)</script>\"'&"
+    state = replace(
+        STATE,
+        claims={"sub": evil, "preferred_username": evil},
+        failure=CredentialsRejected(evil),
+        listener=evil,
+        upstream=evil,
+        settings=replace(SETTINGS, issuer_url=evil, client=Client(evil)),
+        mishaps=(Mishap(evil, evil, NOW),),
+        counts={name: {evil: 1} for name in ("refreshes", "requests", "errors")},
+    )
+    shown = page(status(state))
+    assert shown.count("<script") == 1  # the page's own
+    assert shown.count("&lt;script&gt;alert(1)&lt;/script&gt;&quot;&#x27;&amp;") == 11
+
+
+def test_errors_are_counted_and_the_oldest_forgotten() -> None:
+    times = iter(range(100))
+    mishaps = Mishaps(lambda: next(times))
+    for detail in ("a", "b", "a"):
+        mishaps.add("host_not_allowed", detail)
+    assert mishaps.latest() == (Mishap("host_not_allowed", "a", 2, 2), Mishap("host_not_allowed", "b", 1))
+    for number in range(MAX_RECENT - 1):
+        mishaps.add("host_not_allowed", f"{number}")
+    assert [one.detail for one in mishaps.latest()][-1] == "a"
+    assert len(mishaps.latest()) == MAX_RECENT
+    mishaps.add("host_not_allowed", "\n" * 1000)
+    assert len(mishaps.latest()[0].detail) == 501
+
+
+def test_durations_have_at_most_two_units() -> None:
+    said = [duration(seconds) for seconds in (0, 0.9, 41.9, 60, 185, 3600, 7800, 273_600)]
+    assert said == ["0 s", "0 s", "41 s", "1 min", "3 min 5 s", "1 h", "2 h 10 min", "3 d 4 h"]
+    assert [relative(seconds) for seconds in (0.5, -0.5, 12, -185)] == ["now", "now", "in 12 s", "3 min 5 s ago"]

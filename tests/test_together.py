@@ -1,0 +1,166 @@
+"""Several processes as one: the answers to questions, and how they are put together."""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from prometheus_client import Metric
+from test_status import NOW, SETTINGS, STATE
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError
+from eoepca_security.proxy import together
+from eoepca_security.proxy.admin import Subject
+from eoepca_security.proxy.metrics import Metrics, counts, exposition, from_json, merged, to_json
+from eoepca_security.proxy.page import page
+from eoepca_security.proxy.status import Mishap, Refresh, status
+from eoepca_security.proxy.together import Crew, Line, answer
+from eoepca_security.session import AccessToken
+
+
+class Process:
+    """What a process that serves requests would tell; several of them in this one."""
+
+    def __init__(self, name: str, ends_at: float) -> None:
+        self.failure: TokenError | None = None
+        self.metrics = Metrics(lambda: 2)
+        self.metrics.token_ends(ends_at)
+        self.state = replace(
+            STATE,
+            claims={"sub": name},
+            token=AccessToken(name, ends_at - 60, ends_at),
+            last_refresh=Refresh(ends_at - 60, 0.1, None),
+        )
+
+    def subject(self) -> Subject:
+        return Subject(self._ready, self._status, self._families, lambda: None)
+
+    async def _ready(self) -> TokenError | None:
+        return self.failure
+
+    async def _status(self) -> Mapping[str, Any]:
+        return status(self.state)
+
+    async def _families(self) -> list[Metric]:
+        return self.metrics.families()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[Line]]:
+    lines = [Line.make() for _ in range(2)]
+    yield lines
+    for line in lines:
+        line.asking.close()
+        line.answering.close()
+
+
+async def test_processes_are_told_of_as_one(lines: list[Line]) -> None:
+    processes = [Process("one", 1000.0), Process("other", 2000.0)]
+    for line, process in zip(lines, processes, strict=True):
+        answer(line, process.subject())
+        process.metrics.request_ended(200)
+        process.metrics.refreshed(None, 0.3)
+    processes[0].metrics.request_ended(502, "credentials_rejected")
+    mishap = Mishap("issuer_unavailable", "it is down", NOW - 60, 3)
+    for process, at in zip(processes, (NOW - 60, NOW - 30), strict=True):
+        process.state = replace(process.state, mishaps=(replace(mishap, at=at),))
+    processes[0].state = replace(processes[0].state, token=None, failure=CredentialsRejected("log in"))
+    crew = Crew(SETTINGS, lines, lambda: None)
+
+    told = await crew.status()
+    assert (told["processes"], told["requests_in_flight"], told["listener"]) == (2, 4, "http://127.0.0.1:8080")
+    assert (told["identity"], told["token"]["ends_at"], told["last_refresh"]["at"]) == ({"sub": "other"}, 2000, 1940)
+    assert (told["state"], told["ready"], told["code"], told["detail"]) == (
+        "failing",
+        True,
+        "credentials_rejected",
+        "log in",
+    )
+    assert len(told["problems"]) == 1
+    assert told["recent_errors"] == [{"at": NOW - 30, "code": "issuer_unavailable", "detail": "it is down", "count": 6}]
+    assert (told["requests"], told["errors"]) == ({"2xx": 2, "5xx": 1}, {"credentials_rejected": 1})
+    assert told["refreshes"] == {"success": 2}
+    assert "other" in page(told)
+
+    text = exposition(await crew.families(), "")[0].decode()
+    assert 'oidc_proxy_requests_total{code="",status_class="2xx"} 2.0\n' in text
+    assert 'oidc_proxy_refresh_duration_seconds_bucket{le="0.5"} 2.0\n' in text
+    assert "oidc_proxy_refresh_duration_seconds_sum 0.6\n" in text
+    assert "oidc_proxy_token_expiry_timestamp_seconds 2000.0\n" in text
+    assert "oidc_proxy_requests_in_flight 4.0\n" in text
+    created = min(s.value for p in processes for f in p.metrics.families() for s in f.samples if "created" in s.name)
+    assert created in {s.value for family in await crew.families() for s in family.samples}
+
+
+async def test_they_are_ready_when_all_that_answer_are(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "ANSWER_TIMEOUT", 0.1)
+    crew, processes = Crew(SETTINGS, lines, lambda: None), [Process("a", 1.0), Process("b", 1.0)]
+    silent = await crew.ready()
+    assert isinstance(silent, IssuerUnavailable)
+    told = await crew.status()
+    assert (told["ready"], told["processes"], told["state"]) == (False, 0, "failing")
+    assert "none of the proxy" in page(told)
+    answer(lines[0], processes[0].subject())
+    assert await crew.ready() is None  # and the questions that it found waiting have confused nobody
+    answer(lines[1], processes[1].subject())
+    assert await crew.ready() is None
+    processes[1].failure = CredentialsRejected("log in again")
+    failure = await crew.ready()
+    assert isinstance(failure, CredentialsRejected)
+    assert str(failure) == "log in again"
+
+
+async def test_questions_at_the_same_time_get_their_own_answers(lines: list[Line]) -> None:
+    for line, process in zip(lines, (Process("a", 1.0), Process("b", 1.0)), strict=True):
+        answer(line, process.subject())
+    crew = Crew(SETTINGS, lines, lambda: None)
+    answers = await asyncio.gather(*(crew.status() if i % 2 else crew.ready() for i in range(10)))
+    assert all(a is None for a in answers[::2])
+    assert all(isinstance(a, Mapping) and a["processes"] == 2 for a in answers[1::2])
+
+
+async def test_a_process_that_reads_nothing_holds_nobody_up(lines: list[Line]) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            lines[1].asking.send(b"unread")
+    answer(lines[0], Process("a", 1.0).subject())
+    assert await Crew(SETTINGS, lines, lambda: None).ready() is None
+
+
+async def test_what_is_no_question_is_passed_over(lines: list[Line]) -> None:
+    answer(lines[0], Process("a", 1.0).subject())
+    lines[0].asking.send(b"what?")
+    assert await Crew(SETTINGS, lines[:1], lambda: None).ready() is None
+
+
+async def test_the_counts_of_a_process_that_is_gone_stay(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    crew, before, after = Crew(SETTINGS, lines[:1], lambda: None), Process("a", 1.0), Process("a", 2.0)
+    for _ in range(3):
+        before.metrics.request_ended(200)
+    answer(lines[0], before.subject())
+    assert counts(await crew.families())["requests"] == {"2xx": 3}
+    asyncio.get_running_loop().remove_reader(lines[0].answering)
+
+    monkeypatch.setattr(together, "ANSWER_TIMEOUT", 0.1)
+    silent = await crew.families()
+    assert counts(silent)["requests"] == {"2xx": 3}
+    assert "oidc_proxy_requests_in_flight" not in {family.name for family in silent}
+    # The one that takes its place has another number.
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    answer(lines[0], after.subject())
+    after.metrics.request_ended(200)
+    for _ in range(2):
+        assert counts(await crew.families())["requests"] == {"2xx": 4}
+
+
+def test_families_survive_json() -> None:
+    metrics = Metrics(lambda: 1)
+    metrics.request_ended(404)
+    metrics.refreshed(None, 0.2)
+    families = from_json(json.loads(json.dumps(to_json(metrics.families()))))
+    assert exposition(families, "") == exposition(metrics.families(), "")
+    assert exposition(merged([families]), "") == exposition(families, "")
