@@ -333,6 +333,13 @@ def read_answer(
         answer = parse_object(body)
     except ValueError as error:
         message = f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
+        # Whether this refuses something (as Glewlwyd 2.7 refuses a used-up refresh token), or comes from something
+        # in between, cannot be known; RFC 6749 §5.2 wants a refusal to say that it is one.
+        if status in (400, 401, 403):
+            message += (
+                "; if it stays so, it may mean to refuse the client (OPEN_ID_CONNECT_CLIENT_SECRET) or the session "
+                "(`run-mitmproxy.py login`)"
+            )
         raise IssuerUnavailable(message, was_sent=True) from None
     # RFC 6749 §5.1 says 200; who answers 201 has issued the tokens all the same.
     if not 200 <= status < 300:

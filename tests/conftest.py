@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import pytest
 from helpers_tls import write_certificate
+from xdist.scheduler import LoadScopeScheduling
 
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import FakeIssuer
@@ -128,6 +129,24 @@ class ProxyProcess:
 
 
 StartProxy = Callable[..., ProxyProcess]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadgroup`, give a worker all that shares what a session starts once (see `_group`)."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    # xdist's own, which goes by marks, does nothing with pytest 9.2.
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = _group
+    return scheduling
+
+
+def _group(nodeid: str) -> str:
+    """Return what a test belongs to: the tests of one Keycloak, a row of the issuers' table, or its file."""
+    file, _, test = nodeid.partition("::")
+    if "/test_keycloak" in file:
+        return "keycloak"
+    return f"{file}{test[test.find('[') :]}" if file.endswith("/test_issuers.py") else file
 
 
 def settings_for(issuer: FakeIssuer, **more: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Logging in and out, as the command line does it, with an issuer that lets everybody in."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,6 +253,26 @@ def test_a_login_by_browser_ends_with_a_page_and_a_session(
     assert page.status_code == 200
     assert "You are logged in" in page.text
     assert "alice (sub u-1)" in page.text
+
+
+def test_the_browser_comes_back_to_the_port_that_was_asked_for(
+    run: Run, issuer: FakeIssuer, visits: list[httpx.Response]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = run("login", "--browser", "--port", str(port))
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert err.startswith(f"--port: cannot listen on 127.0.0.1:{port}: ")
+        assert issuer.logins.seen == []
+    assert run("login", "--browser", "--port", str(port))[0] == 0
+    (query,) = issuer.logins.seen
+    assert query["redirect_uri"] == f"http://127.0.0.1:{port}/callback"
+
+
+def test_a_port_is_for_browsers(run: Run) -> None:
+    code, out, err = run("login", "--port", "8765")
+    assert (code, out) == (2, "")
+    assert "--port is for --browser" in err
 
 
 @pytest.mark.parametrize(

@@ -544,6 +544,8 @@ def test_an_issuer_that_does_not_speak_json_is_unavailable(status: int, body: by
         read_token_response(status, body)
 
     assert caught.value.retry_after is None
+    # Some issuers refuse like this, but not every answer like this is a refusal.
+    assert ("run-mitmproxy.py login" in str(caught.value)) == (status in (400, 401, 403))
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])

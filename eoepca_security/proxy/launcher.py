@@ -170,9 +170,15 @@ def token(extra: Sequence[str]) -> int:
 
 @cli.command(epilog=LOGIN_EPILOG)
 @click.option("--browser", is_flag=True, help="Log in with a browser on this machine instead of a code.")
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    help="With --browser: the port to come back to, for issuers that want the whole redirect URI, "
+    "http://127.0.0.1:PORT/callback, registered; a free one otherwise.",
+)
 @click.option("--scope", help="Scopes to ask for, separated by spaces, instead of `openid offline_access`.")
 @click.pass_obj
-def login(extra: Sequence[str], *, browser: bool, scope: str | None) -> int:
+def login(extra: Sequence[str], *, browser: bool, port: int | None, scope: str | None) -> int:
     """Log in, and keep the session for the proxies that have these settings.
 
     Without --browser a code is shown that can be confirmed in a browser anywhere.
@@ -180,7 +186,9 @@ def login(extra: Sequence[str], *, browser: bool, scope: str | None) -> int:
     from eoepca_security.proxy.login import login as run  # noqa: PLC0415  as in serve
 
     _refuse(extra, "login")
-    return run(_settings((), need_upstream=False, need_session=False), scope=scope, browser=browser)
+    if port is not None and not browser:
+        raise click.UsageError("--port is for --browser")
+    return run(_settings((), need_upstream=False, need_session=False), scope=scope, browser=browser, port=port or 0)
 
 
 @cli.command(epilog=LOGOUT_EPILOG)

@@ -44,8 +44,11 @@ LEEWAY: Final = 10.0
 Finish = Callable[[TokenResponse, AuthorizationRequest | None], str]
 
 
-def login(settings: Settings, *, scope: str | None, browser: bool) -> int:
-    """Get a session and keep it; return the exit code. Raises SecurityError."""
+def login(settings: Settings, *, scope: str | None, browser: bool, port: int = 0) -> int:
+    """Get a session and keep it; return the exit code. Raises SecurityError.
+
+    `port` is where the browser comes back to, 0 for a free one.
+    """
     if settings.grant == "client_credentials":
         raise SettingsError(f"{GRANT.env}: is client_credentials, which acts for the client itself: no login is needed")
     store = make_store(settings)
@@ -64,7 +67,11 @@ def login(settings: Settings, *, scope: str | None, browser: bool) -> int:
         _keep(store, response)
         return identity(claims)
 
-    who = by_browser(provider, settings, scope, finish) if browser else finish(by_device(provider, scope), None)
+    who = (
+        by_browser(provider, settings, scope, finish, port=port)
+        if browser
+        else finish(by_device(provider, scope), None)
+    )
     click.echo(
         f"Logged in as {who}.\nThe session is kept in {store.place}; proxies with these settings use it, those "
         "that run, too."
@@ -133,15 +140,25 @@ def by_device(
 
 
 def by_browser(
-    provider: Provider, settings: Settings, scope: str, finish: Finish, *, timeout: float = BROWSER_TIMEOUT
+    provider: Provider,
+    settings: Settings,
+    scope: str,
+    finish: Finish,
+    *,
+    port: int = 0,
+    timeout: float = BROWSER_TIMEOUT,
 ) -> str:
     """Send a browser on this machine to the issuer and wait until it comes back (RFC 8252).
 
     Returns what `finish` makes of the tokens. Raises CredentialsRejected when the login is refused, or after `timeout`
-    seconds.
+    seconds, and SettingsError when `port` cannot be listened on.
     """
     metadata = provider.metadata()
-    with Loopback() as loopback:
+    try:
+        server = Loopback(port)
+    except OSError as error:
+        raise SettingsError(f"--port: cannot listen on 127.0.0.1:{port}: {error.strerror}") from None
+    with server as loopback:
         request = build_authorization_request(settings.client, metadata, scope, redirect_uri=loopback.redirect_uri)
         loopback.is_expected = lambda parameters: is_answer_to(request, parameters)
         click.echo(f"Log in with your browser, on this machine. If none opens, go to\n\n  {request.url}\n")

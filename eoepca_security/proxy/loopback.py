@@ -39,18 +39,19 @@ Parameters = Sequence[tuple[str, str]]
 
 
 class Loopback:
-    """A server on a free loopback port that takes one redirect, while its `with` block lasts.
+    """A server on a loopback port, 0 for a free one, that takes one redirect, while its `with` block lasts.
 
-    `is_expected` tells the right one by its query; whatever else comes is refused and changes nothing.
+    `is_expected` tells the right one by its query; whatever else comes is refused and changes nothing. Raises OSError
+    for a port that is taken.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.is_expected: Callable[[Parameters], bool] = lambda _parameters: False
         self._redirect: Future[Parameters] = Future()
         self._outcome: Future[tuple[bool, str, str]] = Future()
         self._answered = threading.Event()
         self._lock = threading.Lock()
-        self._server = LocalServer(self._handler())
+        self._server = LocalServer(self._handler(), port)
         self.redirect_uri = self._server.url + PATH
 
     def __enter__(self) -> Self:

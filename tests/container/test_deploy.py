@@ -18,7 +18,7 @@ from docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, readme_
 from docker_pod import BASE, Cluster, Pod, claim
 
 from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT
-from eoepca_security.proxy.settings import VARIABLES
+from eoepca_security.proxy.variables import VARIABLES
 from eoepca_security.testing import Behaviour
 
 yaml = pytest.importorskip("yaml")

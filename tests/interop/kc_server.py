@@ -1,4 +1,4 @@
-"""A Keycloak on loopback: its Java found, its archive fetched, its realms imported, started and stopped by the tests.
+"""Keycloak on loopback: its Java found, its archive fetched, its realms imported, started and stopped by the tests.
 
 Nothing is shared between runs but the downloaded archive: every run unpacks a copy of its own, because Keycloak writes
 into its installation, and keeps its data in memory.
@@ -11,16 +11,19 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from kc_process import free_port, running
 
 VERSION = "26.7.3"
 JAVA_MAJORS = (25, 21, 17)  # in order of preference: the LTS releases this version runs on
+OLDEST = "20.0.0"
+OLDEST_JAVA_MAJORS = (17, 11)
 DOWNLOAD_SECONDS = 600.0
 START_SECONDS = 180.0
 REQUEST_SECONDS = 10.0
@@ -51,6 +54,7 @@ class Client:
 
 CONFIDENTIAL = Client("eoepca-confidential", "test-only-client-secret")
 PUBLIC = Client("eoepca-public")
+ADMIN = ("admin", "test-only-admin-password")
 INTERACTIVE = Client("eoepca-login")  # for users who log in themselves, by device or by browser
 GATEWAY = Client("eoepca-gateway", "test-only-gateway-secret")  # for a gateway that logs users in
 USERNAME = "alice"
@@ -99,6 +103,25 @@ class Keycloak:
             return False
         return answer.is_success
 
+    def admin(self, method: str, path: str, body: Any = None) -> Any:
+        """Call the admin API as the first administrator; what it answers, None where that is nothing."""
+        form = {"grant_type": "password", "client_id": "admin-cli", "username": ADMIN[0], "password": ADMIN[1]}
+        token = httpx.post(
+            f"{self.issuer('master')}/protocol/openid-connect/token",
+            data=form,
+            trust_env=False,
+            timeout=REQUEST_SECONDS,
+        ).raise_for_status()
+        answer = httpx.request(
+            method,
+            f"{self.url}/admin/realms/{path}".rstrip("/"),
+            json=body,
+            headers={"Authorization": f"Bearer {token.json()['access_token']}"},
+            trust_env=False,
+            timeout=REQUEST_SECONDS,
+        ).raise_for_status()
+        return answer.json() if answer.content else None
+
     def _post(self, realm: str, endpoint: str, client: Client, **form: str) -> httpx.Response:
         return httpx.post(
             f"{self.issuer(realm)}/protocol/openid-connect/{endpoint}",
@@ -109,15 +132,28 @@ class Keycloak:
 
 
 @contextmanager
-def running_keycloak(folder: Path) -> Iterator[Keycloak]:
-    """Start Keycloak with the test realms; `folder` takes its installation, removed at the end, and its log."""
-    java_home = find_java_home()
-    archive = fetch_archive(java_home)
-    home = folder / f"keycloak-{VERSION}"
+def running_keycloak(
+    folder: Path,
+    realms: Sequence[Mapping[str, Any]] = (),
+    *,
+    version: str = VERSION,
+    java_majors: Sequence[int] = JAVA_MAJORS,
+) -> Iterator[Keycloak]:
+    """Start Keycloak with the test realms or those given.
+
+    `folder` takes its installation, removed at the end, and its log.
+    """
+    java_home = find_java_home(version, java_majors)
+    archive = fetch_archive(java_home, version)
+    home = folder / f"keycloak-{version}"
+    realms = realms or two_realms()
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-        write_realms(home / "data" / "import")
+        imported = home / "data" / "import"
+        imported.mkdir(parents=True)
+        for realm in realms:
+            (imported / f"{realm['realm']}.json").write_text(json.dumps(realm))
         port = free_port()
         keycloak = Keycloak(f"http://127.0.0.1:{port}")
         command = [
@@ -135,27 +171,27 @@ def running_keycloak(folder: Path) -> Iterator[Keycloak]:
             "JAVA_OPTS_KC_HEAP": "-Xms64m -Xmx512m",
             # A server that lives for minutes does not earn back what the optimizing compiler costs at its start.
             "JAVA_OPTS_APPEND": "-XX:TieredStopAtLevel=1 -XX:-UsePerfData",
+            # The names since version 26, and before.
+            **dict(zip(("KC_BOOTSTRAP_ADMIN_USERNAME", "KC_BOOTSTRAP_ADMIN_PASSWORD"), ADMIN, strict=True)),
+            **dict(zip(("KEYCLOAK_ADMIN", "KEYCLOAK_ADMIN_PASSWORD"), ADMIN, strict=True)),
         }
         with running(command, env, home, folder / "keycloak.log") as child:
-            child.wait_until(lambda: keycloak.answers(REALM) and keycloak.answers(ROTATING_REALM), START_SECONDS)
+            child.wait_until(lambda: all(keycloak.answers(realm["realm"]) for realm in realms), START_SECONDS)
             yield keycloak
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def write_realms(folder: Path) -> None:
-    """Write the realm file and its rotating twin where Keycloak imports them from."""
+def two_realms() -> list[dict[str, Any]]:
+    """The realm file's and its rotating twin."""
     realm = json.loads(REALM_FILE.read_text())
-    twin = {**realm, "realm": ROTATING_REALM, "revokeRefreshToken": True, "refreshTokenMaxReuse": 0}
-    folder.mkdir(parents=True)
-    for each in (realm, twin):
-        (folder / f"{each['realm']}.json").write_text(json.dumps(each))
+    return [realm, {**realm, "realm": ROTATING_REALM, "revokeRefreshToken": True, "refreshTokenMaxReuse": 0}]
 
 
-def fetch_archive(java_home: Path) -> Path:
+def fetch_archive(java_home: Path, version: str) -> Path:
     """The distribution's archive in the user's cache, downloaded by Maven when it is not there yet."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eoepca-security" / "keycloak"
-    archive = cache / f"keycloak-quarkus-dist-{VERSION}.tar.gz"
+    archive = cache / f"keycloak-quarkus-dist-{version}.tar.gz"
     if archive.exists():
         return archive
     maven = shutil.which("mvn")
@@ -166,7 +202,7 @@ def fetch_archive(java_home: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=cache) as partial:
         command = [
             *(maven, "-q", "-B", "--strict-checksums", "dependency:copy"),
-            f"-Dartifact=org.keycloak:keycloak-quarkus-dist:{VERSION}:tar.gz",
+            f"-Dartifact=org.keycloak:keycloak-quarkus-dist:{version}:tar.gz",
             f"-DoutputDirectory={partial}",
         ]
         env = {**os.environ, "JAVA_HOME": str(java_home)}
@@ -174,25 +210,25 @@ def fetch_archive(java_home: Path) -> Path:
             command, env=env, cwd=partial, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
         )
         if done.returncode != 0:
-            raise KeycloakError(f"Maven could not download Keycloak {VERSION}:\n{done.stdout}{done.stderr}")
+            raise KeycloakError(f"Maven could not download Keycloak {version}:\n{done.stdout}{done.stderr}")
         (Path(partial) / archive.name).replace(archive)
     return archive
 
 
-def find_java_home() -> Path:
+def find_java_home(version: str, majors: Sequence[int]) -> Path:
     """JAVA_HOME when Keycloak runs on it, else the most preferred of the installed ones."""
     chosen = os.environ.get("JAVA_HOME")
-    if chosen and java_major(Path(chosen)) in JAVA_MAJORS:
+    if chosen and java_major(Path(chosen)) in majors:
         return Path(chosen)
     candidates = sorted(Path("/usr/lib/jvm").glob("*/"))
     on_path = shutil.which("java")
     if on_path:
         candidates.insert(0, Path(on_path).resolve().parents[1])
     by_major = {java_major(home): home for home in reversed(candidates)}
-    for major in JAVA_MAJORS:
+    for major in majors:
         if major in by_major:
             return by_major[major]
-    raise KeycloakError(f"Keycloak {VERSION} needs Java {', '.join(map(str, JAVA_MAJORS))}: none found")
+    raise KeycloakError(f"Keycloak {version} needs Java {', '.join(map(str, majors))}: none found")
 
 
 def java_major(home: Path) -> int | None:

@@ -23,7 +23,11 @@ from helpers_browser import chromium
 from kc_browser import grant, log_in, wait_for_text
 
 pytest_plugins = ["kc_fixtures"]
-pytestmark = [pytest.mark.interop, pytest.mark.browser, pytest.mark.timeout(1000)]
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.browser,
+    pytest.mark.timeout(1000),
+]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 SECONDS = 60.0

@@ -1,0 +1,88 @@
+"""The table in docs/issuers.md: the tests write down what ran, and this compares it with what the page says.
+
+`python tests/interop/issuer_table.py RESULTS docs/issuers.md` fails where they differ; `--write` writes the page.
+"""
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+BEGIN = "<!-- What ran: written by tests/interop/issuer_table.py, do not edit. -->"
+END = "<!-- The end of what ran. -->"
+FOLDER = "ISSUER_RESULTS"  # the environment variable that names the folder of the results
+
+COLUMNS = {
+    "test_discovery": "Discovery",
+    "test_login_by_device": "Login by device",
+    "test_login_by_browser": "Login by browser",
+    "test_refresh": "Refresh",
+    "test_rotation": "Rotation, reuse",
+    "test_revocation": "Revocation",
+    "test_logout": "Logout",
+    "test_key_rotation": "New keys",
+    "test_scheme": "`OIDCProxyScheme`",
+    "test_client_authentication": "Client authentication",
+}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """As a plugin: write down what a scenario came to, in a file for each issuer."""
+    report = yield
+    callspec = getattr(item, "callspec", None)
+    column = getattr(item, "originalname", "")
+    if (
+        FOLDER in os.environ
+        and callspec is not None
+        and column in COLUMNS
+        and (report.when == "call" or not report.passed)
+    ):
+        path = Path(os.environ[FOLDER]) / f"{callspec.id}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = json.loads(path.read_text()) if path.exists() else {}
+        said = dict(item.user_properties).get("says", "yes")
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        results[column] = {"passed": said, "skipped": f"- {reason}"}.get(report.outcome, "failed")
+        path.write_text(json.dumps(results))
+    return report
+
+
+def table(folder: Path) -> str:
+    """What ran, as Markdown: a row for each issuer, and why something was not for it."""
+    lines = [f"| Issuer | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
+    notes = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.name.lower()):
+        results = json.loads(path.read_text())
+        cells = [results.get(column, "did not run") for column in COLUMNS]
+        lines.append(f"| {path.stem} | {' | '.join('—' if cell.startswith('- ') else cell for cell in cells)} |")
+        notes += [
+            f"- {path.stem}, {COLUMNS[column]}: {cell.removeprefix('- ')}."
+            for column, cell in zip(COLUMNS, cells, strict=True)
+            if cell.startswith("- ")
+        ]
+    return "\n".join([*lines, "", *notes])
+
+
+def main(arguments: list[str]) -> int:
+    results, page = (Path(argument) for argument in arguments[:2])
+    before = page.read_text()
+    head, _, rest = before.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    after = f"{head}{BEGIN}\n\n{table(results)}\n\n{END}{tail}"
+    if "--write" in arguments:
+        page.write_text(after)
+        return 0
+    if before != after:
+        print(
+            *difflib.unified_diff(before.splitlines(), after.splitlines(), str(page), "what ran", lineterm=""), sep="\n"
+        )
+    return before != after
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
