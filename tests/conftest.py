@@ -144,7 +144,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _group(nodeid: str) -> str:
     """Return what a test belongs to: the tests of one Keycloak, a row of the issuers' table, or its file."""
     file, _, test = nodeid.partition("::")
-    if "/test_keycloak" in file:
+    if "/test_keycloak" in file or file.endswith("/test_apache.py"):
         return "keycloak"
     return f"{file}{test[test.find('[') :]}" if file.endswith("/test_issuers.py") else file
 
