@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
-from mitmproxy.connection import Client, ConnectionState, Server
+from mitmproxy.connection import Client, Connection, ConnectionState, Server
 from mitmproxy.proxy import mode_servers
-from mitmproxy.proxy.commands import StartHook
+from mitmproxy.proxy.commands import OpenConnection, StartHook
 from mitmproxy.proxy.events import Event
 from mitmproxy.proxy.layer import CommandGenerator, Layer
 from mitmproxy.proxy.layers.http import GetHttpConnection, GetHttpConnectionCompleted, HttpLayer
@@ -25,6 +25,8 @@ from mitmproxy.proxy.server import ConnectionIO
 from mitmproxy.proxy.server_hooks import ClientDisconnectedHook, ServerConnectionHookData, ServerDisconnectedHook
 from mitmproxy.proxy.tunnel import TunnelLayer, TunnelState
 
+from eoepca_security.proxy import stream
+
 MAX_IDLE: Final = 32
 """Most connections that are kept at a time."""
 
@@ -33,6 +35,9 @@ IDLE_TIMEOUT: Final = 30.0
 
 MAX_AGE: Final = 300.0
 """Seconds after which a connection is not kept any more, so that a name's new address is noticed."""
+
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds that a connection to the service may take to be made, TLS included; the system waits for two minutes."""
 
 MAX_CONNECTIONS: Final = 100
 """Most connections to the service that one HTTP/2 client has at a time; mitmproxy's five are used up by five event
@@ -157,6 +162,23 @@ class _PoolingHandler(ProxyConnectionHandler):
                 if isinstance(server, Server):
                     await self._give_back(server, io)
 
+    async def open_connection(self, command: OpenConnection) -> None:
+        """Connect, as mitmproxy does, but not for ever."""
+        watch = asyncio.create_task(_end_late(command.connection, asyncio.current_task()))
+        try:
+            await super().open_connection(command)
+        finally:
+            watch.cancel()
+
+    async def on_timeout(self) -> None:
+        """Where nothing has come for long, tell those who wait for the service; end the rest, as mitmproxy does."""
+        waiting = [(server, io.handler) for server, io in self.transports.items() if isinstance(server, Server)]
+        for server, handler in waiting:
+            if handler is not None:
+                stream.late.add(server)
+                handler.cancel("timed out")
+        await (self.timeout_watchdog.watch() if waiting else super().on_timeout())
+
     def take(self, event: GetHttpConnection) -> Idle | None:
         """Take a connection over from the pool."""
         idle = self._pool.take(event)
@@ -202,6 +224,19 @@ class _PoolingHandler(ProxyConnectionHandler):
         context.layers[:] = own
         opened_at = self._opened_at.get(server, time.monotonic())
         self._pool.put(Idle(server, layer, reader, writer, opened_at))
+
+
+async def _end_late(connection: Connection, handler: "asyncio.Task[Any] | None") -> None:
+    """Cancel what makes a connection when it takes too long; waiting for others to end does not count."""
+    while handler is not None:
+        began = connection.timestamp_start
+        left = CONNECT_TIMEOUT - (time.time() - began if began is not None else 0)
+        if left <= 0:
+            break
+        await asyncio.sleep(left)
+    is_made = connection.timestamp_tls_setup if connection.tls else connection.connected
+    if handler is not None and not is_made:
+        handler.cancel(f"timed out after {CONNECT_TIMEOUT:.0f} s")
 
 
 def _is_clean(server: Server, layer: Layer, io: ConnectionIO) -> bool:

@@ -44,6 +44,9 @@ answer only when they have sent everything, and would never see it if the connec
 # RFC 9110 §9.2.2: doing these twice is no different from doing them once.
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
+late: WeakSet[Connection] = WeakSet()
+"""Connections that were ended because nothing came from the service for too long."""
+
 _used: WeakSet[Connection] = WeakSet()
 
 
@@ -145,9 +148,8 @@ class Stream(HttpStream):
             yield from self._repeat()
         else:
             request = self.flow.request
-            fault = problem.upstream_fault(
-                f"{request.host}:{request.port}", event.message, is_plain=request.scheme == "http"
-            )
+            reason = "no answer: timed out" if self.context.server in late else event.message
+            fault = problem.upstream_fault(f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http")
             self.flow.response = problem.answer(fault, method=request.method)
             self.flow.metadata |= {CODE: fault.code, DETAIL: fault.detail}
             yield from self._answer()
@@ -175,6 +177,7 @@ class Stream(HttpStream):
         return (
             self._was_used
             and not self._was_repeated
+            and self.context.server not in late
             and self._is_in(self.state_done)
             and request.raw_content is not None
             and request.data.method in _IDEMPOTENT

@@ -3,16 +3,18 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ProxyProcess, StartProxy, eventually, settings_for
+from conftest import ROOT, ProxyProcess, StartProxy, eventually, settings_for
 from helpers_network import RawServer, replies
 from helpers_network import http as response
 from helpers_service import http2_get
@@ -414,3 +416,37 @@ def test_clients_that_go_away_at_any_moment_leave_no_connection_behind(start: St
         # What is kept at most, and what listens.
         eventually(lambda: sockets() <= 32 + 8)
         assert httpx.get(proxy.url, trust_env=False).status_code == 200
+
+
+def test_a_service_that_stays_silent_is_told_of_in_time(start: StartProxy, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if sys.flags.optimize:\n"
+        "    from eoepca_security.proxy import pool\n"
+        "    from mitmproxy.proxy import server\n"
+        "    pool.CONNECT_TIMEOUT, server.TCP_TIMEOUT = 1.0, 1\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+
+    def silent(server: RawServer, connection: socket.socket) -> None:
+        server.read_request(connection)
+        server.wait_for_end(connection)
+
+    # An option from mitmproxy 12 on.
+    arguments = ["--set", "tcp_timeout=1"] if int(version("mitmproxy").partition(".")[0]) >= 12 else []
+    with contextlib.ExitStack() as opened:
+        issuer = opened.enter_context(FakeIssuer())
+        service = opened.enter_context(RawServer(silent))
+        # Its queue is full, so that it does not even accept.
+        deaf = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            client = opened.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(deaf.getsockname())
+        for port, reason in ((deaf.getsockname()[1], b"timed out after 1 s"), (service.port, b"no answer: timed out")):
+            proxy = start("launcher", f"http://127.0.0.1:{port}", settings_for(issuer, PYTHONPATH=path), *arguments)
+            answer = talk(proxy, b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert b" 504 " in answer.splitlines()[0]
+            assert b"X-OIDC-Proxy-Error: upstream_timeout\r\n" in answer
+            assert reason in answer
+        assert len(service.requests) == 1
