@@ -6,9 +6,10 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
@@ -45,11 +46,33 @@ class Transport(Protocol):
         """Return the answer to a form POST within `timeout` seconds."""
 
 
+_begun: dict[Path | None, "Future[ssl.SSLContext]"] = {}
+
+
+def begin_to_trust(ca_file: Path | None = None) -> None:
+    """Read the CAs in a thread, for the next call of `trust` with the same `ca_file`: a start has other things to do."""
+    future: Future[ssl.SSLContext] = Future()
+    _begun[ca_file] = future
+
+    def read() -> None:
+        try:
+            future.set_result(_read_trust(ca_file))
+        except OSError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=read, name="trust", daemon=True).start()
+
+
 def trust(ca_file: Path | None = None) -> ssl.SSLContext:
     """Return a client context that trusts the system's CAs, certifi's, and those in `ca_file`.
 
     Raises OSError (ssl.SSLError is one) when `ca_file` cannot be used.
     """
+    begun = _begun.pop(ca_file, None)
+    return begun.result() if begun is not None else _read_trust(ca_file)
+
+
+def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context()
     # On from Python 3.13: it refuses the many private CAs without a key identifier, which older versions accept.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
@@ -60,10 +83,16 @@ def trust(ca_file: Path | None = None) -> ssl.SSLContext:
 
 
 class HttpTransport:
-    """The real network, through `requests`: no redirects, no ambient credentials, every bound enforced."""
+    """The real network, through `requests`: no redirects, no ambient credentials, every bound enforced.
 
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._context = context
+    `context` says whom to trust, or is a function that does, called once when that is needed: reading all CAs takes
+    a while.
+    """
+
+    def __init__(self, context: ssl.SSLContext | Callable[[], ssl.SSLContext]) -> None:
+        self._context: Callable[[], ssl.SSLContext] = (
+            (lambda: context) if isinstance(context, ssl.SSLContext) else cache(context)
+        )
 
     def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         """Return the answer to a GET within `timeout` seconds; raises IssuerUnavailable."""
@@ -77,7 +106,10 @@ class HttpTransport:
         request.headers = {"Accept": "application/json", "Accept-Encoding": "identity", **request.headers}
         # requests would overwrite our Authorization header with what ~/.netrc has for the host; an `auth` stops it.
         request.auth = lambda prepared: prepared
-        adapter = _DeadlineAdapter(self._context, timeout)
+        try:
+            adapter = _DeadlineAdapter(self._context(), timeout)
+        except OSError as error:
+            raise IssuerUnavailable(f"{request.url} cannot be reached: the CAs cannot be read ({error})") from None
         watchdog = threading.Timer(timeout, adapter.cut)
         watchdog.daemon = True
         watchdog.start()

@@ -25,7 +25,16 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from helpers_network import PATIENCE, RawServer, drips, http, replies, says_nothing
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.transport import MAX_BODY, Answer, HttpTransport, _DeadlineAdapter, ca_bundle, explain, trust
+from eoepca_security.transport import (
+    MAX_BODY,
+    Answer,
+    HttpTransport,
+    _DeadlineAdapter,
+    begin_to_trust,
+    ca_bundle,
+    explain,
+    trust,
+)
 
 SHORT = 0.2
 """A deadline that passes in these tests, in seconds."""
@@ -739,3 +748,31 @@ def test_who_hangs_up_without_tls_may_want_it(transport: HttpTransport) -> None:
         pytest.raises(IssuerUnavailable, match=r"ended early; is it https:// rather than http://\?$"),
     ):
         transport.get(server.url, timeout=PATIENCE)
+
+
+def test_whom_to_trust_is_asked_once_and_only_when_needed(tmp_path: Path) -> None:
+    made: list[ssl.SSLContext] = []
+
+    def make() -> ssl.SSLContext:
+        made.append(trust())
+        return made[-1]
+
+    transport = HttpTransport(make)
+    assert not made
+    for _ in range(2):
+        with pytest.raises(IssuerUnavailable, match="refused"):
+            transport.get("http://127.0.0.1:9/", timeout=PATIENCE)
+    assert len(made) == 1
+    gone = HttpTransport(lambda: trust(tmp_path / "gone.pem"))
+    with pytest.raises(IssuerUnavailable, match="the CAs cannot be read"):
+        gone.get("http://127.0.0.1:9/", timeout=PATIENCE)
+
+
+def test_reading_the_cas_can_begin_before_they_are_needed(tmp_path: Path) -> None:
+    begin_to_trust()
+    begun = trust()
+    assert begun is not trust()
+    assert begun.get_ca_certs() == trust().get_ca_certs()
+    begin_to_trust(tmp_path / "gone.pem")
+    with pytest.raises(FileNotFoundError):
+        trust(tmp_path / "gone.pem")

@@ -96,12 +96,20 @@ class OIDCAuthProxy:
         self._in_flight: WeakSet[HTTPFlow] = WeakSet()
         self._codes: WeakKeyDictionary[HTTPFlow, str] = WeakKeyDictionary()
         self._metrics = Metrics(lambda: len(self._in_flight))
+        self._first: asyncio.Future[AccessToken] | None = None
         self._last_refresh: Refresh | None = None
         self._last_answer: Answer | None = None
         self._claims: Mapping[str, Any] = {}
         self._mishaps = Mishaps()
         self._in_container = runs_in_container()
         self._asked: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Get the first token while mitmproxy still starts; the settings are known. There has to be an event loop."""
+        if self._source is not None and not self._settings_problems:
+            self._first = asyncio.ensure_future(self._source.token())
+            # Nobody may come to look at it.
+            self._first.add_done_callback(lambda first: first.cancelled() or first.exception())
 
     # --- start, settings, end ----------------------------------------------------------------------------------------
 
@@ -546,9 +554,10 @@ class OIDCAuthProxy:
             logger.warning("%s", exposure(listener, self._settings))
         self._start_admin(self._settings)
         # mitmproxy does not end before this does, so whoever stops it now would wait for a silent issuer.
-        first = asyncio.ensure_future(self._source.token())
+        first = self._first or asyncio.ensure_future(self._source.token())
         stopped = asyncio.ensure_future(ctx.master.should_exit.wait())
-        await asyncio.wait({first, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {first, stopped}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if not first.done():
             first.cancel()

@@ -3,9 +3,11 @@
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from filelock import FileLock, Timeout
+from mitmproxy import certs
 from mitmproxy.addons.tlsconfig import TlsConfig
 from mitmproxy.certs import CertStore
 from mitmproxy.master import Master
@@ -41,6 +43,20 @@ def load(master: Master) -> None:
         folder = Path(master.options.confdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         make(folder)
+    certs.load_pem_private_key = load_private_key
     # mitmproxy tries again, and tells what is wrong.
     with contextlib.suppress(Exception):
         tls.configure({"confdir"})
+
+
+def load_private_key(data: bytes, password: bytes | None) -> Any:
+    """Read the authority's own key, as mitmproxy does, but for the check of its primes.
+
+    That takes longer than anything else during the start, and the key is one that mitmproxy made itself.
+    """
+    try:
+        return load_pem_private_key(data, password, unsafe_skip_rsa_key_validation=True)
+    except TypeError:
+        if password is None:
+            raise
+        return load_pem_private_key(data, None, unsafe_skip_rsa_key_validation=True)

@@ -15,11 +15,13 @@ from pathlib import Path
 import click
 
 from eoepca_security.errors import SettingsError, StoreError, TokenError
+from eoepca_security.proxy.light import light
 from eoepca_security.proxy.settings import Settings, settings_in
 from eoepca_security.proxy.variables import OPTIONS, TOKEN_STORE
 from eoepca_security.proxy.wiring import make_source
 from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
+from eoepca_security.transport import begin_to_trust
 
 EPILOG = """\b
 Settings come from the environment, or from .env in the working directory;
@@ -135,13 +137,18 @@ def cli(context: click.Context, *, log_format: str | None) -> int:
 def serve(extra: Sequence[str], *, log_format: str | None) -> int:
     """Run the proxy (the default)."""
     log_format = log_format or "text"
-    # mitmproxy takes a second to import, which the other commands need not spend.
-    from eoepca_security.proxy.logs import complain  # noqa: PLC0415
-    from eoepca_security.proxy.serve import run  # noqa: PLC0415
-
+    # mitmproxy takes half a second to import, which the other commands need not spend.
     try:
-        return run(_settings(extra), extra, log_format=log_format)
+        settings = _settings(extra)
+        with light():
+            if settings.workers == 1:  # several are forked, which takes no threads along
+                begin_to_trust(settings.ca_file)
+            from eoepca_security.proxy.serve import run  # noqa: PLC0415
+
+        return run(settings, extra, log_format=log_format)
     except SettingsError as error:
+        from eoepca_security.proxy.logs import complain  # noqa: PLC0415
+
         for problem in error.problems:
             complain(problem, log_format)
         return 2

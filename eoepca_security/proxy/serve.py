@@ -103,6 +103,7 @@ def _run(
             self.event_loop.set_exception_handler(_ignore_cancelled)
             addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
             self.addons.add(addon)
+            addon.begin()
             # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
             chain = self.addons.chain
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())

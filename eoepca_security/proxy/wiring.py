@@ -1,6 +1,7 @@
 """From settings to a TokenSource that talks to the issuer."""
 
 from collections.abc import Callable
+from functools import partial
 
 from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
@@ -18,7 +19,7 @@ def make_provider(settings: Settings, transport: Transport | None = None) -> Pro
     return Provider(
         settings.issuer_url,
         settings.client,
-        transport or HttpTransport(trust(settings.ca_file)),
+        transport or HttpTransport(partial(trust, settings.ca_file)),
         scope=settings.scope,
         allow_http=settings.allow_http,
     )

@@ -137,7 +137,7 @@ def test_a_stop_waits_for_a_refresh_whose_answer_has_the_only_token(start: Start
         assert issuer.reuses == 0
 
 
-@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL, reason="the tests are to outlive the terminal")
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL, reason="run by nohup")
 def test_the_end_of_the_terminal_is_an_end_like_others(start: StartProxy, tmp_path: Path) -> None:
     with FakeIssuer(Behaviour(lifetime=2, refresh_tokens="rotate")) as issuer, Service(issuer) as service:
         environment = settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path))

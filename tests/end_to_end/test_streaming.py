@@ -443,7 +443,7 @@ def test_a_service_that_stays_silent_is_told_of_in_time(start: StartProxy, tmp_p
             client = opened.enter_context(socket.socket())
             client.setblocking(False)
             client.connect_ex(deaf.getsockname())
-        for port, reason in ((deaf.getsockname()[1], b"timed out after 1 s"), (service.port, b"no answer: timed out")):
+        for port, reason in ((deaf.getsockname()[1], b": timed out"), (service.port, b": no answer: timed out")):
             proxy = start("launcher", f"http://127.0.0.1:{port}", settings_for(issuer, PYTHONPATH=path), *arguments)
             answer = talk(proxy, b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             assert b" 504 " in answer.splitlines()[0]
