@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
 
-# For mitmproxy's own authentication of clients, for a function of one of its add-ons that stands in another module, and
-# for QUIC's certificates.
-_PUT_OFF: Final = ("ldap3", "werkzeug", "service_identity")
+# For mitmproxy's own authentication of clients, and for QUIC's certificates.
+_PUT_OFF: Final = ("ldap3", "service_identity")
 _ONBOARDING: Final = "mitmproxy.addons.onboardingapp"
 
 
@@ -25,7 +24,8 @@ def light() -> Iterator[None]:
     There must be no other threads yet.
     """
     for name in _PUT_OFF:
-        _put_off(name)
+        if name not in sys.modules and importlib.util.find_spec(name) is not None:
+            sys.modules[name] = _PutOff(name)
     if importlib.util.find_spec("mitmproxy") is not None and _ONBOARDING not in sys.modules:
         sys.modules[_ONBOARDING] = _Onboarding(_ONBOARDING)
     was_enabled = gc.isenabled()
@@ -46,23 +46,14 @@ def light() -> Iterator[None]:
             gc.enable()
 
 
-def _put_off(name: str) -> None:
-    if name not in sys.modules and (spec := importlib.util.find_spec(name)) is not None:
-        sys.modules[name] = _PutOff(name, list(spec.submodule_search_locations or ()))
-
-
 class _PutOff(ModuleType):
     """A module that is loaded when something in it is used.
 
-    importlib's own kind is loaded by the mere `import` statement.
+    importlib's own kind is loaded by the mere `import` statement. The import of a module inside it asks for `__path__`.
     """
 
-    def __init__(self, name: str, path: list[str]) -> None:
-        super().__init__(name)
-        self.__path__ = path
-
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name != "__path__":
             raise AttributeError(name)
         if sys.modules[self.__name__] is self:
             del sys.modules[self.__name__]
