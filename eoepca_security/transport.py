@@ -50,7 +50,7 @@ _begun: dict[Path | None, "Future[ssl.SSLContext]"] = {}
 
 
 def begin_to_trust(ca_file: Path | None = None) -> None:
-    """Read the CAs in a thread, for the next call of `trust` with the same `ca_file`; starts have other things to do."""
+    """Read the CAs in a thread already, for the next call of `trust` with the same `ca_file`."""
     future: Future[ssl.SSLContext] = Future()
     _begun[ca_file] = future
 
