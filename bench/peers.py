@@ -1,6 +1,6 @@
 """What stands around the proxy in the benchmark: a service, a slow link, and clients that keep it busy.
 
-Each runs as a process of its own, `python peers.py service|relay|load …`, so that none takes the other's time.
+Each runs as a process of its own, `python peers.py service|relay|load|http2 …`, so that none takes the other's time.
 """
 
 import asyncio
@@ -8,6 +8,9 @@ import json
 import ssl
 import sys
 import time
+
+import h2.connection
+import h2.events
 
 SMALL = b"hello, this is a small answer of the protected service\n"
 CHUNK = b"x" * 65536
@@ -139,6 +142,7 @@ class Client(asyncio.Protocol):
 
     request = b""
     stop_at = 0.0
+    most = 0
 
     def __init__(self, latencies: list[float], failures: list[str]) -> None:
         self._latencies = latencies
@@ -166,25 +170,54 @@ class Client(asyncio.Protocol):
         self._latencies.append(now - self._sent_at)
         if self._data[9:12] != b"200":
             self._failures.append(self._data[:200].decode("latin-1"))
-        if now < self.stop_at:
+        if now < self.stop_at and not 0 < self.most <= len(self._latencies):
             self._send()
         else:
             self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
-        if time.perf_counter() < self.stop_at:
+        if time.perf_counter() < self.stop_at and not 0 < self.most <= len(self._latencies):
             self._failures.append(f"the connection ended early: {error!r}")
         if not self.ended.done():
             self.ended.set_result(None)
 
 
-async def load(port: int, connections: int, seconds: float) -> None:
-    """Keep `connections` busy for some seconds; print how it went as JSON."""
+async def http2(port: int, requests: int, at_a_time: int = 20) -> None:
+    """Ask for something small over HTTP/2, `at_a_time` on one connection; print the seconds that it took as JSON."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # mitmproxy's own CA
+    context.set_alpn_protocols(["h2"])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="localhost")
+    connection = h2.connection.H2Connection()
+    connection.initiate_connection()
+    head = {":method": "GET", ":scheme": "https", ":authority": "localhost", ":path": "/small"}
+    started, sent, done = time.perf_counter(), 0, 0
+    while done < requests:
+        while sent < requests and sent - done < at_a_time:
+            connection.send_headers(1 + 2 * sent, list(head.items()), end_stream=True)
+            sent += 1
+        writer.write(connection.data_to_send())
+        data = await reader.read(65536)
+        if not data:
+            raise SystemExit("the connection ended")
+        for event in connection.receive_data(data):
+            if isinstance(event, h2.events.ResponseReceived):
+                assert dict(event.headers or ())[b":status"] == b"200", event.headers
+            elif isinstance(event, h2.events.DataReceived):
+                connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id or 0)
+            elif isinstance(event, h2.events.StreamEnded):
+                done += 1
+    print(json.dumps({"seconds": time.perf_counter() - started}))
+    writer.close()
+
+
+async def load(port: int, connections: int, seconds: float, requests: int = 0) -> None:
+    """Keep `connections` busy for some seconds, or until there were so many `requests`; print how it went as JSON."""
     latencies: list[float] = []
     failures: list[str] = []
     Client.request = b"GET /small HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % port
     started = time.perf_counter()
-    Client.stop_at = started + seconds
+    Client.stop_at, Client.most = started + seconds, requests
     loop = asyncio.get_running_loop()
     clients = [
         (await loop.create_connection(lambda: Client(latencies, failures), "127.0.0.1", port))[1]
@@ -211,7 +244,9 @@ if __name__ == "__main__":
             asyncio.run(service(int(port), *certificate))
         case ["relay", port, target, delay]:
             asyncio.run(relay(int(port), int(target), float(delay)))
-        case ["load", port, connections, seconds]:
-            asyncio.run(load(int(port), int(connections), float(seconds)))
+        case ["load", port, connections, seconds, requests]:
+            asyncio.run(load(int(port), int(connections), float(seconds), int(requests)))
+        case ["http2", port, requests]:
+            asyncio.run(http2(int(port), int(requests)))
         case _:
             sys.exit(__doc__)

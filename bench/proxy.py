@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -35,10 +36,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONNECTIONS = (1, 16, 64)
 LINK_DELAY = 0.025
-DOWN = 512 * 2**20
-UP = 256 * 2**20
+DOWN = 1024 * 2**20
+UP = 1024 * 2**20
 
 KINDS = ("bare mitmdump", "mitmdump -s add-on", "launcher")
+WITH_WORKERS = (*KINDS, "launcher, 2 workers")
 
 
 @dataclass
@@ -53,14 +55,20 @@ class Process:
         self.process.terminate()
         self.process.wait(15)
 
+    def _all(self) -> list[Path]:
+        own = Path(f"/proc/{self.process.pid}")
+        children = (own / "task" / own.name / "children").read_text().split()
+        return [own, *(Path("/proc", child) for child in children)]
+
     def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Return the processor time of this process and its children."""
+        fields = [(path / "stat").read_text().rpartition(")")[2].split() for path in self._all()]
+        return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
-        """Return the resident size in bytes."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+        """Return the resident size in bytes, of the children, too."""
+        lines = [line for path in self._all() for line in (path / "status").read_text().splitlines()]
+        return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 @dataclass
@@ -87,6 +95,7 @@ class Bench:
             "REMOTE_PROTECTED_DOMAIN": upstream,
             "PROXY_PORT": str(port),
             "PROXY_ADMIN": "off",
+            "PROXY_WORKERS": "2" if "workers" in kind else "1",
         }
         mitmdump = [str(Path(sys.executable).parent / "mitmdump"), "-q", "--mode", f"reverse:{upstream}"]
         mitmdump += ["--listen-host", "127.0.0.1", "--listen-port", str(port)]
@@ -95,6 +104,7 @@ class Bench:
             "bare mitmdump": mitmdump,
             "mitmdump -s add-on": [*mitmdump, "-s", str(ROOT / "mitmproxy-oidc-addon.py")],
             "launcher": [sys.executable, str(ROOT / "run-mitmproxy.py")],
+            "launcher, 2 workers": [sys.executable, str(ROOT / "run-mitmproxy.py")],
             "nginx": ["nginx", "-c", str(self._nginx_configuration(upstream, port))],
         }[kind]
         return self.run(command, port, environment)
@@ -161,18 +171,17 @@ def make_certificate(folder: Path) -> Path:
 
 def throughput(bench: Bench, rounds: int, seconds: float) -> None:
     """Measure requests a second, latencies and CPU time, with connections that stay."""
-    service = bench.peer("service")
-    proxies = {kind: bench.start(kind, f"http://127.0.0.1:{service.port}") for kind in KINDS}
+    with upstream(bench) as service:
+        _throughput(bench, rounds, seconds, service)
+
+
+def _throughput(bench: Bench, rounds: int, seconds: float, service: str) -> None:
+    proxies = {kind: bench.start(kind, service) for kind in WITH_WORKERS}
     for round_number in range(rounds + 1):
         for connections in CONNECTIONS:
             for kind, proxy in proxies.items():
                 before = proxy.cpu_seconds()
-                output = subprocess.check_output(
-                    [sys.executable, HERE / "peers.py", "load", str(proxy.port), str(connections), str(seconds)]
-                )
-                result = json.loads(output)
-                if result["failures"]:
-                    raise SystemExit(f"{kind}: {result['failures']}")
+                result = load(proxy.port, connections, seconds)
                 if round_number == 0:
                     continue  # the first warms up
                 requests = result["requests"]
@@ -181,15 +190,69 @@ def throughput(bench: Bench, rounds: int, seconds: float) -> None:
                 bench.note(f"p99 in ms, {connections} connections", kind, 1000 * result["p99"])
                 cpu = (proxy.cpu_seconds() - before) / requests
                 bench.note(f"CPU time per request in µs, {connections} connections", kind, 1e6 * cpu)
-    for process in (*proxies.values(), service):
+    for process in proxies.values():
         process.stop()
+
+
+@contextlib.contextmanager
+def upstream(bench: Bench) -> Iterator[str]:
+    """Run the service that is asked for something small: nginx where it is installed, as it is the fastest."""
+    if shutil.which("nginx"):
+        port = free_port()
+        path = bench.folder / "service.conf"
+        path.write_text(
+            f"daemon off; pid {path}.pid; error_log stderr crit; worker_processes 1; events {{ }}\n"
+            f"http {{ access_log off; keepalive_requests 1000000;\n"
+            f"  server {{ listen 127.0.0.1:{port}; location / {{ return 200 'hello, this is a small answer'; }} }} }}\n"
+        )
+        service = bench.run(["nginx", "-c", str(path)], port)
+    else:
+        service = bench.peer("service")
+    yield f"http://127.0.0.1:{service.port}"
+    service.stop()
+
+
+def load(port: int, connections: int, seconds: float, requests: int = 0) -> dict[str, Any]:
+    """Keep connections busy for some seconds, or until there were so many requests."""
+    command = [sys.executable, str(HERE / "peers.py"), "load", str(port), str(connections), str(seconds), str(requests)]
+    result: dict[str, Any] = json.loads(subprocess.check_output(command))
+    if result["failures"]:
+        raise SystemExit(f"{result['failures']}")
+    return result
+
+
+def memory(bench: Bench) -> None:
+    """Measure how much memory the launcher takes after many requests."""
+    with upstream(bench) as service:
+        proxy = bench.start("launcher", service)
+        for total, more in (("10,000", 10_000), ("100,000", 90_000), ("200,000", 100_000)):
+            load(proxy.port, 16, 3600, more)
+            bench.note(f"memory in MiB after {total} requests", "launcher", proxy.memory() / 2**20)
+        proxy.stop()
+
+
+def http2(bench: Bench, rounds: int) -> None:
+    """Measure HTTP/2 with a TLS client, twenty requests at a time on one connection, to an HTTP/1 service."""
+    with upstream(bench) as service:
+        proxies = {kind: bench.start(kind, service) for kind in KINDS}
+        for round_number in range(rounds + 1):
+            for kind, proxy in proxies.items():
+                before = proxy.cpu_seconds()
+                command = [sys.executable, str(HERE / "peers.py"), "http2", str(proxy.port), "1000"]
+                seconds = json.loads(subprocess.check_output(command))["seconds"]
+                if round_number:
+                    bench.note("HTTP/2 requests/s, 20 at a time", kind, 1000 / seconds)
+                    cpu = (proxy.cpu_seconds() - before) / 1000
+                    bench.note("CPU time per HTTP/2 request in µs", kind, 1e6 * cpu)
+        for process in proxies.values():
+            process.stop()
 
 
 def one_shot(bench: Bench, rounds: int) -> None:
     """Measure a client that connects for each request, over a link with a round trip of 50 ms, with TLS."""
     service = bench.peer("service", bench.folder / "service-key.pem")
     link = bench.peer("relay", service.port, LINK_DELAY)
-    kinds = [*KINDS, *(["nginx"] if shutil.which("nginx") else [])]
+    kinds = [*WITH_WORKERS, *(["nginx"] if shutil.which("nginx") else [])]
     proxies = {kind: bench.start(kind, f"https://127.0.0.1:{link.port}") for kind in kinds}
     for round_number in range(2 + 5 * rounds):
         for kind, proxy in proxies.items():
@@ -229,7 +292,7 @@ def streams(bench: Bench) -> None:
         response, peak = connection.getresponse(), 0
         while response.read(2**22):
             peak = max(peak, proxy.memory())
-        bench.note("growth in MiB, 512 MiB down", kind, (peak - before) / 2**20)
+        bench.note("growth in MiB, 1 GiB down", kind, (peak - before) / 2**20)
 
         def body(proxy: Process = proxy) -> Iterator[bytes]:
             nonlocal peak
@@ -240,7 +303,7 @@ def streams(bench: Bench) -> None:
         connection.request("PUT", "/up", body=body(), headers={"Content-Length": str(UP)})
         response = connection.getresponse()
         response.read()
-        bench.note("growth in MiB, 256 MiB up", kind, (peak - before) / 2**20)
+        bench.note("growth in MiB, 1 GiB up", kind, (peak - before) / 2**20)
         connection.close()
         proxy.stop()
     service.stop()
@@ -269,7 +332,7 @@ def start_up(bench: Bench, rounds: int) -> None:
 
 def report(bench: Bench, rounds: int) -> str:
     """Return all medians, as a table with their ratios to bare mitmdump's."""
-    kinds = [*KINDS, *(["nginx"] if any("nginx" in by_kind for by_kind in bench.figures.values()) else [])]
+    kinds = [kind for kind in (*WITH_WORKERS, "nginx") if any(kind in by_kind for by_kind in bench.figures.values())]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mitmproxy", "eoepca-security"))
     setting = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
     today = datetime.datetime.now(datetime.UTC).date()
@@ -280,7 +343,7 @@ def report(bench: Bench, rounds: int) -> str:
         "|---|" + "---|" * len(kinds),
     ]
     for measure, by_kind in bench.figures.items():
-        base = statistics.median(by_kind[KINDS[0]])
+        base = statistics.median(by_kind.get(KINDS[0], [0]))
         cells = []
         for kind in kinds:
             if kind not in by_kind:
@@ -299,19 +362,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="of load for each measurement")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md, too")
-    parser.add_argument("--only", choices=["throughput", "one-shot", "streams", "start-up"])
+    parser.add_argument("--only", choices=["throughput", "http2", "one-shot", "streams", "start-up", "memory"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, FakeIssuer(Behaviour(lifetime=3600)) as issuer:
         bench = Bench(Path(folder), issuer)
         make_certificate(bench.folder)
         if arguments.only in (None, "throughput"):
             throughput(bench, arguments.rounds, arguments.seconds)
+        if arguments.only in (None, "http2"):
+            http2(bench, arguments.rounds)
         if arguments.only in (None, "one-shot"):
             one_shot(bench, arguments.rounds)
         if arguments.only in (None, "streams"):
             streams(bench)
         if arguments.only in (None, "start-up"):
             start_up(bench, arguments.rounds)
+        if arguments.only in (None, "memory"):
+            memory(bench)
         text = report(bench, arguments.rounds)
     print(text)
     if arguments.write:
