@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -96,6 +97,7 @@ class OIDCAuthProxy:
         self._in_flight: WeakSet[HTTPFlow] = WeakSet()
         self._codes: WeakKeyDictionary[HTTPFlow, str] = WeakKeyDictionary()
         self._metrics = Metrics(lambda: len(self._in_flight))
+        self._last_clearance = Clearance(Target("", "", 0))
         self._first: asyncio.Future[AccessToken] | None = None
         self._last_refresh: Refresh | None = None
         self._last_answer: Answer | None = None
@@ -391,10 +393,17 @@ class OIDCAuthProxy:
             retry_after = self._source.retry_after() if self._source else 1.0
             flow.response = problem.answer(error, method=flow.request.method, retry_after=retry_after)
             return
-        headers = {"Authorization": f"Bearer {token.value}"} | (self._apisix.of(token) if self._apisix else {})
-        wire.clear(flow.request, Clearance(_target(flow), headers))
+        wire.clear(flow.request, self._clearance(_target(flow), token))
         flow.request.headers["Authorization"] = forwarding.SHOWN
         flow.response = None
+
+    def _clearance(self, target: Target, token: AccessToken) -> Clearance:
+        """Return the last one where it is the same again, as it mostly is."""
+        headers = {"Authorization": f"Bearer {token.value}"} | (self._apisix.of(token) if self._apisix else {})
+        new = Clearance(target, headers)
+        if new != self._last_clearance:
+            self._last_clearance = new
+        return self._last_clearance
 
     async def _token(self, flow: HTTPFlow) -> AccessToken:
         if self._source is None or self._settings is None:
@@ -601,8 +610,13 @@ def _target(flow: HTTPFlow) -> Target:
     """Return where the request goes: what its mode says, and in forward mode where it is about to be connected to."""
     mode = flow.client_conn.proxy_mode
     if isinstance(mode, ReverseMode):
-        return Target(mode.scheme, mode.address[0].lower(), mode.address[1])
-    return Target(flow.request.scheme, flow.request.host.lower(), flow.request.port)
+        return _known_target(mode.scheme, mode.address[0], mode.address[1])
+    return _known_target(flow.request.scheme, flow.request.host, flow.request.port)
+
+
+@lru_cache(64)
+def _known_target(scheme: str, host: str, port: int) -> Target:
+    return Target(scheme, host.lower(), port)
 
 
 def _looks_like_ours(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -45,9 +46,14 @@ class Metrics:
         gauge = Gauge("oidc_proxy_requests_in_flight", "Requests that are being served.", registry=self._registry)
         gauge.set_function(in_flight)
 
+        self._ended = cache(self._counter)
+
+    def _counter(self, hundreds: int | None, code: str) -> Counter:
+        return self._requests.labels(f"{hundreds}xx" if hundreds else _NO_ANSWER, code)
+
     def request_ended(self, status: int | None, code: str = "") -> None:
         """Count a request; `status` is None when it got no answer, `code` the proxy's own error code."""
-        self._requests.labels(f"{status // 100}xx" if status else _NO_ANSWER, code).inc()
+        self._ended(status and status // 100, code).inc()
 
     def refreshed(self, failure: TokenError | None, seconds: float) -> None:
         """Count an attempt to get a token."""

@@ -74,4 +74,8 @@ def contains(headers: Headers, name: Any) -> bool:
 def current(option: Any) -> Any:
     """Return an option's value."""
     value = option._default if option.value is optmanager.unset else option.value
-    return value if type(value) in _UNCHANGEABLE else deepcopy(value)
+    if type(value) in _UNCHANGEABLE:
+        return value
+    if type(value) is list and all(type(item) is str for item in value):
+        return value.copy()
+    return deepcopy(value)

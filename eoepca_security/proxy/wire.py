@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -27,6 +28,7 @@ from mitmproxy.proxy.layers.http._events import HttpEvent, RequestHeaders, Reque
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Client
 from mitmproxy.proxy.layers.http._http3 import Http3Client
+from mitmproxy.proxy.mode_specs import ReverseMode
 
 MAX_INTERIM: Final = 20
 """Most interim answers (1xx) that a service may give on one connection."""
@@ -44,13 +46,13 @@ class Target:
     host: str
     port: int
 
-    @property
+    @cached_property
     def authority(self) -> str:
         """Host and port as they stand in a URL, without the scheme's own port (RFC 9110 §4.2.3)."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if default_port(self.scheme) == self.port else f"{host}:{self.port}"
 
-    @property
+    @cached_property
     def origin(self) -> str:
         """Scheme and authority (RFC 6454 §6.2)."""
         return f"{self.scheme}://{self.authority}"
@@ -62,6 +64,16 @@ class Clearance:
 
     target: Target
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def fields(self) -> tuple[tuple[bytes, bytes], ...]:
+        """The headers as they are sent."""
+        return tuple((name.encode(), value.encode()) for name, value in self.headers.items())
+
+    @cached_property
+    def names(self) -> frozenset[bytes]:
+        """Their names, in lower case."""
+        return frozenset(name.lower() for name, _ in self.fields)
 
 
 _cleared: WeakKeyDictionary[Request, Clearance] = WeakKeyDictionary()
@@ -100,10 +112,8 @@ def outgoing(request: Request, target: Target) -> Request | None:
         return None
     if not given.headers:
         return request
-    replaced = {name.lower().encode() for name in given.headers}
-    kept = [field for field in request.data.headers.fields if field[0].lower() not in replaced]
-    added = [(name.encode(), value.encode()) for name, value in given.headers.items()]
-    return _with_headers(request, (*kept, *added))
+    kept = [field for field in request.data.headers.fields if field[0].lower() not in given.names]
+    return _with_headers(request, (*kept, *given.fields))
 
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
@@ -209,6 +219,9 @@ class _Http3Client(Http3Client):
 
 class _Http1Server(Http1Server):
     def read_headers(self, event: Any) -> CommandGenerator[None]:
+        if isinstance(self.context.client.proxy_mode, ReverseMode):  # where it is all the same
+            yield from super().read_headers(event)
+            return
         for command in super().read_headers(event):
             if isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
                 request = command.event.request
