@@ -38,6 +38,7 @@ from eoepca_security.proxy import authority, forwarding, options, origins, probl
 from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.check import runs_in_container
 from eoepca_security.proxy.diagnosis import failure_remedy
+from eoepca_security.proxy.fast import cache_hooks
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT, DaemonThreads, drain, end_with_the_terminal
@@ -120,6 +121,7 @@ class OIDCAuthProxy:
         wire.install()
         stream.install()
         quick.install()
+        cache_hooks(loader.master)
         loader.master.event_loop.set_default_executor(DaemonThreads())
         for variable in OPTIONS:
             loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")

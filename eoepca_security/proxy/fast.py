@@ -1,4 +1,4 @@
-"""What makes the launcher faster than mitmproxy: all that relies on mitmproxy's insides is here.
+"""Finding hooks faster than mitmproxy does, which relies on its insides.
 
 A request runs through a dozen hooks, and mitmproxy looks for each of them on each of its thirty add-ons each time. Here
 the search is done once and its result kept until the add-ons change.

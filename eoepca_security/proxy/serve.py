@@ -26,7 +26,7 @@ from eoepca_security.errors import CredentialsRejected, SettingsError, TokenErro
 from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.admin import Admin
-from eoepca_security.proxy.fast import cache_hooks, settle_memory
+from eoepca_security.proxy.fast import settle_memory
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, log_plainly, set_format
 from eoepca_security.proxy.settings import Settings
@@ -107,7 +107,6 @@ def _run(
             # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
             chain = self.addons.chain
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
-            cache_hooks(self)
             pool.install(pool.Pool())
             if worker is not None:
                 share_listeners((settings.host, settings.port), worker.listeners)
