@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from conftest import eventually
 from test_launcher import set_environment
 
 from eoepca_security.errors import CredentialsRejected
@@ -305,9 +306,7 @@ def test_a_redirect_that_is_not_right_gives_no_session(
 
 
 def eventually_seen(visits: list[httpx.Response]) -> None:
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(10)
+    eventually(lambda: bool(visits))
     assert len(visits) == 1
 
 
