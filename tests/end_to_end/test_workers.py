@@ -104,9 +104,7 @@ def test_processes_share_the_port_and_the_session_and_one_that_dies_is_replaced(
     assert proxy.output.count("was ended by SIGKILL; another takes its place") == 1
 
 
-def test_each_of_them_serves_and_one_that_hangs_keeps_no_client_waiting(
-    start: StartProxy, client: httpx.Client
-) -> None:
+def test_each_of_them_serves_and_one_that_hangs_holds_nobody_up(start: StartProxy, client: httpx.Client) -> None:
     with FakeIssuer(Behaviour(lifetime=60)) as issuer, Recorder().server() as service:
         proxy, admin = start_workers(start, service.url, issuer)
         eventually(lambda: client.get(f"{admin}/status").json()["processes"] == 3)
