@@ -18,6 +18,9 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 except ModuleNotFoundError as error:
-    sys.exit(f"{error.name} is not installed: run this with `uv run --no-dev --extra proxy run-mitmproxy.py`")
+    sys.exit(
+        f"not all that the proxy needs is installed ({error.name} is missing): run this with "
+        "`uv run --no-dev --extra proxy run-mitmproxy.py`"
+    )
 
 sys.exit(main())

@@ -233,7 +233,7 @@ class TokenSource:
             had_failed = self._failure is not None
             self._failure, self._failures, self._retry_at = None, 0, 0.0
             if had_failed:
-                _log("the issuer gives tokens again")
+                _log("there are access tokens again")
             return None
         finally:
             self._refresh = None

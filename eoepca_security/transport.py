@@ -123,7 +123,8 @@ class HttpTransport:
                 answer = self._send(session, request, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             cause, reason = explain(error)
-            if cause == "ended" and request.url.startswith("http://"):
+            # Not at the token endpoint: by then the issuer has answered.
+            if cause == "ended" and request.method == "GET" and request.url.startswith("http://"):
                 reason += "; is it https:// rather than http://?"  # this is what servers do that want TLS
             if not (adapter.was_cut or cause == "timeout"):
                 raise IssuerUnavailable(

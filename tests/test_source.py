@@ -382,7 +382,7 @@ async def test_a_failure_is_logged_once_and_so_is_its_end(
     messages = [record.getMessage() for record in caplog.records]
     assert [message for message in messages if "down" in message] == ["no new access token (issuer_unavailable): down"]
     assert sum("no new access token (credentials_rejected)" in message for message in messages) == 1
-    assert messages[-1] == "the issuer gives tokens again"
+    assert messages[-1] == "there are access tokens again"
 
 
 async def test_a_log_that_raises_costs_nothing(

@@ -13,7 +13,7 @@ ENV_HEAD: Final = """\
 # Settings of run-mitmproxy.py (and of mitmproxy-oidc-addon.py). Copy this file to .env and fill it in.
 #
 # Order: an add-on option (--set), then the environment, then .env in the working directory. Empty counts as unset.
-# Values are taken literally; put 'single quotes' around one that has spaces or a #. (Not for docker's --env-file, which
+# Put 'single quotes' around a value that has spaces or a #. (Not for docker's --env-file, which
 # takes the quotes, too, for part of the value.) Lines that begin with # show the defaults.
 # A variable marked (secret) can be read from a file instead: append _FILE to its name, e.g.
 # OPEN_ID_REFRESH_TOKEN_FILE=/run/secrets/refresh-token
@@ -32,7 +32,7 @@ A setting is looked for in three places, and the first that has it counts:
 2. the environment;
 3. `.env` in the folder that the proxy is started in. `.env.example` has all of them, to be copied.
 
-An empty value counts as none. In `.env`, values are taken literally; put 'single quotes' around one that has spaces or
+An empty value counts as none. In `.env`, put 'single quotes' around one that has spaces or
 a `#`. (Not for docker's `--env-file`, which takes the quotes, too, for part of the value.)
 
 **Secrets** can be read from a file instead: append `_FILE` to the variable's name, as in

@@ -104,7 +104,7 @@ def logout(settings: Settings) -> int:
         click.echo("The issuer has ended the session.")
     else:
         click.echo("The issuer offers no way to end the session (RFC 7009); where it has account pages, use those.")
-    click.echo(f"It is forgotten here ({store.place}).")
+    click.echo(f"It is forgotten here ({store.place}). A proxy that runs goes on until its access token ends.")
     if settings.refresh_token is not None:
         click.echo(f"{REFRESH_TOKEN.env} is still set: the next start tries it.")
     return 1 if fault is not None else 0

@@ -59,7 +59,10 @@ def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> Upst
 
     `is_plain` says that it was addressed without TLS.
     """
-    if "certificate verify failed" in reason.lower():
+    reason = reason.rstrip(". ")
+    if "does not speak TLS" in reason:
+        remedy = "is it http:// rather than https:// in REMOTE_PROTECTED_DOMAIN?"
+    elif "certificate verify failed" in reason.lower():
         remedy = "TLS_CA_FILE adds a CA to those that are trusted"
     elif "server closed connection" in reason:
         # As servers do that want TLS.
