@@ -148,3 +148,9 @@ def test_without_userinfo_the_access_tokens_claims_stand_in_for_it(caplog: pytes
     headers.learn(StubProvider({"sub": "another"}), "another")  # type: ignore[arg-type]
     assert decoded(headers.of(token)["X-Userinfo"]) == {"sub": "u"}
     assert set(headers.of(AccessToken("opaque", 0, 60))) == {"X-Access-Token"}
+
+
+@pytest.mark.parametrize("method", ["head", "Connect", "hEAD"])
+def test_methods_that_mitmproxy_takes_for_others_are_refused(method: str) -> None:
+    assert not is_one_request(request(method=method))
+    assert is_one_request(request(method="get"))

@@ -16,6 +16,7 @@ from eoepca_security.proxy.stream import MAX_HELD, streams_request, streams_resp
         ({"content-length": str(MAX_HELD + 1)}, b"HTTP/1.1", True),
         ({"transfer-encoding": "chunked"}, b"HTTP/1.1", True),
         ({"content-length": "odd"}, b"HTTP/1.1", True),
+        ({"content-length": "9" * 5000}, b"HTTP/1.1", True),
         ({}, b"HTTP/2.0", True),
         ({"content-length": "10"}, b"HTTP/2.0", False),
     ],

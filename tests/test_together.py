@@ -131,6 +131,25 @@ async def test_a_process_that_reads_nothing_holds_nobody_up(lines: list[Line]) -
     assert await Crew(SETTINGS, lines, lambda: None).ready() is None
 
 
+async def test_whoever_asks_the_same_shares_the_answer(lines: list[Line]) -> None:
+    process, asked = Process("a", 1.0), 0
+
+    async def count() -> TokenError | None:
+        nonlocal asked
+        asked += 1
+        return None
+
+    answer(lines[0], replace(process.subject(), ready=count))
+    crew = Crew(SETTINGS, lines[:1], lambda: None)
+    assert await asyncio.gather(*(crew.ready() for _ in range(15))) == [None] * 15
+    assert asked == 1
+
+
+async def test_what_is_no_answer_is_passed_over(lines: list[Line]) -> None:
+    lines[0].answering.send(b'{"number": 1, "cut')
+    assert isinstance(await Crew(SETTINGS, lines[:1], lambda: None).ready(), IssuerUnavailable)
+
+
 async def test_what_is_no_question_is_passed_over(lines: list[Line]) -> None:
     answer(lines[0], Process("a", 1.0).subject())
     lines[0].asking.send(b"what?")

@@ -48,6 +48,8 @@ def is_one_request(request: Request) -> bool:
     data = request.data
     return (
         _METHOD.fullmatch(data.method) is not None
+        # mitmproxy takes these in any case for what they are in capitals, and a service need not (RFC 9110 §9.1).
+        and (data.method.isupper() or data.method.upper() not in (b"HEAD", b"CONNECT"))
         and _PATH.fullmatch(data.path) is not None
         and data.http_version in (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"HTTP/3")
         and _BREAK.search(b"".join(map(b"".join, data.headers.fields))) is None

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -27,12 +26,13 @@ from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.admin import Admin
 from eoepca_security.proxy.fast import settle_memory
+from eoepca_security.proxy.folder import FolderForNow
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, log_plainly, set_format
 from eoepca_security.proxy.settings import Settings
 from eoepca_security.proxy.together import Crew, Line, answer
 from eoepca_security.proxy.variables import ADMIN, CA_FILE, PORT, TOKEN_STORE, UPSTREAM, WORKERS
-from eoepca_security.proxy.workers import Part, share_listeners, supervise
+from eoepca_security.proxy.workers import QUIT, Part, share_listeners, supervise
 from eoepca_security.transport import ca_bundle
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
@@ -74,8 +74,8 @@ def run(
         arguments = [*trust_arguments, *extra]
         if settings.workers == 1:
             return _run(settings, arguments, confdir, on_started, log_format)
-        with _shared_session(settings) as (shared, for_now):
-            return _run_workers(shared, arguments, confdir, log_format, for_now)
+        with _shared_session(settings) as (shared, folder):
+            return _run_workers(shared, arguments, confdir, log_format, folder)
 
 
 def _run(
@@ -143,11 +143,11 @@ def _run(
 
 
 def _run_workers(
-    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, for_now: Path | None
+    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, folder: "FolderForNow | None"
 ) -> int:
     """Run several processes that listen on the same sockets, and one for the admin listener.
 
-    The last that is left removes the folder `for_now`.
+    When the supervisor is killed, the last process that is left removes the folder.
     """
     listeners = bind_sockets(settings.port, settings.host)
     supervisor = os.getpid()
@@ -156,7 +156,8 @@ def _run_workers(
     lines = [Line.make() for _ in range(settings.workers)]
 
     def end_all() -> None:
-        os.kill(supervisor, signal.SIGTERM)
+        if os.getppid() == supervisor:
+            os.kill(supervisor, QUIT)
 
     def close_listeners() -> None:
         for listener in listeners:
@@ -165,8 +166,7 @@ def _run_workers(
     def work(number: int, is_first: bool, lifeline: int) -> int:
         worker = Worker(listeners, lines[number], lifeline, end_all, leads=is_first and number == 0)
         code = _run(replace(settings, admin=None), arguments, confdir, None, log_format, worker)
-        if for_now is not None and os.getppid() != supervisor:
-            shutil.rmtree(for_now, ignore_errors=True)
+        _leave_orphaned(folder, supervisor)
         return code
 
     def tell(is_first: bool, lifeline: int) -> int:
@@ -174,6 +174,7 @@ def _run_workers(
         log_plainly(log_format)
         admin = Admin(settings, Crew(settings, lines, end_all).subject())
         asyncio.run(_serve_admin(admin, lifeline))
+        _leave_orphaned(folder, supervisor)
         return 0
 
     def mourn(number: int, fate: str) -> None:
@@ -188,6 +189,11 @@ def _run_workers(
     return supervise(parts, on_end=close_listeners, mourn=mourn)
 
 
+def _leave_orphaned(folder: FolderForNow | None, supervisor: int) -> None:
+    if folder is not None and os.getppid() != supervisor:
+        folder.leave()
+
+
 async def _serve_admin(admin: Admin, lifeline: int) -> None:
     """Run the admin listener until this process is told to end, or is on its own."""
     end, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -198,20 +204,36 @@ async def _serve_admin(admin: Admin, lifeline: int) -> None:
 
 
 @contextlib.contextmanager
-def _shared_session(settings: Settings) -> Iterator[tuple[Settings, Path | None]]:
+def _shared_session(settings: Settings) -> "Iterator[tuple[Settings, FolderForNow | None]]":
     """Let processes share the session also where it is to be kept in memory only: in a folder for now, in memory."""
-    if settings.token_store is not None or settings.grant != "refresh_token":
+    if settings.grant != "refresh_token":
+        yield settings, None
+        return
+    if settings.token_store is not None:
+        # Processes that go on in memory, each for itself, would use the same refresh token twice.
+        try:
+            settings.token_store.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile(dir=settings.token_store) as probe:
+                probe.write(bytes(8192))
+                probe.flush()
+        except OSError as error:
+            raise SettingsError(
+                f"{TOKEN_STORE.env}: {settings.token_store} cannot be written to ({error.strerror}), and several "
+                f"processes share the session there: mend that, or set {WORKERS.env} to 1"
+            ) from None
         yield settings, None
         return
     try:
-        folder = tempfile.TemporaryDirectory(prefix="oidc-proxy-", dir=MEMORY)
+        folder = FolderForNow(MEMORY)
     except OSError as error:
         raise SettingsError(
             f"{WORKERS.env}: several processes share the session through the token store, and there is no place in "
             f"memory for one ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
         ) from None
-    with folder as path:
-        yield replace(settings, token_store=Path(path)), Path(path)
+    try:
+        yield replace(settings, token_store=folder.path), folder
+    finally:
+        folder.leave()
 
 
 def _taken_address(settings: Settings) -> str | None:

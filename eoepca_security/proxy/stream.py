@@ -31,6 +31,8 @@ from eoepca_security.proxy import problem
 MAX_HELD: Final = 1024 * 1024
 """Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
 
+_DIGITS: Final = 18  # of any length that there can be; Python does not read thousands
+
 CODE: Final = "oidc_proxy_error"
 """In a flow's metadata, the code of the answer that was made here."""
 
@@ -63,7 +65,7 @@ def streams_request(request: Request) -> bool:
     length = request.headers.get("Content-Length")
     if length is None:
         return "Transfer-Encoding" in request.headers or request.is_http2 or request.is_http3
-    return not length.isdecimal() or int(length) > MAX_HELD
+    return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
 
 
 def streams_response(response: Response) -> bool:
@@ -74,7 +76,7 @@ def streams_response(response: Response) -> bool:
     if length is None:
         # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
         return response.status_code != 401
-    return not length.isdecimal() or int(length) > MAX_HELD
+    return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
 
 
 class Stream(HttpStream):

@@ -18,8 +18,11 @@ from eoepca_security.proxy.metrics import counts, from_json, lasting, merged, to
 from eoepca_security.proxy.settings import Address, Settings
 from eoepca_security.proxy.status import READY_WAIT, State, status, together
 
-ANSWER_TIMEOUT: Final = READY_WAIT + 0.4
-"""Seconds that a process has to answer; one that does not is left out."""
+ANSWER_TIMEOUT: Final = READY_WAIT + 0.1
+"""Seconds that a process has to answer; one that does not is left out. Probes usually give up after one second."""
+
+SILENT_TIMEOUT: Final = 0.2
+"""The same for one that was silent the last time."""
 
 _MAX_SIZE: Final = 128 * 1024
 
@@ -86,6 +89,8 @@ class Crew:
     _last: dict[Line, tuple[int, list[Metric]]] = field(default_factory=dict, init=False)
     _past: list[Metric] = field(default_factory=list, init=False)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _asking: dict[str, "asyncio.Task[dict[Line, Any]]"] = field(default_factory=dict, init=False)
+    _silent_lines: set[Line] = field(default_factory=set, init=False)
 
     def subject(self) -> Subject:
         """Return what the admin listener tells of."""
@@ -144,17 +149,26 @@ class Crew:
         return merged([*(self._last[line][1] for line in answers), *silent, self._past])
 
     async def _ask(self, about: str) -> dict[Line, Any]:
+        """Ask all, together with whoever asks the same meanwhile."""
+        asking = self._asking.get(about)
+        if asking is None or asking.done():
+            asking = self._asking[about] = asyncio.get_running_loop().create_task(self._ask_all(about))
+        return await asyncio.shield(asking)
+
+    async def _ask_all(self, about: str) -> dict[Line, Any]:
         # One question at a time: whoever reads takes what is there, and it may be another's.
         async with self._turn:
             self._number += 1
             answers = await asyncio.gather(*(self._ask_one(line, self._number, about) for line in self.lines))
-        return {line: answer for line, answer in zip(self.lines, answers, strict=True) if answer is not None}
+        heard = {line: answer for line, answer in zip(self.lines, answers, strict=True) if answer is not None}
+        self._silent_lines = set(self.lines) - set(heard)
+        return heard
 
     async def _ask_one(self, line: Line, number: int, about: str) -> Any:
         loop = asyncio.get_running_loop()
-        # BlockingIOError: it has not read the questions before. TimeoutError is an OSError, too.
-        with contextlib.suppress(OSError):
-            async with asyncio.timeout(ANSWER_TIMEOUT):
+        # BlockingIOError: it has not read the questions before. TimeoutError is an OSError, too. ValueError: no JSON.
+        with contextlib.suppress(OSError, ValueError):
+            async with asyncio.timeout(SILENT_TIMEOUT if line in self._silent_lines else ANSWER_TIMEOUT):
                 line.asking.send(json.dumps({"number": number, "about": about}).encode())
                 while True:
                     answer = json.loads(await loop.sock_recv(line.asking, _MAX_SIZE))

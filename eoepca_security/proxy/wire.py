@@ -31,7 +31,7 @@ from mitmproxy.proxy.layers.http._http3 import Http3Client
 from mitmproxy.proxy.mode_specs import ReverseMode
 
 MAX_INTERIM: Final = 20
-"""Most interim answers (1xx) that a service may give on one connection."""
+"""Most interim answers (1xx) that a service may give to one request."""
 
 _INTERIM: Final = frozenset({100, *range(102, 200)})
 
@@ -150,6 +150,7 @@ class _Http1Client(Http1Client):
         if ready is None:
             yield CloseConnection(self.context.client)
         elif isinstance(ready, RequestHeaders):
+            self._interim = 0
             yield from super().send(replace(ready, request=_framed(ready.request, end_stream=ready.end_stream)))
         # mitmproxy cannot write trailers. A proxy may drop them (RFC 9110 §6.5.1).
         elif not isinstance(ready, RequestTrailers):

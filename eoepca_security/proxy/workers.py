@@ -18,18 +18,21 @@ from typing import Any, Final
 
 from mitmproxy.proxy.mode_servers import AsyncioServerInstance
 
-END_TIMEOUT: Final = 25.0
+END_TIMEOUT: Final = 12.0
 """Seconds that the processes have to end when they are told to; then they are killed."""
 
-MAX_DELAY: Final = 30.0
+MAX_DELAY: Final = 5.0
 """Longest time in seconds before the next attempt to replace a process that ends again and again."""
+
+QUIT: Final = signal.SIGUSR1
+"""Tells the supervisor to end; unlike others a second one does not mean haste."""
 
 _BACKLOG: Final = 128
 _SETTLED_AFTER: Final = 30.0
 _CRASHED: Final = 70  # sysexits.h: an internal software error
 
-# Ends by these are decided, not accidents: told to end, a fault at the start, wrong settings.
-_DELIBERATE: Final = (0, 1, 2)
+# The first start ends with these where it cannot succeed: a fault, wrong settings.
+_HOPELESS: Final = (1, 2)
 
 
 @dataclass
@@ -37,11 +40,12 @@ class Part:
     """What one process does, and how that went so far.
 
     `run` returns an exit code. It is told whether this is the first time, and given a file descriptor that reaches its
-    end when the supervisor is gone. Parts that are no workers end last.
+    end when this part is to end, or the supervisor is gone. Parts that are no workers end last.
     """
 
     run: Callable[[bool, int], int]
     is_worker: bool = True
+    starts: int = field(default=0, init=False)
     failures: int = field(default=0, init=False)
     started_at: float = field(default=0.0, init=False)
 
@@ -95,21 +99,25 @@ class _Supervisor:
         self._running: dict[int, Part] = {}
         self._due: dict[float, Part] = {}
         self._exit_code: int | None = None
+        self._are_others_ending = False
         self._killed_at = float("inf")
-        self._signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT}
+        self._signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, QUIT}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # it is to outlive the terminal otherwise (nohup)
             self._signals.add(signal.SIGHUP)
-        # Its end tells the parts that we are gone, however that came about.
-        self._lifeline = os.pipe()
+        # Their ends tell workers, and the others, that they are to end, or that we are gone, however that came about. A
+        # signal may come from elsewhere, too, and a second one means haste.
+        self._lifelines = {True: os.pipe(), False: os.pipe()}
 
     def run(self) -> int:
         # Waited for instead of handled: nothing is missed, and nothing happens at a bad time.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         for part in self._parts:
-            self._start(part, is_first=True)
+            self._start(part)
         while self._running or self._due:
             received = signal.sigtimedwait(self._signals, self._patience())
             if received is not None and received.si_signo != signal.SIGCHLD:
+                if self._exit_code is not None and received.si_signo != QUIT:
+                    self._send(signal.SIGTERM, self._running)
                 self._end(0)
             self._reap()
             self._start_due()
@@ -121,11 +129,20 @@ class _Supervisor:
     def _patience(self) -> float:
         return max(0.0, min([*self._due, self._killed_at, self._now() + 60]) - self._now())
 
-    def _start(self, part: Part, *, is_first: bool) -> None:
+    def _start(self, part: Part) -> None:
+        is_first = part.starts == 0
+        part.starts += 1
         part.started_at = self._now()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        try:
+            pid = os.fork()
+        except OSError:
+            if is_first:
+                raise
+            self._replace(part, "cannot be started")
+            return
         if pid:
             self._running[pid] = part
             return
@@ -133,9 +150,10 @@ class _Supervisor:
         try:
             # A Ctrl-C at the terminal is ours to pass on; as a second signal it would end them at once.
             os.setpgid(0, 0)
-            os.close(self._lifeline[1])
+            for _, end in self._lifelines.values():
+                os.close(end)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
-            code = part.run(is_first, self._lifeline[0])
+            code = part.run(is_first, self._lifelines[part.is_worker][0])
         except KeyboardInterrupt:
             code = 0
         except BaseException:  # noqa: BLE001  nothing may return to what the other process does
@@ -157,21 +175,24 @@ class _Supervisor:
 
     def _has_ended(self, part: Part, code: int) -> None:
         if self._exit_code is not None:
-            if not any(other.is_worker for other in self._running.values()):
-                self._send(signal.SIGTERM, self._running)
-        elif code in _DELIBERATE:
+            self._end_others()
+        elif code == 0 or (part.starts == 1 and code in _HOPELESS):
             self._end(code)
         else:
-            lived = self._now() - part.started_at
-            part.failures = 1 if lived > _SETTLED_AFTER else part.failures + 1
-            delay = 0.0 if part.failures == 1 else min(2.0 ** (part.failures - 2), MAX_DELAY)
-            self._due[self._now() + delay] = part
-            fate = f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed"
+            self._replace(part, f"was ended by {signal.Signals(-code).name}" if code < 0 else "failed")
+
+    def _replace(self, part: Part, fate: str) -> None:
+        lived = self._now() - part.started_at
+        part.failures = 1 if lived > _SETTLED_AFTER else part.failures + 1
+        delay = 0.0 if part.failures == 1 else min(2.0 ** (part.failures - 2), MAX_DELAY)
+        self._due[self._now() + delay] = part
+        # Nobody may be there to read it.
+        with contextlib.suppress(Exception):
             self._mourn(self._parts.index(part), fate)
 
     def _start_due(self) -> None:
         for at in [at for at in self._due if at <= self._now()]:
-            self._start(self._due.pop(at), is_first=False)
+            self._start(self._due.pop(at))
 
     def _end(self, code: int) -> None:
         if self._exit_code is None:
@@ -179,8 +200,14 @@ class _Supervisor:
             self._killed_at = self._now() + END_TIMEOUT
             self._due.clear()
             self._on_end()
-        workers = [pid for pid, part in self._running.items() if part.is_worker]
-        self._send(signal.SIGTERM, workers or list(self._running))
+            os.close(self._lifelines[True][1])
+            self._end_others()
+
+    def _end_others(self) -> None:
+        """Let those that are no workers end once no worker is left."""
+        if not any(part.is_worker for part in self._running.values()) and not self._are_others_ending:
+            self._are_others_ending = True
+            os.close(self._lifelines[False][1])
 
     def _send(self, number: int, pids: "Sequence[int] | dict[int, Part]") -> None:
         for pid in tuple(pids):
