@@ -1,12 +1,14 @@
 """Keycloak, the current one and an old one, with refresh tokens that are valid once."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from conftest import eventually
 from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, key_pair
 from issuer_person import visit
 from kc_server import OLDEST, OLDEST_JAVA_MAJORS, Keycloak, running_keycloak
@@ -53,6 +55,10 @@ def _issuer(keycloak: Keycloak, clients: Mapping[str, Mapping[str, str]]) -> Iss
 
 def _revoke(keycloak: Keycloak) -> None:
     (user,) = keycloak.admin("GET", f"{REALM}/users?username={USERNAME}")
+    keycloak.admin("POST", f"{REALM}/users/{user['id']}/logout")
+    # It counts in seconds, and spares a refresh token that was given in the same one.
+    second = int(time.time())
+    eventually(lambda: int(time.time()) > second)
     keycloak.admin("POST", f"{REALM}/users/{user['id']}/logout")
 
 

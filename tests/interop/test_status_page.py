@@ -1,5 +1,6 @@
 """The status page as a person sees it: in a real browser, with the real proxy behind it."""
 
+import contextlib
 import json
 import re
 import threading
@@ -17,6 +18,7 @@ from eoepca_security.testing import Behaviour, FakeIssuer
 pytest.importorskip("selenium")
 
 from helpers_browser import chromium
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 
@@ -34,7 +36,10 @@ class Page:
     admin: str
 
     def text(self, selector: str = "body") -> str:
-        return str(self.driver.find_element(By.CSS_SELECTOR, selector).text)
+        while True:
+            # One that is being exchanged is found, and gone when it is read.
+            with contextlib.suppress(StaleElementReferenceException):
+                return str(self.driver.find_element(By.CSS_SELECTOR, selector).text)
 
     def shows(self, text: str, selector: str = "body") -> bool:
         # An element that is being exchanged is gone for a moment.
