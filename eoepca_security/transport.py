@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import requests
@@ -25,6 +25,9 @@ from eoepca_security.protocol import is_loopback
 
 MAX_BODY: Final = 256 * 1024
 """Longest answer that is read, in bytes."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,30 @@ class Transport(Protocol):
         """Return the answer to a form POST within `timeout` seconds."""
 
 
+def in_daemon_thread(function: Callable[[], T]) -> "Future[T]":
+    """Run a blocking function in a thread of its own, which does not hold up the end of the process."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = function()
+        except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
 _begun: dict[Path | None, "Future[ssl.SSLContext]"] = {}
 
 
 def begin_to_trust(ca_file: Path | None = None) -> None:
     """Read the CAs in a thread already, for the next call of `trust` with the same `ca_file`."""
-    future: Future[ssl.SSLContext] = Future()
-    _begun[ca_file] = future
-
-    def read() -> None:
-        try:
-            future.set_result(_read_trust(ca_file))
-        except OSError as error:
-            future.set_exception(error)
-
-    threading.Thread(target=read, name="trust", daemon=True).start()
+    _begun[ca_file] = in_daemon_thread(lambda: _read_trust(ca_file))
 
 
 def trust(ca_file: Path | None = None) -> ssl.SSLContext:
@@ -273,15 +285,7 @@ class _DeadlineAdapter(HTTPAdapter):
 
 def _resolve(host: str, port: int, timeout: float) -> list[Any]:
     """Look an address up within `timeout` seconds: the resolver has no bound of its own that could be set."""
-    found: Future[list[Any]] = Future()
-
-    def look_up() -> None:
-        try:
-            found.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
-        except Exception as error:  # noqa: BLE001  it is raised where the result is awaited
-            found.set_exception(error)
-
-    threading.Thread(target=look_up, name="resolver", daemon=True).start()
+    found = in_daemon_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     return found.result(max(timeout, 0.0))
 
 

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import signal
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
 from mitmproxy.addons.proxyserver import Proxyserver
+
+from eoepca_security.transport import in_daemon_thread
 
 DRAIN_TIMEOUT: Final = 8.0
 """Seconds that the end waits for requests that are being served; docker kills after 10."""
@@ -26,20 +27,7 @@ class DaemonThreads(ThreadPoolExecutor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
         """Run the function in a new thread."""
-        future: Future[Any] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = function(*arguments, **options)
-            except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        threading.Thread(target=run, name="executor", daemon=True).start()
-        return future
+        return in_daemon_thread(lambda: function(*arguments, **options))
 
 
 def end_with_the_terminal(end: Callable[[], None]) -> None:

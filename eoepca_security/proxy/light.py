@@ -1,6 +1,7 @@
 """A start without what mitmproxy and others load and the proxy never, or hardly ever, uses.
 
-Call `lighten` before the first import of mitmproxy. Whatever is put off here is loaded when somebody asks for it.
+The first import of mitmproxy stands in a `with light()` block. What is put off here is loaded when somebody asks for
+it.
 """
 
 import gc

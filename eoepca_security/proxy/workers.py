@@ -117,12 +117,12 @@ class _Supervisor:
             received = signal.sigtimedwait(self._signals, self._patience())
             if received is not None and received.si_signo != signal.SIGCHLD:
                 if self._exit_code is not None and received.si_signo != QUIT:
-                    self._send(signal.SIGTERM, self._running)
+                    self._send(signal.SIGTERM)
                 self._end(0)
             self._reap()
             self._start_due()
             if self._now() >= self._killed_at:
-                self._send(signal.SIGKILL, self._running)
+                self._send(signal.SIGKILL)
                 self._killed_at = float("inf")
         return self._exit_code or 0
 
@@ -209,6 +209,6 @@ class _Supervisor:
             self._are_others_ending = True
             os.close(self._lifelines[False][1])
 
-    def _send(self, number: int, pids: "Sequence[int] | dict[int, Part]") -> None:
-        for pid in tuple(pids):
+    def _send(self, number: int) -> None:
+        for pid in self._running:
             os.kill(pid, number)

@@ -123,7 +123,20 @@ def test_a_session_that_is_over_heals_when_the_store_gets_a_new_one(
         assert client.get(proxy.url).status_code == 200
 
 
-def test_a_stop_waits_for_a_refresh_whose_answer_has_the_only_token(start: StartProxy, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        # The end of the terminal, unless the tests themselves are to outlive that.
+        pytest.param(
+            signal.SIGHUP,
+            marks=pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL, reason="run by nohup"),
+        ),
+    ],
+)
+def test_a_stop_waits_for_a_refresh_whose_answer_has_the_only_token(
+    number: signal.Signals, start: StartProxy, tmp_path: Path
+) -> None:
     with FakeIssuer(Behaviour(lifetime=2, refresh_tokens="rotate")) as issuer, Service(issuer) as service:
         environment = settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path))
         proxy = start("launcher", service.url, environment)
@@ -131,21 +144,7 @@ def test_a_stop_waits_for_a_refresh_whose_answer_has_the_only_token(start: Start
         issuer.behaviour.delay = 1
         load([proxy.url], 0.1)
         eventually(lambda: bool(load([proxy.url], 0.05)) and len(issuer.requests) > before)
-        assert proxy.stop() == 0
-        issuer.behaviour.delay = 0
-        assert start("launcher", service.url, environment).url
-        assert issuer.reuses == 0
-
-
-@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL, reason="run by nohup")
-def test_the_end_of_the_terminal_is_an_end_like_others(start: StartProxy, tmp_path: Path) -> None:
-    with FakeIssuer(Behaviour(lifetime=2, refresh_tokens="rotate")) as issuer, Service(issuer) as service:
-        environment = settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path))
-        proxy = start("launcher", service.url, environment)
-        before = len(issuer.requests)
-        issuer.behaviour.delay = 1
-        eventually(lambda: bool(load([proxy.url], 0.05)) and len(issuer.requests) > before)
-        proxy.process.send_signal(signal.SIGHUP)
+        proxy.process.send_signal(number)
         assert proxy.wait_until_ended(15) == 0
         issuer.behaviour.delay = 0
         assert start("launcher", service.url, environment).url
