@@ -14,10 +14,10 @@ from test_status import STATE
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import admin
-from eoepca_security.proxy.admin import Admin, Subject, admin_guard
+from eoepca_security.proxy.admin import Admin, admin_guard
 from eoepca_security.proxy.metrics import Metrics, counts
 from eoepca_security.proxy.settings import Address, Settings
-from eoepca_security.proxy.status import status
+from eoepca_security.proxy.status import Subject, status
 
 SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
 

@@ -14,10 +14,9 @@ from test_status import NOW, SETTINGS, STATE
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError
 from eoepca_security.proxy import together
-from eoepca_security.proxy.admin import Subject
 from eoepca_security.proxy.metrics import Metrics, counts, exposition, from_json, merged, to_json
 from eoepca_security.proxy.page import page
-from eoepca_security.proxy.status import Mishap, Refresh, status
+from eoepca_security.proxy.status import Mishap, Refresh, Subject, status
 from eoepca_security.proxy.together import Crew, Line, answer
 from eoepca_security.session import AccessToken
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -35,18 +35,18 @@ from prometheus_client import Metric
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
 from eoepca_security.protocol import is_loopback, printable
 from eoepca_security.proxy import authority, forwarding, options, origins, problem, quick, stream, wire
-from eoepca_security.proxy.admin import Admin, Subject
 from eoepca_security.proxy.check import runs_in_container
 from eoepca_security.proxy.diagnosis import failure_remedy
 from eoepca_security.proxy.fast import cache_hooks
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT, DaemonThreads, drain, end_with_the_terminal
+from eoepca_security.proxy.light import without_cas
 from eoepca_security.proxy.logs import STARTED
 from eoepca_security.proxy.metrics import Metrics, counts
 from eoepca_security.proxy.page import duration, lines
 from eoepca_security.proxy.settings import Settings, settings_in
-from eoepca_security.proxy.status import Answer, Mishaps, Refresh, State, status, unready
+from eoepca_security.proxy.status import Answer, Mishaps, Refresh, State, Subject, status, unready
 from eoepca_security.proxy.variables import ALLOWED_HOSTS, CA_FILE, OPTIONS
 from eoepca_security.proxy.wire import Clearance, Target
 from eoepca_security.proxy.wiring import make_source
@@ -54,6 +54,9 @@ from eoepca_security.session import AccessToken
 from eoepca_security.source import TokenSource
 from eoepca_security.transport import ca_bundle
 from eoepca_security.verify import unverified_claims
+
+if TYPE_CHECKING:
+    from eoepca_security.proxy.admin import Admin
 
 _TRUSTED_CA: Final = "ssl_verify_upstream_trusted_ca"
 
@@ -542,6 +545,10 @@ class OIDCAuthProxy:
     def _start_admin(self, settings: Settings) -> None:
         if settings.admin is None:
             return
+        # Takes long to load, which is done when the proxy listens already.
+        with without_cas():
+            from eoepca_security.proxy.admin import Admin  # noqa: PLC0415
+
         admin = Admin(settings, self.subject())
         if admin.start() is not None:
             self._admin = admin

@@ -2,23 +2,21 @@
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Final
 
 from mitmproxy.log import ALERT
-from prometheus_client import Metric
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 
-from eoepca_security.errors import TokenError
 from eoepca_security.protocol import is_loopback
 from eoepca_security.proxy import problem
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard
 from eoepca_security.proxy.metrics import exposition
 from eoepca_security.proxy.page import RESOURCES, page
 from eoepca_security.proxy.settings import Address, Settings
+from eoepca_security.proxy.status import Subject
 from eoepca_security.proxy.variables import ADMIN
 
 MAX_SIZE: Final = 16 * 1024
@@ -39,16 +37,6 @@ _HEADERS: Final = {
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What the pages tell of: `ready` gives None or why there is no token, `quit` ends the proxy."""
-
-    ready: Callable[[], Awaitable[TokenError | None]]
-    status: Callable[[], Awaitable[Mapping[str, Any]]]
-    families: Callable[[], Awaitable[Sequence[Metric]]]
-    quit: Callable[[], None]
 
 
 class Admin:

@@ -36,6 +36,7 @@ def load(master: Master) -> None:
 
     A request that comes before finds mitmproxy without it, fails, and ends the start with its failure.
     """
+    read_quickly()
     tls = master.addons.get("tlsconfig")
     if not isinstance(tls, TlsConfig) or tls.certstore is not None:
         return
@@ -43,10 +44,14 @@ def load(master: Master) -> None:
         folder = Path(master.options.confdir).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         make(folder)
-    certs.load_pem_private_key = load_private_key
     # mitmproxy tries again, and tells what is wrong.
     with contextlib.suppress(Exception):
         tls.configure({"confdir"})
+
+
+def read_quickly() -> None:
+    """Let mitmproxy read the key, as it does twice during its start, in a hundredth of the time."""
+    certs.load_pem_private_key = load_private_key
 
 
 def load_private_key(data: bytes, password: bytes | None) -> Any:

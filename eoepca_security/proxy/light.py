@@ -1,4 +1,4 @@
-"""A start without what mitmproxy and others load and the proxy never, or hardly ever, uses.
+"""A start without what mitmproxy and others load and check and the proxy never, or hardly ever, uses.
 
 The first import of mitmproxy stands in a `with light()` block. What is put off here is loaded when somebody asks for
 it.
@@ -8,13 +8,12 @@ import gc
 import importlib.util
 import ssl
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
 
-# For mitmproxy's own authentication of clients, and for QUIC's certificates.
-_PUT_OFF: Final = ("ldap3", "service_identity")
 _ONBOARDING: Final = "mitmproxy.addons.onboardingapp"
 
 
@@ -22,24 +21,18 @@ _ONBOARDING: Final = "mitmproxy.addons.onboardingapp"
 def light() -> Iterator[None]:
     """Import what stands in the `with` block without what takes long and is not needed.
 
-    There must be no other threads yet.
+    There must be no other threads yet that import.
     """
-    for name in _PUT_OFF:
-        if name not in sys.modules and importlib.util.find_spec(name) is not None:
-            sys.modules[name] = _PutOff(name)
-    if importlib.util.find_spec("mitmproxy") is not None and _ONBOARDING not in sys.modules:
-        sys.modules[_ONBOARDING] = _Onboarding(_ONBOARDING)
     was_enabled = gc.isenabled()
     gc.disable()
-    # tornado reads the system's CAs for clients of its own, which we have none of.
-    load = ssl.SSLContext.load_default_certs
-    ssl.SSLContext.load_default_certs = _load_nothing  # type: ignore[method-assign,assignment]
+    for name, known in _PUT_OFF.items():
+        if name not in sys.modules and importlib.util.find_spec(name.partition(".")[0]) is not None:
+            sys.modules[name] = _PutOff(name, known)
+    if importlib.util.find_spec("mitmproxy") is not None and _ONBOARDING not in sys.modules:
+        sys.modules[_ONBOARDING] = _Onboarding(_ONBOARDING)
     try:
-        import tornado.netutil  # noqa: F401, PLC0415
-    finally:
-        ssl.SSLContext.load_default_certs = load  # type: ignore[method-assign]
-    try:
-        yield
+        with _unchecked():
+            yield
     finally:
         # Which would be looked through at once otherwise, and stays anyway.
         gc.freeze()
@@ -47,14 +40,63 @@ def light() -> Iterator[None]:
             gc.enable()
 
 
-class _PutOff(ModuleType):
-    """A module that is loaded when something in it is used.
+@contextmanager
+def without_cas() -> Iterator[None]:
+    """Import tornado in the `with` block without the system's CAs, which it reads for clients that we have none of."""
+    load, importer = ssl.SSLContext.load_default_certs, threading.get_ident()
 
-    importlib's own kind is loaded by the mere `import` statement. The import of a module inside it asks for `__path__`.
+    def load_elsewhere(context: ssl.SSLContext, *arguments: Any) -> None:
+        if threading.get_ident() != importer:
+            load(context, *arguments)
+
+    ssl.SSLContext.load_default_certs = load_elsewhere  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        ssl.SSLContext.load_default_certs = load  # type: ignore[method-assign]
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Leave out mitmproxy's checks of the types of all that it handles, which take a third of its time.
+
+    They find mistakes in mitmproxy itself: `python -O` leaves them out, too.
+    """
+    from mitmproxy.proxy import utils  # noqa: PLC0415  all of mitmproxy is loaded late
+
+    expect = utils.expect
+    utils.expect = _expect_anything
+    try:
+        from mitmproxy.http import MessageData  # noqa: PLC0415
+
+        if hasattr(MessageData, "__post_init__"):
+            MessageData.__post_init__ = _check_nothing  # type: ignore[method-assign]
+        yield
+    finally:
+        utils.expect = expect
+
+
+def _expect_anything(*_: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return lambda handler: handler
+
+
+def _check_nothing(_: object) -> None:
+    pass
+
+
+class _PutOff(ModuleType):
+    """A module that is loaded when something in it is used, but for what is `known` of it.
+
+    importlib's own kind is loaded by the mere `import` statement.
     """
 
+    def __init__(self, name: str, known: Mapping[str, Any]) -> None:
+        super().__init__(name)
+        self.__dict__.update(known)
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":
+        # The import of a module inside a package asks for its __path__. Those that have a dot in their names are none.
+        if name.startswith("__") and (name != "__path__" or "." in self.__name__):
             raise AttributeError(name)
         if sys.modules[self.__name__] is self:
             del sys.modules[self.__name__]
@@ -62,8 +104,32 @@ class _PutOff(ModuleType):
         return self.__dict__[name]
 
 
-def _load_nothing(*_: Any) -> None:
-    pass
+def _function(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that is in a module that is put off, for `from module import name`."""
+
+    def call(*arguments: Any) -> Any:
+        put_off = sys.modules[module]
+        if isinstance(put_off, _PutOff):
+            del sys.modules[module]
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return call
+
+
+# With what others use of them while they are loaded themselves.
+_PUT_OFF: Final[Mapping[str, Mapping[str, Any]]] = {
+    # For mitmproxy's own authentication of clients, and for QUIC's certificates.
+    "ldap3": {},
+    "service_identity": {},
+    # For filter expressions and commands.
+    "mitmproxy.flowfilter": {"TFilter": Any},
+    "mitmproxy.command_lexer": {name: _function("mitmproxy.command_lexer", name) for name in ("quote", "unquote")},
+    "pyparsing": {},
+    # For answers from files.
+    "werkzeug.security": {"safe_join": _function("werkzeug.security", "safe_join")},
+    # For showing images.
+    **{f"mitmproxy.contrib.kaitaistruct.{kind}": {} for kind in ("gif", "ico", "jpeg", "png")},
+}
 
 
 class _Onboarding(ModuleType):

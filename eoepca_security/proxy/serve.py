@@ -13,20 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from mitmproxy.options import CONF_DIR, Options
 from mitmproxy.tools import cmdline
 from mitmproxy.tools import main as mitmproxy_main
 from mitmproxy.tools.dump import DumpMaster
-from tornado.netutil import bind_sockets
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
 from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
-from eoepca_security.proxy.admin import Admin
 from eoepca_security.proxy.fast import settle_memory
 from eoepca_security.proxy.folder import FolderForNow
+from eoepca_security.proxy.light import without_cas
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, log_plainly, set_format
 from eoepca_security.proxy.settings import Settings
@@ -34,6 +33,9 @@ from eoepca_security.proxy.together import Crew, Line, answer
 from eoepca_security.proxy.variables import ADMIN, CA_FILE, PORT, TOKEN_STORE, UPSTREAM, WORKERS
 from eoepca_security.proxy.workers import QUIT, Part, share_listeners, supervise
 from eoepca_security.transport import ca_bundle
+
+if TYPE_CHECKING:
+    from eoepca_security.proxy.admin import Admin
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
 
@@ -133,6 +135,7 @@ def _run(
         *("--listen-host", settings.host, "--listen-port", str(settings.port)),
         *(["--ssl-insecure"] if settings.tls_no_verify else []),
     ]
+    authority.read_quickly()
     try:
         mitmproxy_main.run(Master, cmdline.mitmdump, [*own, *arguments], _filters)
     except SystemExit as error:
@@ -149,6 +152,11 @@ def _run_workers(
 
     When the supervisor is killed, the last process that is left removes the folder.
     """
+    with without_cas():
+        from tornado.netutil import bind_sockets  # noqa: PLC0415
+
+        from eoepca_security.proxy.admin import Admin  # noqa: PLC0415  before the processes part
+
     listeners = bind_sockets(settings.port, settings.host)
     supervisor = os.getpid()
     # Which one of the others could not have, but all know.
@@ -194,7 +202,7 @@ def _leave_orphaned(folder: FolderForNow | None, supervisor: int) -> None:
         folder.leave()
 
 
-async def _serve_admin(admin: Admin, lifeline: int) -> None:
+async def _serve_admin(admin: "Admin", lifeline: int) -> None:
     """Run the admin listener until this process is told to end, or is on its own."""
     end, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, end.set)

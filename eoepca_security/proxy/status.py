@@ -4,9 +4,11 @@ import asyncio
 import importlib.metadata
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
+
+from prometheus_client import Metric
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
 from eoepca_security.protocol import printable
@@ -24,6 +26,16 @@ MAX_RECENT: Final = 20
 
 # Of processes that share a session, one that nobody has asked for a while says nothing about the others.
 _WORST_FIRST: Final = ("failing", "degraded", "ready", "starting", "idle")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the admin listener tells of: `ready` gives None or why there is no token, `quit` ends the proxy."""
+
+    ready: Callable[[], Awaitable[TokenError | None]]
+    status: Callable[[], Awaitable[Mapping[str, Any]]]
+    families: Callable[[], Awaitable[Sequence[Metric]]]
+    quit: Callable[[], None]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from typing import Any, Final
 from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
-from eoepca_security.proxy.admin import Subject
 from eoepca_security.proxy.metrics import counts, from_json, lasting, merged, to_json
 from eoepca_security.proxy.settings import Address, Settings
-from eoepca_security.proxy.status import READY_WAIT, State, status, together
+from eoepca_security.proxy.status import READY_WAIT, State, Subject, status, together
 
 ANSWER_TIMEOUT: Final = READY_WAIT + 0.1
 """Seconds that a process has to answer; one that does not is left out. Probes usually give up after one second."""

@@ -29,7 +29,7 @@ TAG = "mitmproxy-oidc-test"
 CA_FILE = "/run/ca.pem"
 PUBLISH = ("-p", "127.0.0.1::8080")
 LOCKED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
-HEALTHCHECK = ("python", "-I", "-S", "-O", "/opt/proxy/healthcheck.py")
+HEALTHCHECK = ("python", "-I", "-S", "/opt/proxy/healthcheck.py")
 
 # Both builders take the Dockerfile; the classic one needs nothing besides the engine.
 ENVIRONMENT = {"DOCKER_BUILDKIT": "0", **os.environ}

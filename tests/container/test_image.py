@@ -91,7 +91,7 @@ def test_the_image_has_what_the_proxy_needs_and_no_more(image: str) -> None:
         "print([s.name for s in specs if s.origin.endswith('.py') and not os.path.exists(s.cached or '')])\n"
         "print([str(p) for p in here.rglob('*') if not p.is_symlink() and os.access(p, os.W_OK)])\n"
     )
-    shown = run_once(image, "--entrypoint", "python", command=("-O", "-c", script))
+    shown = run_once(image, "--entrypoint", "python", command=("-c", script))
     assert shown.stdout.splitlines() == ["[]"] * 6, shown.stdout + shown.stderr
 
 

@@ -422,11 +422,9 @@ def test_clients_that_go_away_at_any_moment_leave_no_connection_behind(start: St
 
 def test_a_service_that_stays_silent_is_told_of_in_time(start: StartProxy, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if sys.flags.optimize:\n"
-        "    from eoepca_security.proxy import pool\n"
-        "    from mitmproxy.proxy import server\n"
-        "    pool.CONNECT_TIMEOUT, server.TCP_TIMEOUT = 1.0, 1\n"
+        "from eoepca_security.proxy import pool\n"
+        "from mitmproxy.proxy import server\n"
+        "pool.CONNECT_TIMEOUT, server.TCP_TIMEOUT = 1.0, 1\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
 
