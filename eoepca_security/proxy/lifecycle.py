@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
@@ -13,6 +13,9 @@ from eoepca_security.transport import in_daemon_thread
 
 DRAIN_TIMEOUT: Final = 8.0
 """Seconds that the end waits for requests that are being served; docker kills after 10."""
+
+HASTE: Final = (signal.SIGTERM, signal.SIGINT)
+"""What ends the proxy, and when it comes a second time, at once."""
 
 _CLOSING_TIMEOUT: Final = 1.0
 _INTERVAL: Final = 0.02
@@ -37,17 +40,17 @@ def end_with_the_terminal(end: Callable[[], None]) -> None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, end)
 
 
-async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
+async def drain(server: Proxyserver, is_busy: Callable[[], bool], haste: Collection[signal.Signals] = HASTE) -> bool:
     """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
 
-    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after a second signal; returns whether there was one.
+    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after one of the signals `haste`; returns whether one came.
     """
     for instance in server.servers:
         if instance.is_running:
             await instance.stop()
     loop = asyncio.get_running_loop()
     hurry = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in haste:
         # Not everywhere, and not outside the main thread.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, hurry.set)

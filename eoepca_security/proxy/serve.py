@@ -25,6 +25,7 @@ from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.fast import settle_memory
 from eoepca_security.proxy.folder import FolderForNow
+from eoepca_security.proxy.lifecycle import HASTE
 from eoepca_security.proxy.light import without_cas
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, log_plainly, set_format
@@ -103,7 +104,14 @@ def _run(
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             set_format(self, log_format, without=is_told_elsewhere)
             self.event_loop.set_exception_handler(_ignore_cancelled)
-            addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
+            addon = OIDCAuthProxy(
+                settings,
+                self._started,
+                joins=not leads,
+                end=worker.end if worker else None,
+                # Whoever ends all processes sends each of them its signal, beside what the supervisor tells them.
+                haste=(QUIT,) if worker else HASTE,
+            )
             self.addons.add(addon)
             addon.begin()
             # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.

@@ -25,7 +25,7 @@ MAX_DELAY: Final = 5.0
 """Longest time in seconds before the next attempt to replace a process that ends again and again."""
 
 QUIT: Final = signal.SIGUSR1
-"""Tells the supervisor to end; unlike others a second one does not mean haste."""
+"""Tells the supervisor to end; unlike others a second one does not mean haste. Tells a part that ends to make haste."""
 
 _BACKLOG: Final = 128
 _SETTLED_AFTER: Final = 30.0
@@ -117,7 +117,7 @@ class _Supervisor:
             received = signal.sigtimedwait(self._signals, self._patience())
             if received is not None and received.si_signo != signal.SIGCHLD:
                 if self._exit_code is not None and received.si_signo != QUIT:
-                    self._send(signal.SIGTERM)
+                    self._send(QUIT)
                 self._end(0)
             self._reap()
             self._start_due()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ import pytest
 from conftest import ProxyProcess, StartProxy, eventually, settings_for
 from helpers_service import Recorder
 
+from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT
 from eoepca_security.testing import Behaviour, FakeIssuer
 
 from test_operations import accepts, admin_of  # isort: skip
@@ -167,6 +169,24 @@ def test_all_end_together_and_requests_in_flight_get_their_answers(
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert not [folder for folder in folders if folder.exists() and is_ours(folder, issuer)]
     assert "Traceback" not in proxy.output
+
+
+def test_a_second_signal_ends_them_at_once(start: StartProxy, issuer: FakeIssuer) -> None:
+    recorder = Recorder()
+    with recorder.server() as service:
+        proxy, _ = start_workers(start, service.url, issuer)
+        with httpx.Client(trust_env=False, timeout=20) as client, ThreadPoolExecutor(1) as pool:
+            held = pool.submit(client.get, f"{proxy.url}/held")
+            assert recorder.waiting.acquire(timeout=10)
+            proxy.process.send_signal(signal.SIGTERM)
+            eventually(lambda: not accepts(proxy.url))
+            began = time.monotonic()
+            proxy.process.send_signal(signal.SIGTERM)
+            assert proxy.wait_until_ended() == 0
+            assert time.monotonic() - began < DRAIN_TIMEOUT / 2
+            with pytest.raises(httpx.TransportError):
+                held.result(10)
+        recorder.release.set()
 
 
 def is_ours(folder: Path, issuer: FakeIssuer) -> bool:
