@@ -84,6 +84,12 @@ def trust(ca_file: Path | None = None) -> ssl.SSLContext:
     return begun.result() if begun is not None else _read_trust(ca_file)
 
 
+def usable_cas(ca_file: Path) -> Path:
+    """Return `ca_file`; raise OSError, as `trust` would but without reading all other CAs, when it cannot be used."""
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
+    return ca_file
+
+
 def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context()
     # On from Python 3.13: it refuses the many private CAs without a key identifier, which older versions accept.

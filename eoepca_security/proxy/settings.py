@@ -56,7 +56,7 @@ from eoepca_security.proxy.variables import (
     Variable,
 )
 from eoepca_security.store import TokenStore
-from eoepca_security.transport import trust
+from eoepca_security.transport import usable_cas
 
 _MAX_FILE: Final = 64 * 1024
 _PORTS: Final = {"http": 80, "https": 443}
@@ -380,9 +380,7 @@ class _Reader:
 
     def ca_file(self) -> Path | None:
         path = self.text(CA_FILE)
-        if path and self._load(CA_FILE, path, trust):
-            return Path(path)
-        return None
+        return self._load(CA_FILE, path, usable_cas) if path else None
 
     def _load(self, variable: Variable, path: str, load: Callable[[Path], T]) -> T | None:
         try:
