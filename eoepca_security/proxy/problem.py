@@ -27,6 +27,9 @@ ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
 }
 """Every code of the public interface, with its status and its title."""
 
+MALFORMED: Final = "its answer is malformed"
+"""Begins the reason for which an answer of the service is not passed on."""
+
 _HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
 
 _LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUnavailable.code, "Retry-After": "1"})
@@ -68,6 +71,8 @@ def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> Upst
         # As servers do that want TLS.
         other = ", or is it https:// rather than http:// in REMOTE_PROTECTED_DOMAIN?" if is_plain else ""
         remedy = f"it hung up without an answer: its log may say why{other}"
+    elif reason.startswith(MALFORMED):
+        remedy = "that is for the service to mend"
     else:
         remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
     is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason

@@ -11,6 +11,7 @@ from weakref import WeakSet
 from mitmproxy.connection import Connection
 from mitmproxy.http import Request, Response
 from mitmproxy.net.http.http1 import expected_http_body_size
+from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy.commands import CloseConnection
 from mitmproxy.proxy.events import Event
 from mitmproxy.proxy.layer import CommandGenerator
@@ -149,12 +150,29 @@ class Stream(HttpStream):
         elif self._may_repeat() and self.flow.response is None and event.message == "server closed connection":
             yield from self._repeat()
         else:
-            request = self.flow.request
-            reason = "no answer: timed out" if self.context.server in late else event.message
-            fault = problem.upstream_fault(f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http")
-            self.flow.response = problem.answer(fault, method=request.method)
-            self.flow.metadata |= {CODE: fault.code, DETAIL: fault.detail}
-            yield from self._answer()
+            yield from self._blame("no answer: timed out" if self.context.server in late else event.message)
+
+    def check_invalid(self, request: bool) -> CommandGenerator[bool]:
+        """Answer for a service whose answer does not say for certain where it ends."""
+        answer = self.flow.response
+        if not request and answer is not None and self.context.options.validate_inbound_headers:
+            try:
+                validate_headers(answer)
+            except ValueError as error:
+                # What else comes on this connection may be anything.
+                end = RequestProtocolError(self.stream_id, "the answer is malformed", RequestProtocolError.code)
+                yield SendHttp(end, self.context.server)
+                yield from self._blame(f"{problem.MALFORMED}: {error}")
+                return True
+        return (yield from super().check_invalid(request))
+
+    def _blame(self, reason: str) -> CommandGenerator[None]:
+        """Answer that the service failed."""
+        request = self.flow.request
+        fault = problem.upstream_fault(f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http")
+        self.flow.response = problem.answer(fault, method=request.method)
+        self.flow.metadata |= {CODE: fault.code, DETAIL: fault.detail}
+        yield from self._answer()
 
     def _is_in(self, state: Any) -> bool:
         return bool(self.client_state == state)
