@@ -154,8 +154,8 @@ class _Supervisor:
                 os.close(end)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
             code = part.run(is_first, self._lifelines[part.is_worker][0])
-        except KeyboardInterrupt:
-            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else _CRASHED
         except BaseException:  # noqa: BLE001  nothing may return to what the other process does
             traceback.print_exc()
         finally:

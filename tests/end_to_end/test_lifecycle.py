@@ -2,15 +2,18 @@
 
 import concurrent.futures
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ProxyProcess, Service, StartProxy, eventually, settings_for
+from conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, settings_for
 
 from eoepca_security.local_server import Handler
 from eoepca_security.testing import Behaviour, FakeIssuer
@@ -149,6 +152,35 @@ def test_a_stop_waits_for_a_refresh_whose_answer_has_the_only_token(
         issuer.behaviour.delay = 0
         assert start("launcher", service.url, environment).url
         assert issuer.reuses == 0
+
+
+SIGNAL_AT_IMPORT = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), int(os.environ["NUMBER"]))
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("at", ["eoepca_security.proxy.serve", "mitmproxy.tools.dump"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_proxy_still_loads_is_one_in_order(
+    number: signal.Signals, at: str, workers: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_AT_IMPORT)
+    with FakeIssuer() as issuer:
+        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        environment = settings_for(issuer, AT=at, NUMBER=str(int(number)), PYTHONPATH=path, PROXY_WORKERS=workers)
+        environment["REMOTE_PROTECTED_DOMAIN"] = "http://127.0.0.1:9"
+        command = [sys.executable, str(ROOT / "run-mitmproxy.py")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+        assert not issuer.requests
 
 
 @pytest.mark.parametrize("used_up", [False, True])
