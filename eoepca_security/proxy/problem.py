@@ -4,14 +4,14 @@ import errno
 import json
 import math
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass
 from typing import Final
 
-from mitmproxy.http import Headers, Response
+from mitmproxy.http import Response
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.protocol import printable
+from eoepca_security.proxy import quick
 from eoepca_security.proxy.guard import Refusal
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
@@ -37,11 +37,7 @@ _LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUn
 
 def last_resort() -> Response:
     """Return the answer for the time in which there is no better one, and for when making a better one fails."""
-    # mitmproxy's own copy takes five times as long, and this is done for every request.
-    response = copy(_LAST_RESORT)
-    response.data = copy(_LAST_RESORT.data)
-    response.data.headers = Headers(_LAST_RESORT.data.headers.fields)
-    return response
+    return quick.with_headers(_LAST_RESORT, _LAST_RESORT.data.headers.fields)
 
 
 def title(code: str) -> str:

@@ -6,10 +6,13 @@ missing by an exception; and it copies the value of an option each time, also wh
 
 from copy import deepcopy
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from mitmproxy import optmanager
-from mitmproxy.http import Headers
+from mitmproxy.http import Headers, Request, Response
+
+AnyMessage = TypeVar("AnyMessage", Request, Response)
+Fields = tuple[tuple[bytes, bytes], ...]
 
 _LONG: Final = 64  # longer names are not worth remembering
 _UNCHANGEABLE: Final = frozenset({str, int, float, bool, type(None)})
@@ -68,7 +71,24 @@ def get_item(headers: Headers, name: str | bytes) -> str:
 def contains(headers: Headers, name: Any) -> bool:
     """Tell whether there is such a header."""
     key = _key(name)
-    return any(given.lower() == key for given, _ in headers.fields)
+    length = len(key)
+    for given, _ in headers.fields:  # noqa: SIM110  any() with a generator takes twice as long
+        if len(given) == length and given.lower() == key:
+            return True
+    return False
+
+
+def with_headers(message: AnyMessage, fields: Fields) -> AnyMessage:
+    """Return a copy of the message with these headers; all else is shared. mitmproxy's own takes ten times as long."""
+    headers = object.__new__(Headers)
+    headers.fields = fields
+    data = object.__new__(type(message.data))
+    data.__dict__.update(message.data.__dict__)
+    data.headers = headers
+    copied = object.__new__(type(message))
+    copied.__dict__.update(message.__dict__)
+    copied.data = data
+    return copied
 
 
 def current(option: Any) -> Any:

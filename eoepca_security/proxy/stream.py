@@ -154,17 +154,19 @@ class Stream(HttpStream):
 
     def check_invalid(self, request: bool) -> CommandGenerator[bool]:
         """Answer for a service whose answer does not say for certain where it ends."""
-        answer = self.flow.response
-        if not request and answer is not None and self.context.options.validate_inbound_headers:
-            try:
-                validate_headers(answer)
-            except ValueError as error:
-                # What else comes on this connection may be anything.
-                end = RequestProtocolError(self.stream_id, "the answer is malformed", RequestProtocolError.code)
-                yield SendHttp(end, self.context.server)
-                yield from self._blame(f"{problem.MALFORMED}: {error}")
-                return True
-        return (yield from super().check_invalid(request))
+        if request or self.flow.response is None:
+            return (yield from super().check_invalid(request))
+        if not self.context.options.validate_inbound_headers:
+            return False
+        try:
+            validate_headers(self.flow.response)
+        except ValueError as error:
+            # What else comes on this connection may be anything.
+            end = RequestProtocolError(self.stream_id, "the answer is malformed", RequestProtocolError.code)
+            yield SendHttp(end, self.context.server)
+            yield from self._blame(f"{problem.MALFORMED}: {error}")
+            return True
+        return False
 
     def _blame(self, reason: str) -> CommandGenerator[None]:
         """Answer that the service failed."""
