@@ -101,6 +101,51 @@ def test_requests_in_flight_get_their_answers_before_the_end_and_no_secret_shows
         assert not [canary for canary in canaries(issuer) if canary in content]
 
 
+SCRIPT = """
+from mitmproxy import ctx, flowfilter
+is_get = flowfilter.parse("~m GET")
+
+def response(flow):
+    flow.response.headers["x-script"] = f"{bool(is_get(flow))} {len(ctx.master.commands.execute('oidc.status'))}"
+"""
+
+
+def test_what_mitmproxy_can_do_can_be_had_after_the_dashes(
+    start: StartProxy, issuer: FakeIssuer, tmp_path: Path, client: httpx.Client
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "file.txt").write_text("from a file")
+    options = (
+        "modify_headers=/~m PUT/x-modified/yes",
+        "block_list=:~u /blocked:404",
+        f"map_local=|/local|{tmp_path / 'file.txt'}",
+        "stickycookie=~all",
+        "flow_detail=3",
+    )
+    arguments = [part for option in options for part in ("--set", option)]
+    recorder = Recorder()
+    with recorder.server() as service:
+        more = ("-s", str(tmp_path / "script.py"), "-w", str(tmp_path / "flows"), "~m PUT")
+        proxy = start("launcher", service.url, settings_for(issuer), *arguments, *more)
+        answer = client.put(proxy.url, content=b'{"a": 1}', headers={"Content-Type": "application/json"})
+        assert answer.status_code == 200
+        assert answer.headers["x-script"].startswith("False ")
+        assert dict(recorder.requests[-1].headers)["x-modified"] == "yes"
+        answer = client.get(proxy.url)
+        assert answer.headers["x-script"].startswith("True ")
+        assert "x-modified" not in dict(recorder.requests[-1].headers)
+        assert client.get(f"{proxy.url}/blocked").status_code == 404
+        assert client.get(f"{proxy.url}/local").text == "from a file"
+        proxy.process.send_signal(signal.SIGTERM)
+        assert proxy.wait_until_ended() == 0
+    # Those that the filter shows, and keeps.
+    assert "PUT" in proxy.output
+    assert "GET" not in proxy.output
+    flows = (tmp_path / "flows").read_bytes()
+    assert b"PUT" in flows
+    assert b"/blocked" not in flows
+
+
 def accepts(url: str) -> bool:
     parts = urlsplit(url)
     try:
