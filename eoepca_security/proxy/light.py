@@ -98,19 +98,22 @@ class _PutOff(ModuleType):
         # The import of a module inside a package asks for its __path__. Those that have a dot in their names are none.
         if name.startswith("__") and (name != "__path__" or "." in self.__name__):
             raise AttributeError(name)
-        if sys.modules[self.__name__] is self:
-            del sys.modules[self.__name__]
+        _give_way(self.__name__)
         self.__dict__.update(vars(importlib.import_module(self.__name__)))
         return self.__dict__[name]
+
+
+def _give_way(name: str) -> None:
+    """Let the next import load the module itself."""
+    if isinstance(sys.modules.get(name), _PutOff):
+        sys.modules.pop(name, None)
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
     """Return a function that is in a module that is put off, for `from module import name`."""
 
     def call(*arguments: Any) -> Any:
-        put_off = sys.modules[module]
-        if isinstance(put_off, _PutOff):
-            del sys.modules[module]
+        _give_way(module)
         return getattr(importlib.import_module(module), name)(*arguments)
 
     return call
