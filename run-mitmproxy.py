@@ -5,7 +5,16 @@ import os
 import signal
 import sys
 
-if os.getpid() == 1:
+for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:  # closed: what is opened next would take its number
+        os.open(os.devnull, os.O_RDWR)
+        setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w"))  # noqa: SIM115, PTH123
+
+if not {"check", "demo", "login", "logout", "token"}.intersection(sys.argv):
+    # The proxy has nothing yet to end in order; it sees to that itself once it has.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+elif os.getpid() == 1:
     # A container's first process: a signal that it has no handler for is lost, and whoever stops it would wait in vain.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 

@@ -1,5 +1,6 @@
 """Fixtures: a controllable issuer, a recording service, and the real proxy as a process between them."""
 
+import contextlib
 import os
 import re
 import signal
@@ -118,6 +119,13 @@ class ProxyProcess:
         self._reader.join(timeout)
         return code
 
+    def stop_in_haste(self) -> int:
+        """Tell it to end again and again until it does; return its exit code."""
+        while True:
+            self.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.wait_until_ended(0.1)
+
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -182,7 +190,7 @@ def base_environment(home: Path) -> dict[str, str]:
 def start(base_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartProxy]:
     """Start the launcher, or mitmdump with the add-on (in regular mode where there is no service's URL).
 
-    All are stopped at the end of the module.
+    All are stopped at the end of the module, and must not have crashed on the way.
     """
     started: list[ProxyProcess] = []
 
@@ -206,6 +214,8 @@ def start(base_environment: dict[str, str], tmp_path_factory: pytest.TempPathFac
     for proxy in started:
         proxy.stop()
         proxy.wait_until_ended()
+    crashes = [proxy.output for proxy in started if "has crashed" in proxy.output or "Traceback" in proxy.output]
+    assert not crashes, "\n\n".join(crashes)
 
 
 def run_process(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> subprocess.Popen[str]:

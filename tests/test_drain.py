@@ -42,11 +42,20 @@ async def test_it_waits_no_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch
     await asyncio.wait_for(drain(server_with(), lambda: True), 5)
 
 
-async def test_a_second_signal_ends_the_waiting() -> None:
+async def test_a_second_signal_ends_the_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "SAME_SIGNAL", -1)
     ending = asyncio.ensure_future(drain(server_with(), lambda: True))
     await asyncio.sleep(0)
     signal.raise_signal(signal.SIGTERM)
     assert await asyncio.wait_for(ending, 5)
+
+
+async def test_the_same_signal_that_comes_twice_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifecycle, "DRAIN_TIMEOUT", 0.1)
+    ending = asyncio.ensure_future(drain(server_with(), lambda: True))
+    await asyncio.sleep(0)
+    signal.raise_signal(signal.SIGTERM)
+    assert not await asyncio.wait_for(ending, 5)
 
 
 def test_the_bound_leaves_docker_time() -> None:

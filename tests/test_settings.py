@@ -31,6 +31,12 @@ def problems(environment: Mapping[str, str]) -> tuple[str, ...]:
     return caught.value.problems
 
 
+def test_the_two_listeners_need_an_address_each() -> None:
+    both = GOOD | {"PROXY_PORT": "8080", "PROXY_ADMIN": "127.0.0.1:8080"}
+    assert problems(both) == ("PROXY_ADMIN: 127.0.0.1:8080 is where the proxy itself listens: choose another port",)
+    assert read_settings(both | {"PROXY_PORT": "0", "PROXY_ADMIN": "127.0.0.1:0"}).admin is not None
+
+
 def test_defaults() -> None:
     settings = read_settings(GOOD)
     assert (settings.host, settings.port, settings.grant, settings.client.auth_method) == (

@@ -41,12 +41,19 @@ from eoepca_security.proxy.diagnosis import failure_remedy
 from eoepca_security.proxy.fast import cache_hooks
 from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
 from eoepca_security.proxy.identity import identity
-from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT, HASTE, DaemonThreads, drain, end_with_the_terminal
+from eoepca_security.proxy.lifecycle import (
+    DRAIN_TIMEOUT,
+    HASTE,
+    DaemonThreads,
+    drain,
+    end_quietly,
+    end_with_the_terminal,
+)
 from eoepca_security.proxy.light import without_cas
 from eoepca_security.proxy.logs import STARTED
 from eoepca_security.proxy.metrics import Metrics, counts
 from eoepca_security.proxy.page import duration, lines
-from eoepca_security.proxy.settings import Settings, settings_in
+from eoepca_security.proxy.settings import NO_VERIFY, Settings, settings_in
 from eoepca_security.proxy.status import Answer, Mishaps, Refresh, State, Subject, status, unready
 from eoepca_security.proxy.variables import ALLOWED_HOSTS, CA_FILE, OPTIONS
 from eoepca_security.proxy.wire import Clearance, Target
@@ -240,6 +247,8 @@ class OIDCAuthProxy:
         if finishing is not None and not hurried:
             await finishing
         self._stop_admin()
+        if master is not None:
+            end_quietly()
 
     def _serving(self) -> int:
         return sum(bool(flow.live and not flow.websocket) for flow in self._in_flight)
@@ -444,6 +453,9 @@ class OIDCAuthProxy:
             # Runs all hooks, so the request is authorized anew.
             await ReplayHandler(again, ctx.options).replay()
             flow.response = again.response or flow.response
+            flow.metadata |= {name: again.metadata[name] for name in stream.TOLD if name in again.metadata}
+            if again in self._codes:
+                self._codes[flow] = self._codes[again]
         except TokenError as error:
             logger.info("the service refused the token, and there is no other: %s", error)
         except Exception as error:  # noqa: BLE001  the client still has the service's own answer
@@ -573,6 +585,8 @@ class OIDCAuthProxy:
             return
         for line in self._settings.warnings:
             logger.warning("%s", line)
+        if ctx.options.ssl_insecure and not self._settings.tls_no_verify:
+            logger.warning("%s", NO_VERIFY.format("ssl_insecure"))
         listener, upstream = _addresses(self._settings)
         if not is_loopback(urlsplit(listener).hostname):
             logger.warning("%s", exposure(listener, self._settings))

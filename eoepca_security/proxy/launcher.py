@@ -6,7 +6,6 @@ Exit codes: 0; 1 for a fault while running; 2 for settings or arguments that are
 import asyncio
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -138,9 +137,6 @@ def cli(context: click.Context, *, log_format: str | None) -> int:
 def serve(extra: Sequence[str], *, log_format: str | None) -> int:
     """Run the proxy (the default)."""
     log_format = log_format or "text"
-    # From when the proxy has something to end in order, it does that instead.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
     # mitmproxy takes half a second to import, which the other commands need not spend.
     try:
         settings = _settings(extra)

@@ -17,6 +17,10 @@ DRAIN_TIMEOUT: Final = 8.0
 HASTE: Final = (signal.SIGTERM, signal.SIGINT)
 """What ends the proxy, and when it comes a second time, at once."""
 
+SAME_SIGNAL: Final = 1.0
+"""Seconds in which a second one is taken for the same: a signal to a group of processes reaches each of them, and some
+(uv, the supervisor of several workers) pass theirs on."""
+
 _CLOSING_TIMEOUT: Final = 1.0
 _INTERVAL: Final = 0.02
 
@@ -40,20 +44,35 @@ def end_with_the_terminal(end: Callable[[], None]) -> None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, end)
 
 
+def end_quietly() -> None:
+    """Take no notice of signals that still come: asyncio and Python restore what they do by default as they end."""
+    for number in HASTE:
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+
 async def drain(server: Proxyserver, is_busy: Callable[[], bool], haste: Collection[signal.Signals] = HASTE) -> bool:
     """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
 
-    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after one of the signals `haste`; returns whether one came.
+    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after one of the signals `haste`, unless that is the one that
+    began this; returns whether one came.
     """
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    hurry = asyncio.Event()
+
+    def signalled() -> None:
+        if loop.time() - began > SAME_SIGNAL:
+            hurry.set()
+
     for instance in server.servers:
         if instance.is_running:
             await instance.stop()
-    loop = asyncio.get_running_loop()
-    hurry = asyncio.Event()
     for number in haste:
         # Not everywhere, and not outside the main thread.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(number, hurry.set)
+            loop.add_signal_handler(number, signalled)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_TIMEOUT):
             await asyncio.sleep(_INTERVAL)

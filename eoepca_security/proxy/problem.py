@@ -67,8 +67,8 @@ def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> Upst
         # As servers do that want TLS.
         other = ", or is it https:// rather than http:// in REMOTE_PROTECTED_DOMAIN?" if is_plain else ""
         remedy = f"it hung up without an answer: its log may say why{other}"
-    elif reason.startswith(MALFORMED):
-        remedy = "that is for the service to mend"
+    elif reason.startswith((MALFORMED, "Cannot parse HTTP response")):
+        remedy = "the service has to mend that, unless REMOTE_PROTECTED_DOMAIN is the address of something else"
     else:
         remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
     is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason

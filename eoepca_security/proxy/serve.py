@@ -119,6 +119,8 @@ def _run(
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
             pool.install(pool.Pool())
             if worker is not None:
+                # mitmproxy would tell of its insides.
+                signal.signal(QUIT, signal.SIG_IGN)
                 share_listeners((settings.host, settings.port), worker.listeners)
                 answer(worker.line, addon.subject())
                 self.event_loop.add_reader(worker.lifeline, self._orphaned, worker.lifeline)

@@ -58,6 +58,8 @@ from eoepca_security.proxy.variables import (
 from eoepca_security.store import TokenStore
 from eoepca_security.transport import usable_cas
 
+NO_VERIFY: Final = "{} is on: whoever is between here and the service can read the token"
+
 _MAX_FILE: Final = 64 * 1024
 _PORTS: Final = {"http": 80, "https": 443}
 _TYPO: Final = 0.86  # how similar a name in the environment is to one of ours when it is a typing error
@@ -190,10 +192,12 @@ def read_settings(
         reader.warnings.append(f"{REFRESH_TOKEN.env} is not set: this works until {ACCESS_TOKEN.env} ends, no longer")
     tls_no_verify = reader.boolean(TLS_NO_VERIFY)
     if tls_no_verify:
-        reader.warnings.append(f"{TLS_NO_VERIFY.env} is on: whoever is between here and the service can read the token")
+        reader.warnings.append(NO_VERIFY.format(TLS_NO_VERIFY.env))
     host, port = reader.host(), reader.port()
     upstream = reader.upstream(host, port) if need_upstream else None
     admin, admin_is_set = reader.admin(is_on=need_upstream)
+    if admin_is_set and admin is not None and admin.port and (admin.host, admin.port) == (host, port):
+        reader.problem(ADMIN, f"{admin} is where the proxy itself listens: choose another port")
     inject_hosts = reader.hosts(INJECT_HOSTS)
     if need_upstream and inject_hosts:
         reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher forwards to {UPSTREAM.env} only")

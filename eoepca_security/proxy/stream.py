@@ -28,6 +28,7 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 
 from eoepca_security.proxy import problem
+from eoepca_security.proxy.forwarding import is_websocket
 
 MAX_HELD: Final = 1024 * 1024
 """Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
@@ -39,6 +40,8 @@ CODE: Final = "oidc_proxy_error"
 
 DETAIL: Final = "oidc_proxy_error_detail"
 """There too, what it says."""
+
+TOLD: Final = (CODE, DETAIL)
 
 MAX_DISCARDED: Final = 1024 * 1024 * 1024
 """Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
@@ -78,6 +81,15 @@ def streams_response(response: Response) -> bool:
         # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
         return response.status_code != 401
     return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
+
+
+def _check(request: Request, answer: Response) -> None:
+    """Raise ValueError where an answer must not be passed on."""
+    validate_headers(answer)
+    switches = answer.status_code == 101 and is_websocket(request) and not (request.is_http2 or request.is_http3)
+    if not (switches or 200 <= answer.status_code <= 599):
+        # mitmproxy crashes when it has to pass a 101 on to an HTTP/2 client.
+        raise ValueError(f"unexpected status {answer.status_code}")
 
 
 class Stream(HttpStream):
@@ -144,6 +156,8 @@ class Stream(HttpStream):
 
     def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> CommandGenerator[None]:
         """Answer for a service that cannot be reached or hangs up, unless asking again helps."""
+        if isinstance(event, ResponseProtocolError) and self.server_state in (self.state_done, self.state_blamed):
+            return  # the client has its answer
         has_begun = self.server_state in (self.state_stream_response_body, self.state_done, self.state_errored)
         if not isinstance(event, ResponseProtocolError) or has_begun:
             yield from super().handle_protocol_error(event)
@@ -153,20 +167,23 @@ class Stream(HttpStream):
             yield from self._blame("no answer: timed out" if self.context.server in late else event.message)
 
     def check_invalid(self, request: bool) -> CommandGenerator[bool]:
-        """Answer for a service whose answer does not say for certain where it ends."""
+        """Answer for a service whose answer does not say for certain what it is, or where it ends."""
         if request or self.flow.response is None:
             return (yield from super().check_invalid(request))
-        if not self.context.options.validate_inbound_headers:
-            return False
         try:
-            validate_headers(self.flow.response)
+            _check(self.flow.request, self.flow.response)
         except ValueError as error:
             # What else comes on this connection may be anything.
             end = RequestProtocolError(self.stream_id, "the answer is malformed", RequestProtocolError.code)
             yield SendHttp(end, self.context.server)
             yield from self._blame(f"{problem.MALFORMED}: {error}")
+            self.server_state = self.state_blamed
             return True
         return False
+
+    def state_blamed(self, _: Event) -> CommandGenerator[None]:
+        """Take no notice of what the service still sends."""
+        yield from ()
 
     def _blame(self, reason: str) -> CommandGenerator[None]:
         """Answer that the service failed."""

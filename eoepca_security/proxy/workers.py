@@ -18,6 +18,8 @@ from typing import Any, Final
 
 from mitmproxy.proxy.mode_servers import AsyncioServerInstance
 
+from eoepca_security.proxy.lifecycle import SAME_SIGNAL
+
 END_TIMEOUT: Final = 12.0
 """Seconds that the processes have to end when they are told to; then they are killed."""
 
@@ -100,7 +102,7 @@ class _Supervisor:
         self._due: dict[float, Part] = {}
         self._exit_code: int | None = None
         self._are_others_ending = False
-        self._killed_at = float("inf")
+        self._ends_since = self._killed_at = float("inf")
         self._signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, QUIT}
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # it is to outlive the terminal otherwise (nohup)
             self._signals.add(signal.SIGHUP)
@@ -116,7 +118,7 @@ class _Supervisor:
         while self._running or self._due:
             received = signal.sigtimedwait(self._signals, self._patience())
             if received is not None and received.si_signo != signal.SIGCHLD:
-                if self._exit_code is not None and received.si_signo != QUIT:
+                if received.si_signo != QUIT and self._now() - self._ends_since > SAME_SIGNAL:
                     self._send(QUIT)
                 self._end(0)
             self._reap()
@@ -197,7 +199,8 @@ class _Supervisor:
     def _end(self, code: int) -> None:
         if self._exit_code is None:
             self._exit_code = code
-            self._killed_at = self._now() + END_TIMEOUT
+            self._ends_since = self._now()
+            self._killed_at = self._ends_since + END_TIMEOUT
             self._due.clear()
             self._on_end()
             os.close(self._lifelines[True][1])

@@ -1,10 +1,12 @@
 """No session lost, no request stalled: the real proxy against strict, slow, failing issuers, killed and shared."""
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -181,6 +183,29 @@ def test_a_stop_while_the_proxy_still_loads_is_one_in_order(
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
         assert not issuer.requests
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_proxy_that_has_nowhere_to_log_to_serves_all_the_same(
+    workers: str, base_environment: dict[str, str], tmp_path: Path, client: httpx.Client
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with FakeIssuer() as issuer, Service(issuer) as service:
+        environment = base_environment | settings_for(issuer, PROXY_WORKERS=workers, PROXY_PORT=str(port))
+        environment["REMOTE_PROTECTED_DOMAIN"] = service.url
+        command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, str(ROOT / "run-mitmproxy.py")]
+        with subprocess.Popen(command, env=environment, cwd=tmp_path) as process:
+
+            def answers() -> bool:
+                assert process.poll() is None
+                with contextlib.suppress(httpx.TransportError):
+                    return client.get(f"http://127.0.0.1:{port}").status_code == 200
+                return False
+
+            eventually(answers)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(15) == 0
 
 
 @pytest.mark.parametrize("used_up", [False, True])

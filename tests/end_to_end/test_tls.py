@@ -37,9 +37,11 @@ def test_an_unknown_ca_is_refused_unless_it_is_added_or_verification_is_off(
         added = start(entry, https_service, settings_for(issuer, TLS_CA_FILE=str(certificate)))
         unverified = start(entry, https_service, settings_for(issuer, TLS_NO_VERIFY="true"))
         assert client.get(unknown.url).status_code == 502
-        for proxy in (added, unverified):
+        insecure = start(entry, https_service, settings_for(issuer), "--ssl-insecure")
+        for proxy in (added, unverified, insecure):
             response = client.get(proxy.url)
             assert response.status_code == 200, proxy.output
+            assert ("whoever is between here and the service" in proxy.output) == (proxy is not added)
             assert [issuer.accepts(given.removeprefix("Bearer ")) for given in response.json()["authorization"]] == [
                 True
             ]
