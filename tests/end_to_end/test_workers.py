@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -36,6 +37,10 @@ def issuer() -> Iterator[FakeIssuer]:
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def are_at_rest(pids: list[int]) -> bool:
+    return all(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" for pid in pids)
 
 
 def workers(proxy: ProxyProcess) -> list[int]:
@@ -116,6 +121,8 @@ def test_each_of_them_serves_and_one_that_hangs_holds_nobody_up(start: StartProx
             try:
                 for pid in stopped:
                     os.kill(pid, signal.SIGSTOP)
+                # One that is not at rest yet might still take the connection.
+                eventually(partial(are_at_rest, stopped))
                 assert httpx.get(proxy.url, trust_env=False, timeout=10).status_code == 200
                 told = client.get(f"{admin}/status").json()
                 assert (told["processes"], told["ready"]) == (1, True)
