@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -72,7 +72,10 @@ _begun: dict[Path | None, "Future[ssl.SSLContext]"] = {}
 
 def begin_to_trust(ca_file: Path | None = None) -> None:
     """Read the CAs in a thread already, for the next call of `trust` with the same `ca_file`."""
-    _begun[ca_file] = in_daemon_thread(lambda: _read_trust(ca_file))
+    # No daemon: OpenSSL crashes when the process ends while it reads them.
+    executor = ThreadPoolExecutor(1)
+    _begun[ca_file] = executor.submit(_read_trust, ca_file)
+    executor.shutdown(wait=False)
 
 
 def trust(ca_file: Path | None = None) -> ssl.SSLContext:

@@ -208,7 +208,8 @@ def test_a_signal_while_python_still_imports_gives_no_traceback(
     process.send_signal(number)
     output = process.communicate(timeout=20)[0]
     assert "Traceback" not in output
-    assert process.returncode in (-signal.SIGTERM, 1, 130)
+    # 0 where it has come further meanwhile.
+    assert process.returncode in (-signal.SIGTERM, 0, 1, 130)
 
 
 def test_mitmweb_shows_no_token_not_even_of_a_request_in_flight(

@@ -22,6 +22,8 @@ from helpers_service import http2_get
 from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import Behaviour, FakeIssuer
 
+from test_operations import admin_of  # isort: skip
+
 DOWN = 96 * 1024 * 1024
 UP = 64 * 1024 * 1024
 GROWTH = 48 * 1024 * 1024
@@ -409,6 +411,26 @@ def test_an_answer_that_is_who_knows_what_is_not_passed_on(entry: str, said: byt
                 assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (502, "upstream_unavailable")
                 assert "the service has to mend that" in answer.json()["detail"]
         assert http2_get(int(proxy.url.rpartition(":")[2]), {}) == 502
+
+
+def test_a_repeated_request_whose_answer_is_not_passed_on_counts_as_an_error(
+    start: StartProxy, client: httpx.Client
+) -> None:
+    refusal = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n"
+
+    def script(server: RawServer, connection: socket.socket) -> None:
+        while True:
+            server.read_request(connection)
+            connection.sendall(refusal if len(server.requests) == 1 else b"HTTP/1.1 999 Unheard of\r\n\r\n")
+
+    with FakeIssuer() as issuer, RawServer(script) as service:
+        url = f"http://127.0.0.1:{service.port}"
+        proxy = start("launcher", url, settings_for(issuer, PROXY_ADMIN="127.0.0.1:0"))
+        assert client.get(proxy.url).headers["X-OIDC-Proxy-Error"] == "upstream_unavailable"
+        assert len(service.requests) == 2
+        told = client.get(f"{admin_of(proxy)}/status").json()
+        assert told["errors"] == {"upstream_unavailable": 1}
+        assert "unexpected status 999" in told["recent_errors"][0]["detail"]
 
 
 @pytest.mark.parametrize("trailers", [False, True])
