@@ -250,6 +250,7 @@ def test_a_login_by_browser_ends_with_a_page_and_a_session(
         "consent",
     )
     assert len({query["state"], query["nonce"], query["code_challenge"]}) == 3
+    eventually_seen(visits)
     (page,) = visits
     assert page.status_code == 200
     assert "You are logged in" in page.text
