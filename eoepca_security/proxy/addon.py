@@ -8,10 +8,9 @@ import asyncio
 import logging
 import math
 import os
-import signal
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +42,6 @@ from eoepca_security.proxy.guard import EVERYWHERE, LOOPBACK_NAMES, Guard, Refus
 from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.lifecycle import (
     DRAIN_TIMEOUT,
-    HASTE,
     DaemonThreads,
     drain,
     end_quietly,
@@ -82,8 +80,7 @@ class OIDCAuthProxy:
     `settings` come from the launcher; without them they are read from the add-on's options, the environment and `.env`.
     `on_started` is called once with the proxy's URL and what kept the first token from coming, if anything did.
     One that `joins` others goes on with their session, rather than ask the issuer whether it is good. `end` is
-    called when a client ends the proxy, mitmproxy's shutdown unless it is given. While it ends, a signal of `haste`
-    cuts that short.
+    called when a client ends the proxy, mitmproxy's shutdown unless it is given.
     """
 
     def __init__(
@@ -93,12 +90,10 @@ class OIDCAuthProxy:
         *,
         joins: bool = False,
         end: Callable[[], None] | None = None,
-        haste: Collection[signal.Signals] = HASTE,
     ) -> None:
         self._given = settings
         self._end_all = end or _shut_down
         self._joins = joins
-        self._haste = haste
         self._on_started = on_started or _exit_if_rejected
         self._settings: Settings | None = None
         self._source: TokenSource | None = None
@@ -241,9 +236,7 @@ class OIDCAuthProxy:
                     DRAIN_TIMEOUT,
                     requests,
                 )
-            hurried = await drain(
-                server, lambda: self._serving() > 0 or not (finishing is None or finishing.done()), self._haste
-            )
+            hurried = await drain(server, lambda: self._serving() > 0 or not (finishing is None or finishing.done()))
         if finishing is not None and not hurried:
             await finishing
         self._stop_admin()

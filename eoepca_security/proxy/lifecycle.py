@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Final
 
@@ -52,11 +52,10 @@ def end_quietly() -> None:
             signal.signal(number, signal.SIG_IGN)
 
 
-async def drain(server: Proxyserver, is_busy: Callable[[], bool], haste: Collection[signal.Signals] = HASTE) -> bool:
+async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
     """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
 
-    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after one of the signals `haste`, unless that is the one that
-    began this; returns whether one came.
+    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after a second signal; returns whether there was one.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -69,7 +68,7 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool], haste: Collect
     for instance in server.servers:
         if instance.is_running:
             await instance.stop()
-    for number in haste:
+    for number in HASTE:
         # Not everywhere, and not outside the main thread.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, signalled)

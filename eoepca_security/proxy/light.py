@@ -28,8 +28,6 @@ def light() -> Iterator[None]:
     for name, known in _PUT_OFF.items():
         if name not in sys.modules and importlib.util.find_spec(name.partition(".")[0]) is not None:
             sys.modules[name] = _PutOff(name, known)
-    if importlib.util.find_spec("mitmproxy") is not None and _ONBOARDING not in sys.modules:
-        sys.modules[_ONBOARDING] = _Onboarding(_ONBOARDING)
     try:
         with _unchecked():
             yield
@@ -98,25 +96,36 @@ class _PutOff(ModuleType):
         # The import of a module inside a package asks for its __path__. Those that have a dot in their names are none.
         if name.startswith("__") and (name != "__path__" or "." in self.__name__):
             raise AttributeError(name)
-        _give_way(self.__name__)
-        self.__dict__.update(vars(importlib.import_module(self.__name__)))
+        self.__dict__.update(vars(_load(self.__name__)))
         return self.__dict__[name]
 
 
-def _give_way(name: str) -> None:
-    """Let the next import load the module itself."""
+def _load(name: str) -> ModuleType:
+    """Return the module itself, in whose place another one may stand so far."""
     if isinstance(sys.modules.get(name), _PutOff):
         sys.modules.pop(name, None)
+    return importlib.import_module(name)
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
     """Return a function that is in a module that is put off, for `from module import name`."""
 
     def call(*arguments: Any) -> Any:
-        _give_way(module)
-        return getattr(importlib.import_module(module), name)(*arguments)
+        return getattr(_load(module), name)(*arguments)
 
     return call
+
+
+class _Onboarding:
+    """Takes the place of the web application at mitm.it, which brings Flask and which the proxy turns off."""
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        app = _load(_ONBOARDING).app
+        app.config.update(self.config)
+        return app(environ, start_response)
 
 
 # With what others use of them while they are loaded themselves.
@@ -128,27 +137,9 @@ _PUT_OFF: Final[Mapping[str, Mapping[str, Any]]] = {
     "mitmproxy.flowfilter": {"TFilter": Any},
     "mitmproxy.command_lexer": {name: _function("mitmproxy.command_lexer", name) for name in ("quote", "unquote")},
     "pyparsing": {},
+    _ONBOARDING: {"app": _Onboarding()},
     # For answers from files.
     "werkzeug.security": {"safe_join": _function("werkzeug.security", "safe_join")},
     # For showing images.
     **{f"mitmproxy.contrib.kaitaistruct.{kind}": {} for kind in ("gif", "ico", "jpeg", "png")},
 }
-
-
-class _Onboarding(ModuleType):
-    """Takes the place of the web application at mitm.it, which brings Flask and which the proxy turns off."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.app = _App()
-
-
-class _App:
-    def __init__(self) -> None:
-        self.config: dict[str, Any] = {}
-
-    def __call__(self, environ: Any, start_response: Any) -> Any:
-        del sys.modules[_ONBOARDING]
-        app = importlib.import_module(_ONBOARDING).app
-        app.config.update(self.config)
-        return app(environ, start_response)

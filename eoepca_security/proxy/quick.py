@@ -1,4 +1,4 @@
-"""Reading headers and options as mitmproxy does, with the same results in a third of the time.
+"""Reading headers and options, and replacing headers, as mitmproxy does, with the same results in a third of the time.
 
 A request has its headers looked at some fifty times. mitmproxy converts all names for each look, and finds that one is
 missing by an exception; and it copies the value of an option each time, also where nobody could change it.

@@ -25,7 +25,6 @@ from eoepca_security.proxy import authority, pool
 from eoepca_security.proxy.addon import OIDCAuthProxy
 from eoepca_security.proxy.fast import settle_memory
 from eoepca_security.proxy.folder import FolderForNow
-from eoepca_security.proxy.lifecycle import HASTE
 from eoepca_security.proxy.light import without_cas
 from eoepca_security.proxy.listening import cannot_listen
 from eoepca_security.proxy.logs import complain, log_plainly, set_format
@@ -104,14 +103,7 @@ def _run(
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             set_format(self, log_format, without=is_told_elsewhere)
             self.event_loop.set_exception_handler(_ignore_cancelled)
-            addon = OIDCAuthProxy(
-                settings,
-                self._started,
-                joins=not leads,
-                end=worker.end if worker else None,
-                # Whoever ends all processes sends each of them its signal, beside what the supervisor tells them.
-                haste=(QUIT,) if worker else HASTE,
-            )
+            addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
             self.addons.add(addon)
             addon.begin()
             # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
@@ -119,8 +111,6 @@ def _run(
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
             pool.install(pool.Pool())
             if worker is not None:
-                # mitmproxy would tell of its insides.
-                signal.signal(QUIT, signal.SIG_IGN)
                 share_listeners((settings.host, settings.port), worker.listeners)
                 answer(worker.line, addon.subject())
                 self.event_loop.add_reader(worker.lifeline, self._orphaned, worker.lifeline)
@@ -156,7 +146,7 @@ def _run(
 
 
 def _run_workers(
-    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, folder: "FolderForNow | None"
+    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, folder: FolderForNow | None
 ) -> int:
     """Run several processes that listen on the same sockets, and one for the admin listener.
 
@@ -222,7 +212,7 @@ async def _serve_admin(admin: "Admin", lifeline: int) -> None:
 
 
 @contextlib.contextmanager
-def _shared_session(settings: Settings) -> "Iterator[tuple[Settings, FolderForNow | None]]":
+def _shared_session(settings: Settings) -> Iterator[tuple[Settings, FolderForNow | None]]:
     """Let processes share the session also where it is to be kept in memory only: in a folder for now, in memory."""
     if settings.grant != "refresh_token":
         yield settings, None

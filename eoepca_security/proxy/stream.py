@@ -69,7 +69,7 @@ def streams_request(request: Request) -> bool:
     length = request.headers.get("Content-Length")
     if length is None:
         return "Transfer-Encoding" in request.headers or request.is_http2 or request.is_http3
-    return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
+    return _is_long(length)
 
 
 def streams_response(response: Response) -> bool:
@@ -80,6 +80,10 @@ def streams_response(response: Response) -> bool:
     if length is None:
         # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
         return response.status_code != 401
+    return _is_long(length)
+
+
+def _is_long(length: str) -> bool:
     return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
 
 
@@ -131,10 +135,7 @@ class Stream(HttpStream):
         yield from super().send_response(already_streamed)
         if self.server_state != self.state_done or not self._is_in(self.state_stream_request_body):
             return
-        yield SendHttp(
-            RequestProtocolError(self.stream_id, "the answer came early", RequestProtocolError.code),
-            self.context.server,
-        )
+        yield self._hang_up("the answer came early")
         if self.flow.request.is_http2 or self.flow.request.is_http3:
             self.client_state = self.state_done
             yield from self.flow_done()
@@ -156,11 +157,11 @@ class Stream(HttpStream):
 
     def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> CommandGenerator[None]:
         """Answer for a service that cannot be reached or hangs up, unless asking again helps."""
-        if isinstance(event, ResponseProtocolError) and self.server_state in (self.state_done, self.state_blamed):
-            return  # the client has its answer
-        has_begun = self.server_state in (self.state_stream_response_body, self.state_done, self.state_errored)
+        has_begun = self.server_state in (self.state_stream_response_body, self.state_errored)
         if not isinstance(event, ResponseProtocolError) or has_begun:
             yield from super().handle_protocol_error(event)
+        elif self.server_state in (self.state_done, self.state_blamed):
+            return  # the client has its answer
         elif self._may_repeat() and self.flow.response is None and event.message == "server closed connection":
             yield from self._repeat()
         else:
@@ -174,8 +175,7 @@ class Stream(HttpStream):
             _check(self.flow.request, self.flow.response)
         except ValueError as error:
             # What else comes on this connection may be anything.
-            end = RequestProtocolError(self.stream_id, "the answer is malformed", RequestProtocolError.code)
-            yield SendHttp(end, self.context.server)
+            yield self._hang_up("the answer is malformed")
             yield from self._blame(f"{problem.MALFORMED}: {error}")
             self.server_state = self.state_blamed
             return True
@@ -184,6 +184,11 @@ class Stream(HttpStream):
     def state_blamed(self, _: Event) -> CommandGenerator[None]:
         """Take no notice of what the service still sends."""
         yield from ()
+
+    def _hang_up(self, reason: str) -> SendHttp:
+        """Return the command that ends the connection to the service, of which nobody can use the rest."""
+        error = RequestProtocolError(self.stream_id, reason, RequestProtocolError.code)
+        return SendHttp(error, self.context.server)
 
     def _blame(self, reason: str) -> CommandGenerator[None]:
         """Answer that the service failed."""

@@ -27,7 +27,7 @@ MAX_DELAY: Final = 5.0
 """Longest time in seconds before the next attempt to replace a process that ends again and again."""
 
 QUIT: Final = signal.SIGUSR1
-"""Tells the supervisor to end; unlike others a second one does not mean haste. Tells a part that ends to make haste."""
+"""Tells the supervisor to end; unlike others a second one does not mean haste."""
 
 _BACKLOG: Final = 128
 _SETTLED_AFTER: Final = 30.0
@@ -119,7 +119,7 @@ class _Supervisor:
             received = signal.sigtimedwait(self._signals, self._patience())
             if received is not None and received.si_signo != signal.SIGCHLD:
                 if received.si_signo != QUIT and self._now() - self._ends_since > SAME_SIGNAL:
-                    self._send(QUIT)
+                    self._send(signal.SIGTERM)
                 self._end(0)
             self._reap()
             self._start_due()

@@ -138,8 +138,7 @@ def test_what_mitmproxy_can_do_can_be_had_after_the_dashes(
         assert "x-modified" not in dict(recorder.requests[-1].headers)
         assert client.get(f"{proxy.url}/blocked").status_code == 404
         assert client.get(f"{proxy.url}/local").text == "from a file"
-        proxy.process.send_signal(signal.SIGTERM)
-        assert proxy.wait_until_ended() == 0
+        assert proxy.stop() == 0
     # Those that the filter shows, and keeps.
     assert "PUT" in proxy.output
     assert "GET" not in proxy.output
