@@ -22,7 +22,7 @@ from eoepca_security.testing import FakeIssuer
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "python-api.md").read_text()
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
-PAGES = (ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")))
 PATHS = ("/me", "/catalogue", "/admin")
 
 
@@ -77,7 +77,8 @@ def test_operations_has_every_metric() -> None:
 
 def test_the_site_has_every_page_and_every_picture() -> None:
     named = re.findall(r"^ +- .*?: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(named) == sorted(page.name for page in (ROOT / "docs").glob("*.md"))
+    pages = (ROOT / "docs").rglob("*.md")
+    assert sorted(named) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in pages)
     for page in PAGES:
         pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)|<img[^>]* src=\"([^\"]+)\"", page.read_text())
         assert all((page.parent / (a or b)).is_file() for a, b in pictures), page.name

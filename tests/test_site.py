@@ -40,8 +40,9 @@ def site() -> Path:
 
 
 def test_every_page_is_built(site: Path) -> None:
-    for page in (ROOT / "docs").glob("*.md"):
-        name = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
+    for page in (ROOT / "docs").rglob("*.md"):
+        folder = page.parent if page.stem == "index" else page.with_suffix("")
+        name = folder.relative_to(ROOT / "docs") / "index.html"
         text = (site / name).read_text()
         assert "<h1" in text, name
         assert "--8&lt;--" not in text, name
