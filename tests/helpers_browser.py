@@ -25,11 +25,11 @@ ARGUMENTS = (
 
 
 @contextmanager
-def chromium(profile: Path, **capabilities: object) -> Iterator[Chrome]:
-    """Run Debian's Chromium with an empty profile."""
+def chromium(profile: Path, *arguments: str, **capabilities: object) -> Iterator[Chrome]:
+    """Run Debian's Chromium with an empty profile, and with these arguments besides the usual ones."""
     options = ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
-    for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
+    for argument in (*ARGUMENTS, *arguments, f"--user-data-dir={profile}"):
         options.add_argument(argument)
     for name, value in capabilities.items():
         options.set_capability(name.replace("__", ":"), value)

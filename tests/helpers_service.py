@@ -74,6 +74,10 @@ class Recorder:
                             {
                                 "Access-Control-Allow-Origin": "*",
                                 "Access-Control-Allow-Credentials": "true",
+                                "Access-Control-Allow-Methods": "*",
+                                "Access-Control-Expose-Headers": "Link",
+                                "Cross-Origin-Resource-Policy": "same-site",
+                                "Timing-Allow-Origin": "*",
                                 "Vary": "A",
                             },
                         )

@@ -20,6 +20,7 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.protocol import Client
 from eoepca_security.proxy import wire
 from eoepca_security.proxy.addon import OIDCAuthProxy, exposure
+from eoepca_security.proxy.guard import Guard
 from eoepca_security.proxy.settings import Settings
 from eoepca_security.proxy.stream import MAX_HELD
 from eoepca_security.proxy.variables import OPTIONS
@@ -447,6 +448,21 @@ def test_listening_beyond_this_machine_is_told_in_one_line() -> None:
     assert "\n" not in line
     assert "PROXY_ALLOWED_HOSTS" not in exposure("http://[::]:8080", replace(SETTINGS, allowed_hosts=("proxy",)))
     assert "PROXY_ALLOWED_HOSTS" not in exposure("http://192.0.2.7:8080", SETTINGS)
+
+
+async def test_a_page_of_the_proxy_is_not_taken_for_one_of_the_service_that_is_allowed(context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    addon._guard = Guard(["localhost"], ["https://service.example"])
+    for origin, policy in (("http://localhost:8080", "same-origin"), ("https://service.example", "cross-origin")):
+        flow = flow_for(Referer=f"{origin}/page")
+        for _ in range(2):
+            await addon.requestheaders(flow)
+            assert flow.request.headers["Referer"] == "https://service.example/page"
+            flow.response = Response.make(200)
+            addon.responseheaders(flow)
+            assert flow.response.headers["Cross-Origin-Resource-Policy"] == policy
+            flow = flow.copy()
+            flow.is_replay, flow.response = "request", None
 
 
 async def test_while_it_ends_clients_are_told_to_close_their_connections(context: Any) -> None:

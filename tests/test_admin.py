@@ -114,10 +114,19 @@ async def test_methods_and_paths_that_there_are_not(client: httpx.AsyncClient, p
 
 
 async def test_other_sites_reach_no_page(client: httpx.AsyncClient, proxy: Proxy) -> None:
-    for headers in ({"Host": "evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+    for headers in (
+        {"Host": "evil.example"},
+        {"Origin": "null"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Service-Worker": "script"},
+    ):
         for method, path in (("GET", "/livez"), ("GET", "/"), ("GET", "/other"), ("POST", "/quitquitquit")):
-            assert (await client.request(method, path, headers=headers)).status_code == 403
+            response = await client.request(method, path, headers=headers)
+            assert (response.status_code, response.headers["Cross-Origin-Resource-Policy"]) == (403, "same-origin")
     assert proxy.ended == 0
+    link = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert (await client.get("/", headers=link)).status_code == 200
 
 
 async def test_every_answer_is_locked_down(client: httpx.AsyncClient) -> None:
@@ -128,6 +137,7 @@ async def test_every_answer_is_locked_down(client: httpx.AsyncClient) -> None:
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Referrer-Policy"] == "no-referrer"
         assert headers["Cache-Control"] == "no-store"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
         assert "Server" not in headers
         assert not [name for name in headers if name.lower().startswith("access-control")]
 

@@ -122,7 +122,16 @@ def test_ip_addresses_can_be_allowed_as_a_whole() -> None:
         {},
         {"sec_fetch_site": "none"},
         {"sec_fetch_site": "same-origin"},
-        {"sec_fetch_site": "same-site"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "navigate"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": "document"},
+        {"sec_fetch_site": "same-site", "origin": "https://app.example"},
+        {"sec_fetch_site": "same-site", "referer": "https://app.example/page"},
+        {
+            "sec_fetch_site": "same-site",
+            "sec_fetch_mode": "navigate",
+            "sec_fetch_dest": "iframe",
+            "referer": "https://app.example/",
+        },
         {"origin": "http://localhost:8080", "sec_fetch_site": "same-origin"},
         {"origin": "HTTP://LOCALHOST:8080"},
         {"referer": "https://evil.example/page"},
@@ -144,6 +153,21 @@ def test_what_the_own_origin_an_allowed_one_or_no_page_sends_passes(headers: dic
         {"sec_fetch_site": "cross-site, same-origin"},
         {"sec_fetch_site": ["same-origin", "same-origin"]},
         {"sec_fetch_site": ""},
+        {"sec_fetch_site": "same-site"},
+        {"sec_fetch_site": "Same-Site"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "no-cors", "sec_fetch_dest": "image"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "no-cors", "referer": "http://localhost:3000/"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "cors", "sec_fetch_dest": "document"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": ["navigate", "navigate"]},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": "iframe"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": "object"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": ["document", "iframe"]},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "navigate", "origin": "http://localhost:3000"},
+        {"sec_fetch_site": "same-site", "sec_fetch_mode": "navigate", "origin": "null"},
+        {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate", "sec_fetch_dest": "document"},
+        {"service_worker": "script"},
+        {"service_worker": "script", "sec_fetch_site": "same-origin", "sec_fetch_mode": "same-origin"},
+        {"service_worker": "script", "origin": "https://app.example"},
         {"sec_fetch_site": "cross-site", "origin": "http://localhost:8080"},
         {"sec_fetch_site": "cross-site", "referer": "https://evil.example/https://app.example"},
         {"sec_fetch_site": "cross-site", "referer": ["https://app.example/", "https://app.example/"]},
@@ -197,6 +221,47 @@ def test_a_preflight_of_an_allowed_origin_is_granted_what_it_asks_for() -> None:
     assert more["Access-Control-Allow-Headers"] == "x-a,x-b"
     assert more["Access-Control-Allow-Private-Network"] == "true"
     assert not [name for name in more if "Credentials" in name]
+    shared = sharing("OPTIONS", **asked)
+    assert shared is not None
+    assert granted.items() < shared.items()
+    assert shared["Access-Control-Allow-Origin"] == "https://app.example"
+
+
+def sharing(method: str = "GET", **headers: Any) -> dict[str, str] | None:
+    def values(name: str) -> list[str]:
+        given = headers.get(name.replace("-", "_"), [])
+        return [given] if isinstance(given, str) else given
+
+    return GUARD.sharing(method, values)
+
+
+def test_an_answer_is_shared_with_the_allowed_origin_that_asks() -> None:
+    may_load = {"Cross-Origin-Resource-Policy": "cross-origin"}
+    may_read = may_load | {"Access-Control-Allow-Origin": "https://app.example", "Vary": "Origin"}
+    assert sharing(Origin="https://app.example") == may_read
+    assert sharing(Origin="https://app.example", Referer="https://evil.example/") == may_read
+    # A browser tells the Origin of whoever is to read the answer.
+    assert sharing(Referer="https://app.example/map") == may_load | {"Vary": "Origin, Referer"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Origin": "http://localhost:8080"},
+        {"Origin": "null"},
+        {"Origin": "https://evil.example"},
+        {"Origin": ["https://app.example", "https://app.example"]},
+        {"Origin": "null", "Referer": "https://app.example/"},
+        {"Origin": "http://localhost:8080", "Referer": "https://app.example/"},
+        {"Referer": "http://localhost:8080/"},
+        {"Referer": "https://evil.example/https://app.example"},
+        {"Referer": "https://app.example@evil.example/"},
+        {"Referer": ["https://app.example/", "https://app.example/"]},
+    ],
+)
+def test_an_answer_is_shared_with_nobody_else(headers: dict[str, Any]) -> None:
+    assert sharing(**headers) is None
 
 
 def test_what_is_no_preflight_of_an_allowed_origin_is_not_answered() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from mitmproxy.http import Headers
 
-from eoepca_security.proxy.origins import name_the_proxy, name_the_service
+from eoepca_security.proxy.origins import name_the_proxy, name_the_service, share
 
 PROXY = "http://localhost:8080"
 SERVICE = "https://service.example"
@@ -58,3 +58,37 @@ def test_an_ipv6_address_and_a_default_port() -> None:
     name_the_service(headers, "http://[::1]:80", SERVICE)
     name_the_proxy(headers, "http://[::1]:80", "http://[::2]:9000")
     assert dict(headers) == {"origin": SERVICE, "location": "http://[::1]:80/"}
+
+
+OPEN_TO_ALL = (
+    (b"Access-Control-Allow-Origin", b"*"),
+    (b"access-control-allow-credentials", b"true"),
+    (b"ACCESS-CONTROL-ALLOW-HEADERS", b"*"),
+    (b"Access-Control-Allow-Origin", b"null"),
+    (b"Access-Control-Whatever-Comes", b"1"),
+    (b"Cross-Origin-Resource-Policy", b"cross-origin"),
+    (b"cross-origin-resource-policy", b"same-site"),
+)
+FOR_READERS = ((b"Access-Control-Expose-Headers", b"Link"), (b"Timing-Allow-Origin", b"*"))
+REST = ((b"Vary", b"Accept"), (b"Cross-Origin-Opener-Policy", b"same-origin"), (b"ETag", b"1"))
+
+
+def test_what_the_service_says_about_other_sites_is_replaced() -> None:
+    headers = Headers(OPEN_TO_ALL + FOR_READERS + REST)
+    share(headers, None)
+    assert headers.fields == (
+        *REST,
+        (b"Cross-Origin-Resource-Policy", b"same-origin"),
+        (b"Vary", b"Origin, Sec-Fetch-Site"),
+    )
+
+
+def test_an_allowed_origin_gets_what_the_service_has_for_readers() -> None:
+    headers = Headers(OPEN_TO_ALL + FOR_READERS + REST)
+    share(headers, {"Access-Control-Allow-Origin": "https://app.example", "Vary": "Origin"})
+    assert headers.fields == (
+        *FOR_READERS,
+        *REST,
+        (b"Access-Control-Allow-Origin", b"https://app.example"),
+        (b"Vary", b"Origin"),
+    )

@@ -285,17 +285,14 @@ class OIDCAuthProxy:
             await self._authorize(flow)
 
     def responseheaders(self, flow: HTTPFlow) -> None:
-        """Lead to the proxy, let an allowed origin read the answer, and say on kept connections when the proxy ends."""
+        """Say who may read the answer, lead to the proxy, and say on kept connections when the proxy ends."""
         if flow.response is None or flow.response.status_code == 101 or _is_elsewhere(flow, self._settings):
             return
         flow.response.stream = stream.streams_response(flow.response)
         headers = flow.response.headers
+        origins.share(headers, flow.metadata.get(origins.SHARING))
         if (proxy := flow.metadata.get(origins.ORIGIN)) is not None:
             origins.name_the_proxy(headers, proxy, _target(flow).origin)
-        if (origin := self._guard.allowed_origin(flow.request.headers.get_all)) is not None:
-            headers["Access-Control-Allow-Origin"] = origin
-            headers.add("Vary", "Origin")
-            headers.pop("Access-Control-Allow-Credentials", None)
         if self._ending and not (flow.request.is_http2 or flow.request.is_http3):
             headers["Connection"] = "close"
 
@@ -345,12 +342,16 @@ class OIDCAuthProxy:
         if not forwarding.is_one_request(request) or (is_explicit and wire.is_origin_form(request)):
             return Response.make(400, b"the request is not well-formed\n")
         # A replay was let in before, or comes from whoever sits at mitmproxy's console.
-        if flow.is_replay is None and (refusal := self._refusal(flow)) is not None:
-            self._codes[flow] = refusal.code
-            self._mishaps.add(refusal.code, refusal.detail)
-            return problem.answer(refusal, method=request.method)
-        if (headers := self._guard.preflight(request.method, request.headers.get_all)) is not None:
-            return Response.make(204, b"", headers)
+        if flow.is_replay is None:
+            # Before the service's name takes the place of the proxy's: the service's own origin may be an allowed one.
+            if (sharing := self._guard.sharing(request.method, request.headers.get_all)) is not None:
+                flow.metadata[origins.SHARING] = sharing
+            if (refusal := self._refusal(flow)) is not None:
+                self._codes[flow] = refusal.code
+                self._mishaps.add(refusal.code, refusal.detail)
+                return problem.answer(refusal, method=request.method)
+        if self._guard.preflight(request.method, request.headers.get_all) is not None:
+            return Response.make(204)
         return self._termination(flow)
 
     def _termination(self, flow: HTTPFlow) -> Response | None:

@@ -18,8 +18,9 @@ LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  compared with, not bound to
 
 _PORTS: Final = {"http": 80, "https": 443}
-_SITES: Final = ("same-origin", "same-site", "none")
+_OWN_SITES: Final = ("same-origin", "none")
 _PREFLIGHT_LIFETIME: Final = "600"
+_SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
 
 Values = Callable[[str], Sequence[str]]
 """Gives all the values of a header, one for each time that it was sent."""
@@ -111,21 +112,42 @@ class Guard:
         return self.cross_site(_origin(scheme, host), values)
 
     def cross_site(self, own_origin: str, values: Values) -> Refusal | None:
-        """Say whether a browser sent this for a page of another origin than `own_origin` and the allowed ones."""
+        """Say whether a browser sent this for a page of another origin than `own_origin` and the allowed ones.
+
+        Or for what would outlive the page: a service worker answers for the whole origin, and stays.
+        """
+        if values("Service-Worker"):
+            return Refusal(
+                "cross_site_request", "a browser wants to install a service worker, and the proxy takes none"
+            )
         sites, origins = values("Sec-Fetch-Site"), values("Origin")
         if len(sites) > 1 or len(origins) > 1:
             return Refusal("cross_site_request", "Origin or Sec-Fetch-Site is there twice")
         sender = _parse(origins[0]) if origins else None
         if origins and sender not in (own_origin, *self._origins):
             return _foreign(origins[0])
-        if sites and sites[0] not in _SITES and not self._is_allowed_origin(sender, values):
+        if not sites or sites[0] in _OWN_SITES or self._is_allowed_origin(sender, values):
+            return None
+        if sites[0] != "same-site":
             return _foreign("another site")
-        return None
+        return None if _is_visit(values) else _foreign("another port or name of the same site")
 
     def allowed_origin(self, values: Values) -> str | None:
         """Return the value of `Origin` when it is one of the allowed other origins."""
         origins = values("Origin")
         return origins[0] if len(origins) == 1 and _parse(origins[0]) in self._origins else None
+
+    def sharing(self, method: str, values: Values) -> dict[str, str] | None:
+        """Return the headers that share the answer with an allowed origin (Fetch §3.2, §3.6); None if none asks for it.
+
+        `Vary` keeps a browser from taking the answer from its cache for a page of another origin.
+        """
+        if (origin := self.allowed_origin(values)) is not None:
+            readable = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            return _SHARED | readable | (self.preflight(method, values) or {})
+        if not values("Origin") and self._is_allowed_origin(None, values):
+            return _SHARED | {"Vary": "Origin, Referer"}
+        return None
 
     def preflight(self, method: str, values: Values) -> dict[str, str] | None:
         """Return the headers that answer an allowed origin's CORS preflight (Fetch §3.2), or None if this is none."""
@@ -135,7 +157,6 @@ class Guard:
         headers = {
             "Access-Control-Allow-Methods": asked[0],
             "Access-Control-Max-Age": _PREFLIGHT_LIFETIME,
-            "Vary": "Access-Control-Request-Method, Access-Control-Request-Headers",
         }
         if names := ", ".join(values("Access-Control-Request-Headers")):
             headers["Access-Control-Allow-Headers"] = names
@@ -172,6 +193,11 @@ def _is_ip_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _is_visit(values: Values) -> bool:
+    """Tell whether a browser leaves its page for the answer, rather than load it into the page or a frame of it."""
+    return values("Sec-Fetch-Mode") == ["navigate"] and values("Sec-Fetch-Dest") in ([], ["document"])
 
 
 def _foreign(sender: str) -> Refusal:

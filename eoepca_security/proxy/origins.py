@@ -6,6 +6,7 @@ itself, the client has to come through the proxy again, as it has no token of it
 """
 
 import re
+from collections.abc import Mapping
 from typing import Final
 
 from mitmproxy.http import Headers
@@ -14,6 +15,15 @@ from eoepca_security.proxy.guard import parse_origin
 
 ORIGIN: Final = "oidc_proxy_origin"
 """In a flow's metadata, the proxy's origin as the client knows it."""
+
+SHARING: Final = "oidc_proxy_sharing"
+"""There too, the headers that share the answer with an allowed origin, where one asks."""
+
+# `Vary`: what an allowed origin asks for next must not come from the cache, and so without its headers.
+_UNSHARED: Final = {"Cross-Origin-Resource-Policy": "same-origin", "Vary": "Origin, Sec-Fetch-Site"}
+
+_ABOUT_SHARING: Final = (b"access-control-", b"cross-origin-resource-policy", b"timing-allow-origin")
+_FOR_READERS: Final = (b"access-control-expose-headers", b"timing-allow-origin")
 
 _OF_REQUESTS: Final = frozenset({b"origin", b"referer"})
 _OF_RESPONSES: Final = frozenset({b"location", b"content-location"})  # RFC 9110 §10.2.2, §8.7
@@ -27,6 +37,16 @@ def name_the_service(headers: Headers, proxy: str, service: str) -> None:
 def name_the_proxy(headers: Headers, proxy: str, service: str) -> None:
     """Lead to the proxy where a response leads to the service."""
     _replace(headers, _OF_RESPONSES, service, proxy)
+
+
+def share(headers: Headers, sharing: Mapping[str, str] | None) -> None:
+    """Share an answer with the origin that `sharing` names and no other, whoever the service shares it with."""
+    kept = _FOR_READERS if sharing else ()
+    added = tuple((header.encode(), value.encode()) for header, value in (sharing or _UNSHARED).items())
+    passed = (
+        field for field in headers.fields if not (name := field[0].lower()).startswith(_ABOUT_SHARING) or name in kept
+    )
+    headers.fields = (*passed, *added)
 
 
 def _replace(headers: Headers, names: frozenset[bytes], old: str, new: str) -> None:

@@ -156,7 +156,8 @@ ALLOWED_HOSTS: Final = Variable(
 ALLOWED_ORIGINS: Final = Variable(
     "PROXY_ALLOWED_ORIGINS",
     "allowed_origins",
-    "Web origins, separated by commas, whose pages may use the proxy with your identity, e.g. http://localhost:3000",
+    "Web origins, separated by commas, whose pages may use the proxy with your identity and read the answers, e.g. "
+    "http://localhost:3000. Each port is an origin of its own.",
 )
 TERMINATION_ENDPOINT: Final = Variable(
     "PROXY_TERMINATION_ENDPOINT",

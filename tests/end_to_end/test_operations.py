@@ -372,9 +372,12 @@ def test_in_forward_mode_the_token_goes_to_the_named_hosts_only(
             assert client.get(f"{elsewhere.url}/x", headers=own | {"Sec-Fetch-Site": "cross-site"}).status_code == 200
             for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}):
                 assert client.get(service.url, headers=headers).status_code == 403
+                assert client.get(service.url, headers=headers).headers["Cross-Origin-Resource-Policy"] == "same-origin"
+            assert "Access-Control-Allow-Origin" not in client.get(f"{service.url}/cors").headers
+            assert client.get(f"{elsewhere.url}/cors").headers["Access-Control-Allow-Origin"] == "*"
             # Another name of the same address is another host.
             assert client.get(f"http://localhost:{service.port}/y").status_code == 200
-        named, unnamed = chosen.requests
+        named, _, unnamed = chosen.requests
         assert named.target == "/x"
         assert issuer.accepts(named.values("Authorization")[0].removeprefix("Bearer "))
         assert named.values("Host") == [f"127.0.0.1:{service.port}"]
@@ -382,7 +385,7 @@ def test_in_forward_mode_the_token_goes_to_the_named_hosts_only(
         assert other.requests[0].values("Authorization") == ["Basic eDp5"]
 
         assert exchange(port, f"GET /z HTTP/1.1\r\nHost: 127.0.0.1:{service.port}\r\n\r\n".encode())[9:12] == b"400"
-        assert len(chosen.requests) == 2
+        assert len(chosen.requests) == 3
 
         # Looked into where the token goes; elsewhere the server's own certificate comes through.
         for target, is_ours in ((secure, True), (secure_elsewhere, False)):

@@ -88,6 +88,12 @@ def is_ours(setup: Setup, received: Received) -> bool:
         ({"Host": "localhost.evil.example:8080"}, "host_not_allowed"),
         ({"Host": "2130706433"}, "host_not_allowed"),
         ({"Sec-Fetch-Site": "cross-site"}, "cross_site_request"),
+        ({"Sec-Fetch-Site": "same-site"}, "cross_site_request"),
+        (
+            {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
+            "cross_site_request",
+        ),
+        ({"Sec-Fetch-Site": "same-origin", "Service-Worker": "script"}, "cross_site_request"),
         ({"Origin": "null"}, "cross_site_request"),
         ({"Origin": "https://evil.example"}, "cross_site_request"),
     ],
@@ -101,6 +107,7 @@ def test_web_pages_are_kept_out_and_nothing_reaches_the_service(
         assert response.headers["Content-Type"] == "application/problem+json"
         assert response.json()["code"] == code
         assert "Access-Control-Allow-Origin" not in response.headers
+        assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
     assert client.head(setup.url, headers=headers).status_code == 403
     assert setup.forwarded() == []
 
@@ -111,6 +118,7 @@ def test_tools_the_address_bar_and_the_own_origin_come_in(setup: Setup, client: 
         {"Host": "LOCALHOST:1"},
         {"Host": "[::1]:8080"},
         {"Host": f"localhost:{setup.port}", "Sec-Fetch-Site": "none", "Sec-Fetch-Mode": "navigate"},
+        {"Host": f"localhost:{setup.port}", "Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate"},
         {"Host": f"localhost:{setup.port}", "Origin": f"http://localhost:{setup.port}"},
     ):
         assert client.post(setup.url, headers=headers).status_code == 200
@@ -129,6 +137,8 @@ def test_http2_and_websockets_have_the_same_rules(setup: Setup) -> None:
         ({}, "evil.example"),
         ({"origin": f"http://{own}"}, own),
         ({"sec-fetch-site": "cross-site"}, own),
+        ({"sec-fetch-site": "same-site"}, own),
+        ({"service-worker": "script"}, own),
     ):
         assert http2_get(setup.port, headers, authority) == 403
     assert http2_get(setup.port, {"host": "evil.example"}, own) in (0, 403)
@@ -157,9 +167,30 @@ def test_an_allowed_origin_can_use_the_proxy_from_a_browser(setup: Setup, client
     response = client.get(f"{setup.url}/cors", headers=browser)
     assert response.headers.get_list("Access-Control-Allow-Origin") == [APP]
     assert "Access-Control-Allow-Credentials" not in response.headers
+    assert "Access-Control-Allow-Methods" not in response.headers
+    assert response.headers.get_list("Cross-Origin-Resource-Policy") == ["cross-origin"]
+    assert response.headers["Access-Control-Expose-Headers"] == "Link"
     assert response.headers["Vary"] == "A, Origin"
+    embedded = client.get(f"{setup.url}/cors", headers={"Referer": f"{APP}/map", "Sec-Fetch-Site": "cross-site"})
+    assert embedded.headers.get_list("Cross-Origin-Resource-Policy") == ["cross-origin"]
+    assert "Access-Control-Allow-Origin" not in embedded.headers
+    assert embedded.headers["Vary"] == "A, Origin, Referer"
     refused = client.get(setup.url, headers=browser | {"Host": "evil.example"})
     assert refused.status_code == 403
+
+
+def test_an_answer_that_the_service_gives_to_all_sites_is_for_the_proxys_own(
+    setup: Setup, client: httpx.Client
+) -> None:
+    for headers in ({}, {"Sec-Fetch-Site": "none"}, {"Origin": setup.url}, {"Referer": "https://evil.example/"}):
+        response = client.get(f"{setup.url}/cors", headers=headers)
+        assert response.status_code == 200
+        assert response.headers.get_list("Cross-Origin-Resource-Policy") == ["same-origin"]
+        assert response.headers["Vary"] == "A, Origin, Sec-Fetch-Site"
+        assert not [name for name in response.headers if name.startswith(("access-control-", "timing-"))]
+    own = client.get(f"{setup.url}/end-it")
+    assert own.status_code == 405
+    assert own.headers["Cross-Origin-Resource-Policy"] == "same-origin"
 
 
 # --- what leaves -------------------------------------------------------------------------------------------------
