@@ -18,7 +18,6 @@ LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  compared with, not bound to
 
 _PORTS: Final = {"http": 80, "https": 443}
-_OWN_SITES: Final = ("same-origin", "none")
 _PREFLIGHT_LIFETIME: Final = "600"
 _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
 
@@ -126,11 +125,8 @@ class Guard:
         sender = _parse(origins[0]) if origins else None
         if origins and sender not in (own_origin, *self._origins):
             return _foreign(origins[0])
-        if not sites or sites[0] in _OWN_SITES or self._is_allowed_origin(sender, values):
-            return None
-        if sites[0] != "same-site":
-            return _foreign("another site")
-        return None if _is_visit(values) else _foreign("another port or name of the same site")
+        page = _page_elsewhere(values)
+        return _foreign(page) if page and not self._is_allowed_origin(sender, values) else None
 
     def allowed_origin(self, values: Values) -> str | None:
         """Return the value of `Origin` when it is one of the allowed other origins."""
@@ -195,8 +191,23 @@ def _is_ip_address(name: str) -> bool:
     return True
 
 
-def _is_visit(values: Values) -> bool:
-    """Tell whether a browser leaves its page for the answer, rather than load it into the page or a frame of it."""
+def _page_elsewhere(values: Values) -> str:
+    """Return for which page of another origin a browser says that it asks (W3C Fetch Metadata), or nothing."""
+    # A page can have something loaded ahead of a visit, and browsers say that it is for none, as if the user had asked.
+    is_ahead = bool(values("Sec-Purpose"))
+    match values("Sec-Fetch-Site"):
+        case ["same-origin"]:
+            return ""
+        case [] | ["none"]:
+            return "a page that it does not name, ahead of a visit" if is_ahead else ""
+        case ["same-site"]:
+            return "" if _leaves_its_page(values) and not is_ahead else "another port or name of the same site"
+        case _:
+            return "another site"
+
+
+def _leaves_its_page(values: Values) -> bool:
+    """Tell whether a browser is to show the answer in the place of its page, rather than in a part of it."""
     return values("Sec-Fetch-Mode") == ["navigate"] and values("Sec-Fetch-Dest") in ([], ["document"])
 
 

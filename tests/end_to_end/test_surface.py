@@ -93,6 +93,7 @@ def is_ours(setup: Setup, received: Received) -> bool:
             {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"},
             "cross_site_request",
         ),
+        ({"Sec-Fetch-Site": "none", "Sec-Purpose": "prefetch"}, "cross_site_request"),
         ({"Sec-Fetch-Site": "same-origin", "Service-Worker": "script"}, "cross_site_request"),
         ({"Origin": "null"}, "cross_site_request"),
         ({"Origin": "https://evil.example"}, "cross_site_request"),

@@ -4,11 +4,13 @@ Run with `uv run --group interop pytest -m browser tests/interop/test_foreign_pa
 """
 
 import base64
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+import httpx
 import pytest
 from conftest import StartProxy, eventually, settings_for
 from helpers_service import echo_one_message
@@ -55,6 +57,13 @@ IMAGE = LOAD % ("img", "element.naturalWidth")
 SCRIPT = LOAD % ("script", "window.secret")
 REGISTER = "navigator.serviceWorker.register(url).then(() => done('registered'), () => done(null))"
 EXPOSED = "fetch(url).then((answer) => done(answer.headers.get('X-Number-Matched')), () => done(null))"
+AHEAD = """
+    const rules = document.createElement('script');
+    rules.type = 'speculationrules';
+    const rule = {source: 'list', urls: [arguments[0]], eagerness: 'immediate'};
+    rules.textContent = JSON.stringify({[arguments[1]]: [rule]});
+    document.head.append(rules);
+"""
 SOCKET = """
     const socket = new WebSocket(url.replace('http', 'ws'));
     socket.onopen = () => socket.send('hello');
@@ -68,6 +77,7 @@ class World:
     """The proxy's port, those of two sites' pages, one of them allowed, and what reached the service."""
 
     driver: Chrome
+    admin: str
     proxy: int
     foreign: int
     allowed: int
@@ -86,6 +96,11 @@ class World:
 
     def has_reached_the_service(self, url: str) -> bool:
         return url.partition(f":{self.proxy}")[2] in self.seen
+
+    def refusals(self, reason: str) -> int:
+        """Return how many requests the proxy has refused for a reason."""
+        errors = httpx.get(f"{self.admin}/status", trust_env=False).json()["recent_errors"]
+        return sum(error["count"] for error in errors if reason in error["detail"])
 
     def by_address_bar(self, url: str) -> None:
         self.driver.get(url)
@@ -129,11 +144,14 @@ def world(start: StartProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     ):
         environment = settings_for(
             issuer,
+            PROXY_ADMIN="127.0.0.1:0",
             PROXY_ALLOWED_HOSTS=f"localhost,127.0.0.1,{PLAIN_NAME}",
             PROXY_ALLOWED_ORIGINS=f"http://localhost:{allowed.port},http://app.test:{allowed.port}",
         )
         proxy = start("launcher", service.url, environment)
-        yield World(driver, int(proxy.url.rpartition(":")[2]), foreign.port, allowed.port, seen)
+        admin = proxy.wait_for(re.compile(r"admin listener at (http://\S+)"))
+        assert admin
+        yield World(driver, admin[1], int(proxy.url.rpartition(":")[2]), foreign.port, allowed.port, seen)
 
 
 DATA = ["/data.png", "/data.js", "/data.json"]
@@ -257,6 +275,16 @@ def test_a_frame_on_a_page_of_another_port_does_not(world: World, load: Callable
     world.visit(world.allowed)
     frame(world, url)
     assert world.has_reached_the_service(url)
+
+
+@pytest.mark.parametrize("kind", ["prefetch", "prerender"])
+@pytest.mark.parametrize("site", ["localhost", "evil.test"])
+def test_nothing_is_loaded_ahead_of_a_visit_for_a_page_of_another_origin(world: World, site: str, kind: str) -> None:
+    url, before = world.new_url("/page"), world.refusals("ahead of a visit")
+    world.visit(world.foreign, site)
+    world.driver.execute_script(AHEAD, url, kind)
+    eventually(lambda: world.refusals("ahead of a visit") > before or world.has_reached_the_service(url))
+    assert not world.has_reached_the_service(url)
 
 
 def test_no_service_worker_stays_behind(world: World) -> None:
