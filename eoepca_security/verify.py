@@ -33,8 +33,33 @@ _ALGORITHMS_OF_KEY: Final[Mapping[tuple[str, str | None], frozenset[str]]] = {
 }
 ALGORITHMS: Final = frozenset().union(*_ALGORITHMS_OF_KEY.values())
 
-# What Keycloak writes into the claim `typ` of tokens that are not access tokens.
-_OTHER_TOKEN_TYPES: Final = ("ID", "Refresh", "Offline", "Logout")
+# How issuers call a token of each kind in the claims below; case, "-" and "_" make no difference.
+_KINDS: Final = {
+    "access": "access",
+    "access_token": "access",
+    "id": "ID",
+    "id_token": "ID",
+    "refresh": "refresh",
+    "refresh_token": "refresh",
+}
+
+# Claims that only say what a token is: one that says anything else than the kind that is wanted is refused. Keycloak's
+# `typ` can be the name of any action that a token in an e-mail is for.
+_CLAIMS_OF_KIND: Final = {
+    "typ": _KINDS | {"bearer": "access", "dpop": "access", "jwt": "access", "at+jwt": "access"},  # Keycloak
+    "token_use": _KINDS,  # Cognito
+}
+
+# Claims that other issuers use for other things, so that only what clearly names another kind counts.
+_CLAIMS_OF_KIND_OR_OTHER_THINGS: Final = {
+    "purpose": _KINDS,  # Curity
+    "tokenName": _KINDS,  # PingAM, ForgeRock
+    "tok_type": {"at": "access", "it": "ID", "rt": "refresh"},  # Oracle
+    "token_usage": _KINDS,  # OpenIddict
+    "token_type": _KINDS,
+    "type": _KINDS,  # Glewlwyd
+    "tokenType": {"refresh_token": "refresh", "id_token": "ID"},  # Casdoor, where the access token is the ID token, too
+}
 
 # Claims that only ID tokens (OpenID Connect Core §3.3.2.11) and logout tokens (Back-Channel Logout §2.4) have.
 _CLAIMS_OF_OTHER_TOKENS: Final = frozenset({"at_hash", "c_hash", "s_hash", "events"})
@@ -141,7 +166,9 @@ def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
     claims, audience, party = unverified.claims, policy.audience, unverified.claims.get("azp")
     if audience not in _audiences(claims, audience):
         raise TokenInvalid(f"the token is not for the audience {audience}", claim="aud")
-    if claims.get("typ") in _OTHER_TOKEN_TYPES or not _CLAIMS_OF_OTHER_TOKENS.isdisjoint(claims):
+    if claim := _claim_of_another_kind(claims, "access"):
+        raise TokenInvalid(f"the token is not an access token, as its {claim} says")
+    if not _CLAIMS_OF_OTHER_TOKENS.isdisjoint(claims):
         raise TokenInvalid("the token is not an access token")
     # Keycloak before version 24 puts the nonce of the login into access tokens too, but says what they are.
     if "nonce" in claims and unverified.header.typ == "jwt" and claims.get("typ") not in ("Bearer", "DPoP"):
@@ -165,7 +192,9 @@ def read_id_token(token: str, client_ids: Collection[str], *, leeway: float, now
     party = claims.get("azp")
     if party is not None and (not isinstance(party, str) or party not in client_ids):
         raise TokenInvalid("the ID token is for another client", claim="azp")
-    if unverified.header.typ != "jwt" or claims.get("typ", "ID") != "ID" or "events" in claims:
+    if claim := _claim_of_another_kind(claims, "ID"):
+        raise TokenInvalid(f"the token is not an ID token, as its {claim} says")
+    if unverified.header.typ != "jwt" or "events" in claims:
         raise TokenInvalid("the token is not an ID token")
     return unverified
 
@@ -263,6 +292,21 @@ def _read(token: str, leeway: float, now: float) -> Unverified:
     if not isinstance(subject, str) or not subject:
         raise TokenInvalid("the token names no subject")
     return Unverified(header, claims, token)
+
+
+def _claim_of_another_kind(claims: Mapping[str, Any], kind: str) -> str | None:
+    """Return the claim that says that a token is of another kind, if there is one."""
+    for claim, kinds in _CLAIMS_OF_KIND.items():
+        if claim in claims and kinds.get(_word(claims[claim])) != kind:
+            return claim
+    for claim, kinds in _CLAIMS_OF_KIND_OR_OTHER_THINGS.items():
+        if kinds.get(_word(claims.get(claim)), kind) != kind:
+            return claim
+    return None
+
+
+def _word(value: object) -> str:
+    return value.lower().replace("-", "_") if isinstance(value, str) else ""
 
 
 def _audiences(claims: Mapping[str, Any], expected: str) -> list[str]:

@@ -201,9 +201,21 @@ ATTACKS: dict[str, Forge] = {
     ),
     **each(
         "Keycloak's token",
-        ("ID", "Refresh", "Offline", "Logout"),
+        ("ID", "Refresh", "Offline", "Logout", "Serialized-ID", "verify-email"),
         lambda a, typ: a.genuinely_signed(a.claims | {"typ": typ}),
     ),
+    **each(
+        "Cognito's token",
+        ("id", "refresh", "", None, 1, ["access"], {"access": 1}),
+        lambda a, use: a.genuinely_signed(a.claims | {"token_use": use}),
+    ),
+    **each(
+        "token of another issuer's kind",
+        ("purpose", "tokenName", "token_usage", "token_type", "type"),
+        lambda a, name: a.genuinely_signed(a.claims | {name: "id_token"}),
+    ),
+    "Oracle's ID token": lambda a: a.genuinely_signed(a.claims | {"tok_type": "IT"}),
+    "Casdoor's refresh token": lambda a: a.genuinely_signed(a.claims | {"tokenType": "refresh-token"}),
     "ID token of the issuer": lambda a: a.issuer.id_token(a.genuine, aud="service"),
     "ID token of an issuer without typ": lambda a: a.genuinely_signed(a.claims | {"nonce": "n-1"}),
     "ID token with at_hash": lambda a: a.genuinely_signed(a.claims | {"typ": "Bearer", "at_hash": "x"}),

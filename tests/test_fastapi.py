@@ -324,6 +324,8 @@ BAD_ID_TOKENS: dict[str, dict[str, Any]] = {
     "empty hash": {"at_hash": ""},
     "expired": {"exp": 1},
     "access token": {"typ": "Bearer"},
+    "Cognito's access token": {"token_use": "access"},
+    "Curity's access token": {"purpose": "access_token"},
     "logout token": {"events": {}},
 }
 
@@ -570,7 +572,14 @@ async def test_warm_requests_ask_the_issuer_nothing_and_unknown_keys_once(own_is
 async def test_what_is_refused_anyway_causes_no_fetch(own_issuer: FakeIssuer) -> None:
     app = make_app(make_scheme(own_issuer))
     expired, other = own_issuer.issue(exp=1), own_issuer.issue(aud="other")
-    for token in ("x", "a.b.c", expired, other, own_issuer.issue(typ="ID"), own_issuer.issue(sub="")):
+    for token in (
+        "x",
+        "a.b.c",
+        expired,
+        other,
+        own_issuer.issue(typ="ID"),
+        own_issuer.issue(sub=""),
+    ):
         assert (await get(app, bearer(token))).status_code == 401
     assert not own_issuer.fetches
     assert (await get(app, bearer(own_issuer.issue()))).status_code == 200

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 from conftest import settings_for
 
-from eoepca_security.errors import TokenError
+from eoepca_security.errors import TokenError, TokenInvalid
 from eoepca_security.local_server import Handler
 from eoepca_security.proxy.settings import read_settings
 from eoepca_security.proxy.wiring import make_source
-from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing import Behaviour, FakeIssuer
 
 Fault = Callable[[Handler], bool]
 
@@ -137,6 +137,27 @@ async def test_the_discovery_documents_url_works_as_well() -> None:
         url = f"{issuer.url}/.well-known/openid-configuration"
         source = make_source(read_settings(settings_for(issuer, OPEN_ID_CONNECT_URL=url), need_upstream=False))
         assert issuer.accepts((await source.token()).value)
+
+
+@pytest.mark.parametrize(
+    ("claims", "says"),
+    [
+        ({"token_use": "id"}, "not an access token"),
+        ({"typ": "Serialized-ID"}, "not an access token"),
+        ({"tokenName": "id_token"}, "not an access token"),
+    ],
+)
+async def test_a_token_that_no_service_may_accept_is_invalid_where_the_audience_is_checked(
+    claims: dict[str, object], says: str
+) -> None:
+    with FakeIssuer(Behaviour(audience="service")) as issuer:
+        issuer.behaviour.claims.update(claims)
+        settings = settings_for(issuer, OPEN_ID_CONNECT_AUDIENCE="service")
+        with pytest.raises(TokenInvalid, match=says):
+            await make_source(read_settings(settings, need_upstream=False)).token()
+
+        del settings["OPEN_ID_CONNECT_AUDIENCE"]
+        assert issuer.accepts((await make_source(read_settings(settings, need_upstream=False)).token()).value)
 
 
 async def test_an_opaque_token_has_no_audience_to_check() -> None:

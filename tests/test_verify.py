@@ -27,6 +27,7 @@ from eoepca_security.verify import (
     looks_like_jwt,
     read_access_token,
     read_header,
+    read_id_token,
     read_keys,
     select_key,
     unverified_claims,
@@ -145,9 +146,30 @@ def test_a_token_for_the_audience_among_others_is_accepted(audience: object) -> 
     assert check(token(aud=audience))["aud"] == audience
 
 
-@pytest.mark.parametrize("typ", [..., None, "Bearer", "DPoP", "id", 1])
+@pytest.mark.parametrize("typ", [..., "Bearer", "bearer", "DPoP", "JWT", "at+jwt", "access", "access_token"])
 def test_a_claim_typ_of_an_access_token_is_accepted(typ: object) -> None:
     assert check(token(typ=typ))["sub"] == "u-1"
+
+
+# What issuers write into their access tokens, and what looks like it.
+KINDS_OF_ACCESS_TOKENS: list[dict[str, Any]] = [
+    {"token_use": "access", "client_id": "c", "typ": ...},  # Cognito
+    {"token_use": "access_token"},
+    {"purpose": "access_token"},  # Curity
+    {"tokenName": "access_token", "token_type": "Bearer", "typ": ...},  # PingAM
+    {"tok_type": "AT"},  # Oracle
+    {"token_usage": "access_token"},  # OpenIddict
+    {"type": "access_token"},  # Glewlwyd
+    {"tokenType": "access-token"},  # Casdoor
+    {"token_type": "DPoP"},
+    {"type": "user", "purpose": "IT", "tok_type": "id", "token_type": "at"},
+    *({name: odd} for name in ("purpose", "tokenName", "tok_type", "type") for odd in (None, 1, ["id"], {"id": 1}, "")),
+]
+
+
+@pytest.mark.parametrize("changes", KINDS_OF_ACCESS_TOKENS)
+def test_what_says_that_it_is_an_access_token_or_nothing_of_its_kind_is_accepted(changes: dict[str, Any]) -> None:
+    assert check(token(**changes))["sub"] == "u-1"
 
 
 @pytest.mark.parametrize(
@@ -555,9 +577,92 @@ def test_a_token_without_a_proper_subject_is_refused(subject: object) -> None:
     refuse(token(sub=subject), "names no subject")
 
 
-@pytest.mark.parametrize("typ", ["ID", "Refresh", "Offline", "Logout"])
-def test_other_tokens_of_the_same_issuer_are_refused(typ: str) -> None:
-    refuse(token(typ=typ), "not an access token")
+KEYCLOAKS_OTHER_TYPES = [
+    "ID",
+    "Refresh",
+    "Offline",
+    "Logout",
+    "Serialized-ID",
+    "InitialAccessToken",
+    "reset-credentials",
+]
+
+
+@pytest.mark.parametrize("typ", [*KEYCLOAKS_OTHER_TYPES, "id", "id_token", "Bearer ", "logout+jwt", *ODD_VALUES])
+def test_other_tokens_of_the_same_issuer_are_refused(typ: object) -> None:
+    refuse(token(typ=typ), "not an access token, as its typ says")
+
+
+@pytest.mark.parametrize("use", ["id", "ID", "id_token", "refresh", "Access token", ["access"], *ODD_VALUES])
+def test_a_token_for_another_use_is_refused(use: object) -> None:
+    refuse(token(token_use=use), "not an access token, as its token_use says")
+
+
+# What issuers write into their ID tokens.
+KINDS_OF_ID_TOKENS: list[dict[str, Any]] = [
+    {"token_use": "id"},
+    {"typ": "id_token"},
+    {"purpose": "id"},
+    {"purpose": "id_token"},
+    {"tokenName": "id_token"},
+    {"tok_type": "IT"},
+    {"token_usage": "id_token"},
+    {"token_type": "id_token"},
+    {"type": "ID-Token"},
+]
+
+
+def says(changes: dict[str, Any]) -> str:
+    (claim,) = changes
+    return f"as its {claim} says"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *KINDS_OF_ID_TOKENS,
+        {"tokenName": "refresh_token"},
+        {"tokenType": "refresh-token"},
+        {"tok_type": "RT"},
+        {"type": "refresh"},
+        {"purpose": "refresh_token"},
+    ],
+)
+@pytest.mark.parametrize("typ", ["JWT", "at+jwt"])
+def test_what_says_that_it_is_of_another_kind_is_refused(changes: dict[str, Any], typ: str) -> None:
+    refuse(token(**changes, header={"typ": typ}), f"not an access token, {says(changes)}")
+
+
+def check_id_token(**changes: Any) -> dict[str, Any]:
+    claims = {"aud": "client", "typ": ..., **changes}
+    return read_id_token(token(**claims), ["client"], leeway=10, now=NOW).claims
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"typ": "ID"}, *KINDS_OF_ID_TOKENS, {"tokenType": "access-token"}, {"type": 1}]
+)
+def test_what_says_that_it_is_an_id_token_or_nothing_is_taken_for_one(changes: dict[str, Any]) -> None:
+    assert check_id_token(**changes)["sub"] == "u-1"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"typ": typ} for typ in ("Bearer", "JWT", "Refresh", "Logout", "Serialized-ID", *ODD_VALUES)),
+        *({"token_use": use} for use in ("access", "refresh", *ODD_VALUES)),
+        {"purpose": "access_token"},
+        {"tokenName": "access_token"},
+        {"tok_type": "AT"},
+        {"token_usage": "access_token"},
+        {"token_type": "access"},
+        {"type": "access_token"},
+        {"type": "refresh_token"},
+        {"tokenType": "refresh-token"},
+    ],
+)
+def test_what_says_that_it_is_of_another_kind_is_not_taken_for_an_id_token(changes: dict[str, Any]) -> None:
+    with pytest.raises(TokenInvalid, match=f"not an ID token, {says(changes)}"):
+        check_id_token(**changes)
 
 
 @pytest.mark.parametrize("name", ["at_hash", "c_hash", "s_hash", "events"])

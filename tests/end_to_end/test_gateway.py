@@ -86,3 +86,17 @@ def test_a_service_behind_a_gateway_can_be_developed_behind_the_proxy(
     assert trusting["claims"]["name"] == "Zoë"
     assert base64.b64decode(trusting["userinfo"], validate=True) == b'{"sub":"u-1","email":"zoe@example"}'
     assert issuer.accepts(trusting["raw"])
+
+
+@pytest.mark.parametrize("claims", [{"token_use": "id"}])
+def test_neither_the_service_nor_the_proxy_accepts_a_token_for_another_use(
+    start: StartProxy, issuer: Issuer, service: str, client: httpx.Client, claims: dict[str, Any]
+) -> None:
+    issuer.behaviour.claims |= claims
+    unchecked = start("launcher", service, settings_for(issuer))
+    refused = client.get(f"{unchecked.url}/careful")
+    assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, 'Bearer error="invalid_token"')
+
+    checked = start("launcher", service, settings_for(issuer, OPEN_ID_CONNECT_AUDIENCE=issuer.behaviour.audience))
+    answer = client.get(f"{checked.url}/careful")
+    assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (502, "token_invalid")
