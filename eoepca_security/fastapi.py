@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import cache
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from fastapi import HTTPException, Security, WebSocketException
 from fastapi.openapi.models import OpenIdConnect
@@ -18,7 +18,7 @@ from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvali
 from eoepca_security.protocol import Client, discovery_url, url_problem
 from eoepca_security.provider import RETRY_INTERVAL, Provider
 from eoepca_security.transport import HttpTransport, trust
-from eoepca_security.verify import MAX_TOKEN_SIZE, Policy, id_token_problem, read_unsigned
+from eoepca_security.verify import MAX_TOKEN_SIZE, Policy, check_binding, id_token_problem, read_unsigned
 
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 _REFRESH_TOKEN: Final = re.compile(f"[ -~]{{1,{MAX_TOKEN_SIZE}}}")  # RFC 6749 §A.17
@@ -68,6 +68,11 @@ class OIDCProxyScheme(SecurityBase):
     With `trust_unsigned_id_token` so do those of the base64 JSON that APISIX sends if its `iss`, `sub`, `exp` and
     `at_hash` fit: whoever has the access token can choose all its other members. What does not fit is ignored.
 
+    An access token with `cnf` is bound to a key (RFC 9449, RFC 8705) and refused, as nothing here proves that key; so
+    is an ID token that stands alone. `bound_tokens="gateway"` accepts them and does not look at the binding: it trusts
+    the gateway to have verified it, or to have got the token with a key of its own. That is safe only where every
+    request comes through this gateway, and it passes on no bound token that it has not verified.
+
     Without `require_auth_token`, a signed ID token alone is enough, and a request without any token is anonymous: its
     `claims` are empty. With `auto_error=False` there is None instead of every error but 503.
 
@@ -89,6 +94,7 @@ class OIDCProxyScheme(SecurityBase):
         authorized_parties: Collection[str] | None = None,
         trust_unsigned_id_token: bool = False,
         leeway: float = 10,
+        bound_tokens: Literal["refuse", "gateway"] = "refuse",
         scheme_name: str | None = None,
         description: str | None = None,
         auto_error: bool = True,
@@ -101,6 +107,8 @@ class OIDCProxyScheme(SecurityBase):
         problems = _header_problems(headers) + _problems(openIdConnectUrl, audience, leeway, authorized_parties)
         if require_refresh_token and not (require_auth_token or require_id_token):
             problems.append("require_refresh_token needs require_auth_token or require_id_token: it proves nobody")
+        if bound_tokens not in ("refuse", "gateway"):
+            problems.append('bound_tokens has to be "refuse" or "gateway"')
         if problems:
             raise SettingsError(*problems)
 
@@ -113,7 +121,8 @@ class OIDCProxyScheme(SecurityBase):
         self._require_id_token = require_id_token
         self._require_refresh_token = require_refresh_token
         self._trust_unsigned_id_token = trust_unsigned_id_token
-        self._policy = Policy(audience, leeway, frozenset(authorized_parties) if authorized_parties else None)
+        parties = frozenset(authorized_parties) if authorized_parties else None
+        self._policy = Policy(audience, leeway, parties, accept_bound=bound_tokens == "gateway")
         self._provider = Provider(openIdConnectUrl, Client(audience), _transport())  # asks for no tokens
         self._reported: IssuerUnavailable | None = None
 
@@ -182,6 +191,8 @@ class OIDCProxyScheme(SecurityBase):
             clients = {self._policy.audience, *(self._policy.authorized_parties or ())}
             clients |= {party} if isinstance(party, str) else set()
             claims, alg = await self._provider.verify_id_token(id_token, clients, leeway)
+            if access_token is None:
+                check_binding(claims, self._policy)  # beside an access token, it is that one's binding that counts
             problem = access_token and id_token_problem(claims, access_claims, access_token, alg)
             if problem:
                 raise TokenInvalid(f"the ID token does not belong to the access token: {problem}")

@@ -82,12 +82,14 @@ class Policy:
     """What an access token has to say besides being the issuer's.
 
     `leeway` is the accepted clock difference in seconds. With `authorized_parties` the client that it was issued to
-    (`azp`, or `client_id` of RFC 9068) has to be one of these.
+    (`azp`, or `client_id` of RFC 9068) has to be one of these. `accept_bound` takes tokens that are bound to a key,
+    which somebody else has to have verified.
     """
 
     audience: str
     leeway: float = 10
     authorized_parties: Collection[str] | None = None
+    accept_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,17 @@ def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
         party = claims.get("client_id") if party is None else party
         if not isinstance(party, str) or party not in policy.authorized_parties:
             raise TokenInvalid("the token was issued to a client that is not an authorized party", claim="azp")
+    check_binding(claims, policy)
     return unverified
+
+
+def check_binding(claims: Mapping[str, Any], policy: Policy) -> None:
+    """Raise TokenInvalid for a token that says it is bound to a key (`cnf` of any shape, RFC 7800 §3.1).
+
+    Nothing here proves that whoever sent it has that key, as RFC 9449 §7 and RFC 8705 §3 demand.
+    """
+    if "cnf" in claims and not policy.accept_bound:
+        raise TokenInvalid("the token is bound to a key (cnf), so it is not accepted as a Bearer token", claim="cnf")
 
 
 def read_id_token(token: str, client_ids: Collection[str], *, leeway: float, now: float) -> Unverified:

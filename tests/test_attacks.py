@@ -219,6 +219,12 @@ ATTACKS: dict[str, Forge] = {
     "ID token of the issuer": lambda a: a.issuer.id_token(a.genuine, aud="service"),
     "ID token of an issuer without typ": lambda a: a.genuinely_signed(a.claims | {"nonce": "n-1"}),
     "ID token with at_hash": lambda a: a.genuinely_signed(a.claims | {"typ": "Bearer", "at_hash": "x"}),
+    # somebody else's, who has the key that they are bound to
+    **each(
+        "cnf",
+        ({"jkt": "x"}, {"x5t#S256": "x"}, {}, None, "", "x", [], ["x"], 0, False),
+        lambda a, cnf: a.genuinely_signed(a.claims | {"cnf": cnf}),
+    ),
     "logout token": lambda a: a.genuinely_signed(
         a.claims | {"events": {"http://schemas.openid.net/event/backchannel-logout": {}}}
     ),

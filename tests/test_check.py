@@ -371,6 +371,14 @@ def test_an_audience_that_is_not_in_the_token(settings: Settings, issuer: FakeIs
     assert "ogc-api" in str(steps["audience"].remedy)
 
 
+def test_a_token_that_is_bound_to_a_key(settings: Settings, issuer: FakeIssuer) -> None:
+    issuer.behaviour.claims["cnf"] = {"jkt": "x"}
+    steps = run(replace(settings, audience="service"))
+    assert (steps["audience"].status, steps["upstream"].status) == ("fault", "skipped")
+    assert "bound to a key" in steps["audience"].detail
+    assert "DPoP" in str(steps["audience"].remedy)
+
+
 def test_a_token_that_only_the_service_can_read(settings: Settings, issuer: FakeIssuer) -> None:
     issuer.behaviour.opaque = True
     steps = run(replace(settings, audience="service"))

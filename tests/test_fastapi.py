@@ -286,6 +286,44 @@ async def test_without_required_token_a_request_is_anonymous_but_a_bad_token_is_
         assert (await get(protected, {}, "/realm-role")).status_code == 401
 
 
+# --- tokens that are bound to a key -------------------------------------------------------------------------------
+
+
+BINDINGS: list[Any] = [{"jkt": "x"}, {"x5t#S256": "x"}, {}, None, "x", []]
+
+
+@pytest.mark.parametrize("cnf", BINDINGS)
+async def test_a_bound_token_is_refused_unless_a_gateway_has_verified_it(
+    issuer: FakeIssuer, app: FastAPI, cnf: object
+) -> None:
+    behind_gateway = make_app(make_scheme(issuer, bound_tokens="gateway"))
+    headers = bearer(issuer.issue(cnf=cnf))
+
+    answer, silent = await get(app, headers), await get(make_app(make_scheme(issuer, auto_error=False)), headers)
+
+    assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, 'Bearer error="invalid_token"')
+    assert "bound to a key (cnf)" in answer.json()["detail"]
+    assert silent.json() is None
+    assert await open_socket(app, headers) == 1008
+    assert (await get(behind_gateway, headers)).json()["claims"]["cnf"] == cnf
+    assert (await get(behind_gateway, bearer(issuer.issue()))).status_code == 200
+    assert (await get(behind_gateway, bearer(issuer.issue(cnf=cnf, token_use="id")))).status_code == 401
+
+
+@pytest.mark.parametrize("cnf", BINDINGS)
+async def test_a_bound_id_token_is_refused_where_it_stands_alone(issuer: FakeIssuer, cnf: object) -> None:
+    alone = {"require_auth_token": False, "authorized_parties": ["gateway"]}
+    access_token = issuer.issue(azp="gateway")
+    headers = {"X-ID-Token": issuer.id_token(access_token, cnf=cnf)}
+
+    answer = await get(make_app(make_scheme(issuer, **alone)), headers)
+
+    assert (answer.status_code, answer.headers["WWW-Authenticate"]) == (401, 'Bearer error="invalid_token"')
+    assert (await get(make_app(make_scheme(issuer, **alone, bound_tokens="gateway")), headers)).status_code == 200
+    beside = await get(make_app(make_scheme(issuer)), {**headers, **bearer(access_token)})
+    assert beside.json()["id_token"]["cnf"] == cnf
+
+
 # --- ID tokens ----------------------------------------------------------------------------------------------------
 
 
@@ -579,6 +617,7 @@ async def test_what_is_refused_anyway_causes_no_fetch(own_issuer: FakeIssuer) ->
         other,
         own_issuer.issue(typ="ID"),
         own_issuer.issue(sub=""),
+        own_issuer.issue(cnf={}),
     ):
         assert (await get(app, bearer(token))).status_code == 401
     assert not own_issuer.fetches
@@ -816,6 +855,10 @@ async def test_the_discovery_documents_url_will_do(issuer: FakeIssuer) -> None:
         ({"authorized_parties": "gateway"}, "authorized_parties"),
         ({"authorized_parties": []}, "authorized_parties"),
         ({"authorized_parties": [1]}, "authorized_parties"),
+        *(
+            ({"bound_tokens": value}, '"refuse" or "gateway"')
+            for value in ("dpop", "", "Gateway", None, True, ["refuse"])
+        ),
         ({"auth_token_header": ""}, "auth_token_header"),
         ({"id_token_header": "X ID"}, "id_token_header"),
         ({"refresh_token_header": None}, "refresh_token_header"),

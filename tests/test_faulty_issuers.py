@@ -142,6 +142,7 @@ async def test_the_discovery_documents_url_works_as_well() -> None:
 @pytest.mark.parametrize(
     ("claims", "says"),
     [
+        *(({"cnf": cnf}, "bound to a key") for cnf in ({"jkt": "x"}, {}, None, "x")),
         ({"token_use": "id"}, "not an access token"),
         ({"typ": "Serialized-ID"}, "not an access token"),
         ({"tokenName": "id_token"}, "not an access token"),
@@ -153,8 +154,9 @@ async def test_a_token_that_no_service_may_accept_is_invalid_where_the_audience_
     with FakeIssuer(Behaviour(audience="service")) as issuer:
         issuer.behaviour.claims.update(claims)
         settings = settings_for(issuer, OPEN_ID_CONNECT_AUDIENCE="service")
-        with pytest.raises(TokenInvalid, match=says):
+        with pytest.raises(TokenInvalid, match=says) as caught:
             await make_source(read_settings(settings, need_upstream=False)).token()
+        assert ("DPoP" in str(caught.value)) == ("cnf" in claims)
 
         del settings["OPEN_ID_CONNECT_AUDIENCE"]
         assert issuer.accepts((await make_source(read_settings(settings, need_upstream=False)).token()).value)

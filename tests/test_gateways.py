@@ -26,8 +26,8 @@ def issuer() -> Iterator[FakeIssuer]:
         yield issuer
 
 
-def as_sent(issuer: FakeIssuer) -> dict[str, str]:
-    access_token = issuer.issue(azp="gateway", typ="Bearer")  # as Keycloak has it
+def as_sent(issuer: FakeIssuer, access_claims: dict[str, Any]) -> dict[str, str]:
+    access_token = issuer.issue(azp="gateway", typ="Bearer", **access_claims)  # as Keycloak has it
     id_token = issuer.id_token(access_token, nickname="ally?>")
     id_claims = jwt.decode(id_token, options={"verify_signature": False})
     return {
@@ -72,7 +72,7 @@ def test_the_documentation_has_the_settings_and_the_arguments(name: str) -> None
 @pytest.mark.parametrize("name", sorted(CASES))
 async def test_what_a_gateway_sends(name: str, issuer: FakeIssuer) -> None:
     case = CASES[name]
-    tokens = as_sent(issuer)
+    tokens = as_sent(issuer, case.get("access_claims", {}))
     headers = {name: value.format(**tokens) for name, value in case["headers"].items()}
 
     answer = await get(make_app(make_scheme(issuer, **case["scheme"])), headers)

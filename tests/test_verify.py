@@ -665,6 +665,19 @@ def test_what_says_that_it_is_of_another_kind_is_not_taken_for_an_id_token(chang
         check_id_token(**changes)
 
 
+BINDINGS: list[Any] = [{"jkt": "x"}, {"x5t#S256": "x"}, {"jwk": {}}, {"kid": "x"}, *ODD_VALUES]
+
+
+@pytest.mark.parametrize("cnf", BINDINGS)
+def test_a_token_that_is_bound_to_a_key_is_refused_unless_the_policy_accepts_it(cnf: object) -> None:
+    with pytest.raises(TokenInvalid, match="bound to a key") as caught:
+        check(token(cnf=cnf))
+    assert caught.value.claim == "cnf"
+    accepting = replace(POLICY, accept_bound=True)
+    assert "cnf" in verify(token(cnf=cnf), signing_key("ES256"), accepting, now=NOW)
+    assert check_id_token(cnf=cnf)["sub"] == "u-1"
+
+
 @pytest.mark.parametrize("name", ["at_hash", "c_hash", "s_hash", "events"])
 @pytest.mark.parametrize("typ", [..., "Bearer"])
 def test_claims_of_other_tokens_are_refused_whatever_they_are(name: str, typ: object) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, StoreError, TokenInvalid
 from eoepca_security.protocol import Client, choose_auth_method, printable, without_secrets
 from eoepca_security.proxy.diagnosis import (
+    BINDING_REMEDY,
     CLIENT_ERRORS,
     CLOCK,
     LOGIN,
@@ -225,6 +226,8 @@ class _Run:
         except IssuerUnavailable as error:
             self._raise(error)
         except TokenInvalid as error:
+            if error.claim == "cnf":
+                raise _Fault(str(error), BINDING_REMEDY) from None
             if error.claim != "aud":
                 is_time = "clock" in str(error)
                 raise _Fault(str(error), CLOCK if is_time else "check the client's settings at the issuer") from None

@@ -32,6 +32,8 @@ CHECK: Final = "run `run-mitmproxy.py check`, which says more"
 CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
 """What an issuer answers (RFC 6749 §5.2) when it is the client that it does not accept."""
 
+BINDING_REMEDY: Final = "turn off DPoP-bound and certificate-bound access tokens for this client at the issuer"
+
 CLOCK: Final = "set this machine's clock by the network (`timedatectl set-ntp true`), or have the issuer's set"
 
 _PROXY: Final = (

@@ -6,6 +6,7 @@ from functools import partial
 from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
 from eoepca_security.protocol import TokenResponse
 from eoepca_security.provider import Provider
+from eoepca_security.proxy.diagnosis import BINDING_REMEDY
 from eoepca_security.proxy.settings import Settings
 from eoepca_security.proxy.variables import AUDIENCE, REFRESH_TOKEN
 from eoepca_security.source import TokenSource
@@ -68,6 +69,8 @@ def make_source(
         try:
             provider.verify(token, settings.audience)
         except TokenInvalid as error:
+            if error.claim == "cnf":
+                raise TokenInvalid(f"{error}; {BINDING_REMEDY}") from None
             if error.claim != "aud":
                 raise
             raise TokenInvalid(

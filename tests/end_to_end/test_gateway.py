@@ -88,8 +88,8 @@ def test_a_service_behind_a_gateway_can_be_developed_behind_the_proxy(
     assert issuer.accepts(trusting["raw"])
 
 
-@pytest.mark.parametrize("claims", [{"token_use": "id"}])
-def test_neither_the_service_nor_the_proxy_accepts_a_token_for_another_use(
+@pytest.mark.parametrize("claims", [{"cnf": {"jkt": "x"}}, {"token_use": "id"}])
+def test_neither_the_service_nor_the_proxy_accepts_a_token_that_is_bound_to_a_key_or_for_another_use(
     start: StartProxy, issuer: Issuer, service: str, client: httpx.Client, claims: dict[str, Any]
 ) -> None:
     issuer.behaviour.claims |= claims
