@@ -297,19 +297,13 @@ async def test_a_service_that_refuses_the_token_is_a_problem_and_our_own_answers
 # --- a service that refuses the token ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda flow: setattr(flow, "is_replay", "request"),
-        lambda flow: setattr(flow.response, "status_code", 403),
-    ],
-)
-async def test_what_was_not_refused_needs_no_other_token(change: Callable[[HTTPFlow], None], context: Any) -> None:
-    flow = flow_for()
-    flow.response = answer = Response.make(401)
-    change(flow)
-    # Its source would raise AttributeError if it were asked for one.
-    await addon_with(StubSource(), context).response(flow)
+async def test_a_replay_from_the_console_costs_no_token(context: Any) -> None:
+    addon, flow = addon_with(StubSource(), context), flow_for()
+    await addon.requestheaders(flow)
+    flow.response, flow.is_replay = Response.make(401), "request"
+    answer = flow.response
+    # Its source would raise AttributeError if it were asked for another.
+    await addon.token_refused(flow)
     assert flow.response is answer
 
 
@@ -336,7 +330,7 @@ async def test_what_cannot_be_sent_again_is_not_and_the_next_request_has_another
     await addon.requestheaders(flow)
     flow.response = answer = Response.make(401)
     change(flow)
-    await addon.response(flow)
+    await addon.token_refused(flow)
     assert flow.response is answer
     assert len(refused) == 1
 
@@ -351,8 +345,9 @@ async def test_without_another_token_the_services_answer_stands(context: Any, ca
 
         addon._source.replace = replace  # type: ignore[union-attr,method-assign]
         flow = flow_for()
+        await addon.requestheaders(flow)
         flow.response = answer = Response.make(401)
-        await addon.response(flow)
+        await addon.token_refused(flow)
         assert flow.response is answer
     assert "the-token" not in caplog.text
 

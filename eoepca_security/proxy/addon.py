@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from mitmproxy import command, ctx
 from mitmproxy.addonmanager import Loader, traverse
-from mitmproxy.addons.clientplayback import ReplayHandler
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.exceptions import CommandError, OptionsError
 from mitmproxy.http import HTTPFlow, Response
@@ -296,13 +295,14 @@ class OIDCAuthProxy:
         if self._ending and not (flow.request.is_http2 or flow.request.is_http3):
             headers["Connection"] = "close"
 
-    async def response(self, flow: HTTPFlow) -> None:
-        """Get another token when the service refuses this one, and ask again with it, once, where that can be done."""
-        try:
-            if _is_refused(flow):
-                await self._replace(flow)
-        finally:
-            self._ended(flow)
+    def response(self, flow: HTTPFlow) -> None:
+        """Count what has its answer."""
+        self._ended(flow)
+
+    def request_refused(self, refusal: Refusal) -> None:
+        """Count what was refused before it became a flow."""
+        self._metrics.request_ended(400, refusal.code)
+        self._mishaps.add(refusal.code, refusal.detail)
 
     def websocket_message(self, flow: HTTPFlow) -> None:
         """Keep a long conversation from piling up in memory."""
@@ -340,19 +340,22 @@ class OIDCAuthProxy:
         request = flow.request
         is_explicit = isinstance(flow.client_conn.proxy_mode, RegularMode) and flow.server_conn.address is None
         if not forwarding.is_one_request(request) or (is_explicit and wire.is_origin_form(request)):
-            return Response.make(400, b"the request is not well-formed\n")
+            return self._refuse(flow, Refusal("bad_request", "no server would be certain what it asks for"))
         # A replay was let in before, or comes from whoever sits at mitmproxy's console.
         if flow.is_replay is None:
             # Before the service's name takes the place of the proxy's: the service's own origin may be an allowed one.
             if (sharing := self._guard.sharing(request.method, request.headers.get_all)) is not None:
                 flow.metadata[origins.SHARING] = sharing
             if (refusal := self._refusal(flow)) is not None:
-                self._codes[flow] = refusal.code
-                self._mishaps.add(refusal.code, refusal.detail)
-                return problem.answer(refusal, method=request.method)
+                return self._refuse(flow, refusal)
         if self._guard.preflight(request.method, request.headers.get_all) is not None:
             return Response.make(204)
         return self._termination(flow)
+
+    def _refuse(self, flow: HTTPFlow, refusal: Refusal) -> Response:
+        self._codes[flow] = refusal.code
+        self._mishaps.add(refusal.code, refusal.detail)
+        return problem.answer(refusal, method=flow.request.method)
 
     def _termination(self, flow: HTTPFlow) -> Response | None:
         endpoint = self._settings.termination_endpoint if self._settings is not None else None
@@ -433,23 +436,16 @@ class OIDCAuthProxy:
         except Exception as error:
             raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
 
-    async def _replace(self, flow: HTTPFlow) -> None:
+    async def token_refused(self, flow: HTTPFlow) -> None:
+        """Get another token when the service refuses this one, and have it asked again, where that can be done."""
         sent = wire.clearance(flow.request)
-        if sent is None or not sent.headers or self._source is None:
+        if sent is None or not sent.headers or self._source is None or flow.is_replay is not None:
             return
         try:
             token = await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer "))
-            if token is None or not _may_be_repeated(flow):
-                return
-            again = flow.copy()
-            again.response = again.error = None
-            again.is_replay = "request"
-            # Runs all hooks, so the request is authorized anew.
-            await ReplayHandler(again, ctx.options).replay()
-            flow.response = again.response or flow.response
-            flow.metadata |= {name: again.metadata[name] for name in stream.TOLD if name in again.metadata}
-            if again in self._codes:
-                self._codes[flow] = self._codes[again]
+            if token is not None and _may_be_repeated(flow):
+                wire.clear(flow.request, self._clearance(_target(flow), token))
+                flow.response = None
         except TokenError as error:
             logger.info("the service refused the token, and there is no other: %s", error)
         except Exception as error:  # noqa: BLE001  the client still has the service's own answer
@@ -658,10 +654,6 @@ def _is_elsewhere(flow: HTTPFlow, settings: Settings | None) -> bool:
 def _may_inject(settings: Settings | None, scheme: str, address: tuple[str, int]) -> bool:
     hosts = [parse_host(host) for host in settings.inject_hosts] if settings is not None else []
     return may_get_token(hosts, scheme, *address[:2])
-
-
-def _is_refused(flow: HTTPFlow) -> bool:
-    return flow.response is not None and flow.response.status_code == 401 and flow.is_replay is None
 
 
 def _may_be_repeated(flow: HTTPFlow) -> bool:

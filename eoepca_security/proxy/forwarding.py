@@ -4,7 +4,7 @@ import base64
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from mitmproxy.http import Headers, Request
@@ -33,11 +33,18 @@ _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"host"})
 _METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PATH: Final = re.compile(rb"\*|/[^\x00-\x20\x7f]*")
 _BREAK: Final = re.compile(rb"[\r\n\x00]")
+# Some programs take these for spaces or line ends, as mitmproxy does around values, and others do not (RFC 9112 §2.2).
+_ODD: Final = re.compile(rb"^[ \t]|[\r\x00\x0b\x0c]")
 
 # What APISIX's openid-connect plugin sets, and so what a service behind it believes.
 _APISIX: Final = frozenset({"x-access-token", "x-id-token", "x-raw-id-token", "x-refresh-token", "x-userinfo"})
 
 logger = logging.getLogger(__name__)
+
+
+def is_plain(lines: Iterable[bytes]) -> bool:
+    """Tell whether the lines of an HTTP/1 head are the same lines to everybody: no folded ones, no odd line ends."""
+    return not any(map(_ODD.search, lines))
 
 
 def is_one_request(request: Request) -> bool:
@@ -50,7 +57,7 @@ def is_one_request(request: Request) -> bool:
         _METHOD.fullmatch(data.method) is not None
         # mitmproxy takes these in any case for what they are in capitals, and a service need not (RFC 9110 §9.1).
         and (data.method.isupper() or data.method.upper() not in (b"HEAD", b"CONNECT"))
-        and _PATH.fullmatch(data.path) is not None
+        and (_PATH.fullmatch(data.path) is not None or (data.method == b"CONNECT" and not data.path))
         and data.http_version in (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"HTTP/3")
         and _BREAK.search(b"".join(map(b"".join, data.headers.fields))) is None
         and _FRAMING.isdisjoint(_connection_options(data.headers))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from mitmproxy.http import Response
+from mitmproxy.net.http import http1
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.protocol import printable
@@ -19,6 +20,7 @@ ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
 ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
     "host_not_allowed": (403, "The proxy does not answer to this Host"),
     "cross_site_request": (403, "The proxy takes no requests from other web sites"),
+    "bad_request": (400, "The request is not well-formed"),
     IssuerUnavailable.code: (503, "The identity provider does not give a token"),
     CredentialsRejected.code: (502, "The identity provider rejected the proxy's credentials"),
     TokenInvalid.code: (502, "The identity provider's token cannot be used"),
@@ -88,6 +90,13 @@ def parts(
     if status == 503:
         headers["Retry-After"] = str(math.ceil(retry_after))
     return status, headers, json.dumps(body).encode()
+
+
+def last_answer(status_code: int, message: str = "") -> bytes:
+    """Return an answer of HTTP/1 after which the connection ends; `message` is mitmproxy's reason for it."""
+    code = "bad_request" if status_code < 500 else "upstream_unavailable"
+    _, headers, body = parts(Refusal(code, printable(message)), status=status_code)
+    return bytes(http1.assemble_response(Response.make(status_code, body, headers | {"Connection": "close"})))
 
 
 def answer(error: TokenError | Refusal | UpstreamFault, *, method: str, retry_after: float = 1) -> Response:

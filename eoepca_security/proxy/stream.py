@@ -5,14 +5,15 @@ that fails in HTML. The streams here answer at once, and in the form that client
 """
 
 import time
+from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakSet
 
 from mitmproxy.connection import Connection
-from mitmproxy.http import Request, Response
+from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.net.http.http1 import expected_http_body_size
 from mitmproxy.net.http.validate import validate_headers
-from mitmproxy.proxy.commands import CloseConnection
+from mitmproxy.proxy.commands import CloseConnection, StartHook
 from mitmproxy.proxy.events import Event
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers import http
@@ -22,6 +23,7 @@ from mitmproxy.proxy.layers.http._events import (
     RequestEndOfMessage,
     RequestHeaders,
     RequestProtocolError,
+    ResponseData,
     ResponseEndOfMessage,
     ResponseProtocolError,
 )
@@ -40,8 +42,6 @@ CODE: Final = "oidc_proxy_error"
 
 DETAIL: Final = "oidc_proxy_error_detail"
 """There too, what it says."""
-
-TOLD: Final = (CODE, DETAIL)
 
 MAX_DISCARDED: Final = 1024 * 1024 * 1024
 """Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
@@ -96,6 +96,16 @@ def _check(request: Request, answer: Response) -> None:
         raise ValueError(f"unexpected status {answer.status_code}")
 
 
+@dataclass
+class TokenRefusedHook(StartHook):
+    """The service refuses the token (401): the request is sent again where the hook leaves the flow without an answer.
+
+    Where that cannot be, as the answer is on its way to the client, nobody waits for the hook.
+    """
+
+    flow: HTTPFlow
+
+
 class Stream(HttpStream):
     """A stream that answers as soon as there is an answer."""
 
@@ -103,6 +113,7 @@ class Stream(HttpStream):
     _has_ended = False
     _was_used = False
     _was_repeated = False
+    _was_refused = False
 
     def state_wait_for_request_headers(self, event: RequestHeaders) -> CommandGenerator[None]:
         """Answer without waiting for the body where the hooks have left an answer."""
@@ -129,6 +140,44 @@ class Stream(HttpStream):
                 yield DropStream(self.stream_id)
             else:
                 yield from self.flow_done()
+
+    def start_response_stream(self) -> CommandGenerator[None]:
+        """Begin to stream the answer."""
+        yield from super().start_response_stream()
+        if self._is_refusal():
+            hook = TokenRefusedHook(self.flow)
+            hook.blocking = False
+            yield hook
+
+    def state_consume_response_body(self, event: Event) -> CommandGenerator[None]:
+        """Hold the answer, but not more than may be held: then it is streamed after all."""
+        response = self.flow.response
+        if response is None:
+            raise RuntimeError("there is no answer")
+        if isinstance(event, ResponseData) and len(self.response_body_buf) + len(event.data) > MAX_HELD:
+            held = bytes(self.response_body_buf)
+            self.response_body_buf.clear()
+            response.stream = True
+            yield from self.start_response_stream()
+            yield from self.state_stream_response_body(ResponseData(self.stream_id, held + event.data))
+            return
+        if isinstance(event, ResponseEndOfMessage) and self._is_refusal():
+            response.data.content = bytes(self.response_body_buf)
+            yield TokenRefusedHook(self.flow)
+            if self.flow.response is None:
+                self.response_body_buf.clear()
+                self.server_state = self.state_wait_for_response_headers
+                yield from self._send_again()
+                return
+        yield from super().state_consume_response_body(event)
+
+    def _is_refusal(self) -> bool:
+        """Tell whether the token was refused, once for each request."""
+        response = self.flow.response
+        if self._was_refused or response is None or response.status_code != 401:
+            return False
+        self._was_refused = True
+        return True
 
     def send_response(self, already_streamed: bool = False) -> CommandGenerator[None]:
         """Send the answer, and end it even where the service did not want all of the request."""
@@ -229,6 +278,9 @@ class Stream(HttpStream):
 
     def _repeat(self) -> CommandGenerator[None]:
         self._was_repeated = True
+        yield from self._send_again()
+
+    def _send_again(self) -> CommandGenerator[None]:
         if not (yield from self.make_server_connection()):
             return
         request, server = self.flow.request, self.context.server

@@ -12,24 +12,43 @@ from functools import cached_property
 from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
-from h11 import EndOfMessage
+from h11 import EndOfMessage, LocalProtocolError
 from h11._readers import ChunkedReader
+from h11._receivebuffer import ReceiveBuffer, blank_line_regex
+from mitmproxy.connection import ConnectionState
 from mitmproxy.http import Request
+from mitmproxy.net.http import http1
 from mitmproxy.net.http.url import default_port
-from mitmproxy.proxy.commands import CloseConnection
+from mitmproxy.net.http.validate import validate_headers
+from mitmproxy.proxy.commands import CloseConnection, CloseTcpConnection, RequestWakeup, SendData, StartHook
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.events import DataReceived, Event
+from mitmproxy.proxy.events import ConnectionClosed, DataReceived, Event, Wakeup
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers import http
 from mitmproxy.proxy.layers.http import _http1
 from mitmproxy.proxy.layers.http._base import ReceiveHttp
-from mitmproxy.proxy.layers.http._events import HttpEvent, RequestHeaders, RequestTrailers, ResponseHeaders
+from mitmproxy.proxy.layers.http._events import (
+    HttpEvent,
+    RequestHeaders,
+    RequestTrailers,
+    ResponseHeaders,
+    ResponseProtocolError,
+)
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Client
 from mitmproxy.proxy.layers.http._http3 import Http3Client
 from mitmproxy.proxy.mode_specs import ReverseMode
 
-from eoepca_security.proxy import quick
+from eoepca_security.proxy import forwarding, problem, quick
+from eoepca_security.proxy.guard import Refusal
+
+MAX_HEAD: Final = 256 * 1024
+"""Longest head of a request or an answer, in bytes; also longest line or trailers between and after chunks, and most
+that is kept of what a client sends ahead, before it has the answer to its request."""
+
+LINGER: Final = 5.0
+"""Seconds for which what a client still sends after the last answer is read and dropped: if the connection ended before
+that, the client might not get to read the answer."""
 
 MAX_INTERIM: Final = 20
 """Most interim answers (1xx) that a service may give to one request."""
@@ -79,6 +98,15 @@ class Clearance:
 
 _cleared: WeakKeyDictionary[Request, Clearance] = WeakKeyDictionary()
 _origin_form: WeakSet[Request] = WeakSet()
+_read_request_head = http1.read_request_head
+
+
+@dataclass
+class RequestRefusedHook(StartHook):
+    """A client's request was refused before it became a flow."""
+
+    refusal: Refusal
+    blocking = False
 
 
 def clear(request: Request, clearance: Clearance) -> None:
@@ -102,8 +130,27 @@ def install() -> None:
     http.Http2Client = _Http2Client  # type: ignore[attr-defined]
     http.Http3Client = _Http3Client  # type: ignore[attr-defined]
     http.Http1Server = _Http1Server  # type: ignore[attr-defined]
+    http1.read_request_head = read_request_head
+    _http1.make_error_response = problem.last_answer
     # mitmproxy raises on trailers, and the client hangs. A proxy may drop them (RFC 9110 §6.5.1).
     _http1.ChunkedReader = _ChunkedReader  # type: ignore[attr-defined]
+
+
+def read_request_head(lines: list[bytes]) -> Request:
+    """Read the head of an HTTP/1 request; raises ValueError for one that others may read differently (RFC 9112 §11.2).
+
+    Then mitmproxy ends the connection: nobody knows where its body ends, and so where the next request begins.
+    """
+    request = _read_request_head(lines)
+    validate_headers(request)
+    if not (forwarding.is_plain(lines) and forwarding.is_one_request(request)):
+        raise ValueError("the request is not well-formed")
+    return request
+
+
+def _is_too_long(buffer: ReceiveBuffer) -> bool:
+    """Tell whether the head that begins here is too long, empty lines before it included."""
+    return len(buffer) > MAX_HEAD and blank_line_regex.search(bytes(buffer)[:MAX_HEAD].lstrip(b"\r\n")) is None
 
 
 def outgoing(request: Request, target: Target) -> Request | None:
@@ -143,7 +190,6 @@ class _Http1Client(Http1Client):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._gate = _Gate(context)
-
         self._interim = 0
 
     def send(self, event: HttpEvent) -> CommandGenerator[None]:
@@ -159,6 +205,12 @@ class _Http1Client(Http1Client):
             yield from super().send(ready)
 
     def read_headers(self, event: Any) -> CommandGenerator[None]:
+        if self.request is not None and self.stream_id is not None and _is_too_long(self.buf):
+            reason = f"{problem.MALFORMED}: its head is longer than {MAX_HEAD // 1024} KiB"
+            self.state = self.done
+            yield CloseConnection(self.conn)
+            yield ReceiveHttp(ResponseProtocolError(self.stream_id, reason, ResponseProtocolError.code))
+            return
         commands = super().read_headers(event)
         for command in commands:
             if not (isinstance(command, ReceiveHttp) and _is_interim(command.event)):
@@ -192,6 +244,12 @@ class _Http2Client(Http2Client):
         super().__init__(context)
         self._gate = _Gate(context)
 
+    def _handle_event(self, event: Event) -> CommandGenerator[None]:
+        if isinstance(event, RequestHeaders):
+            # A request that is sent again, on a connection that is kept, is another stream there.
+            self.our_stream_id.pop(event.stream_id, None)
+        yield from super()._handle_event(event)
+
     # Not _handle_event: that puts events aside and gets them again.
     def _handle_event2(self, event: Event) -> CommandGenerator[None]:
         if (ready := self._gate.open(event)) is not None:
@@ -213,19 +271,52 @@ class _Http3Client(Http3Client):
 
 
 class _Http1Server(Http1Server):
-    def read_headers(self, event: Any) -> CommandGenerator[None]:
-        if isinstance(self.context.client.proxy_mode, ReverseMode):  # where it is all the same
-            yield from super().read_headers(event)
+    _lingers = False
+    _has_refused = False
+
+    def _handle_event(self, event: Event) -> CommandGenerator[None]:
+        if self._lingers:
+            # What still comes is nobody's request.
+            if isinstance(event, ConnectionClosed | Wakeup) and self.conn.state is not ConnectionState.CLOSED:
+                yield CloseConnection(self.conn)
             return
-        for command in super().read_headers(event):
-            if isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
+        for command in super()._handle_event(event):
+            if isinstance(command, CloseConnection) and command.connection is self.conn and self._may_linger(event):
+                self._lingers = True
+                yield CloseTcpConnection(self.conn, half_close=True)
+                yield RequestWakeup(LINGER)
+            else:
+                yield command
+
+    def _may_linger(self, event: Event) -> bool:
+        return self.state != self.passthrough and not isinstance(event, ConnectionClosed)
+
+    def read_headers(self, event: Any) -> CommandGenerator[None]:
+        is_reverse = isinstance(self.context.client.proxy_mode, ReverseMode)  # where the form is all the same
+        for command in self._refuse() if _is_too_long(self.buf) else super().read_headers(event):
+            if isinstance(command, SendData) and not self._has_refused:
+                # Nothing else is sent while a head is read.
+                self._has_refused = True
+                yield RequestRefusedHook(Refusal("bad_request", "the head of a request is malformed or too long"))
+            elif not is_reverse and isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
                 request = command.event.request
                 if not request.data.authority:
                     _origin_form.add(request)
             yield command
 
+    def _refuse(self) -> CommandGenerator[None]:
+        self.state = self.done
+        yield SendData(self.conn, problem.last_answer(431, f"its head is longer than {MAX_HEAD // 1024} KiB"))
+        yield CloseConnection(self.conn)
+
+    def wait(self, event: Event) -> CommandGenerator[None]:
+        is_too_much = isinstance(event, DataReceived) and len(self.buf) > MAX_HEAD
+        yield from super().wait(ConnectionClosed(self.conn) if is_too_much else event)
+
 
 class _ChunkedReader(ChunkedReader):
     def __call__(self, buffer: Any) -> Any:
         event = super().__call__(buffer)
+        if event is None and len(buffer) > MAX_HEAD:
+            raise LocalProtocolError("chunk extensions or trailers are too long")
         return EndOfMessage() if isinstance(event, EndOfMessage) else event
