@@ -17,6 +17,7 @@ import h2.connection
 import h2.events
 import wsproto
 import wsproto.events
+from hyperframe.frame import ContinuationFrame, HeadersFrame
 
 from eoepca_security.local_server import Handler, LocalServer
 
@@ -189,10 +190,34 @@ def http2_get(
     return 0
 
 
-class Http2Service:
-    """A TLS server that speaks HTTP/2 only and writes requests down, and the names by which TLS asked for it."""
+def http2_continuations(port: int, block: bytes, most: int) -> int:
+    """Begin a header block and go on with it until the proxy ends the connection; return how many frames it took."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # mitmproxy's own CA
+    context.set_alpn_protocols(["h2"])
+    connection = h2.connection.H2Connection()
+    connection.initiate_connection()
+    with socket.create_connection(("127.0.0.1", port), 10) as plain, context.wrap_socket(plain) as stream:
+        stream.sendall(connection.data_to_send() + HeadersFrame(1, data=block).serialize())
+        frame = ContinuationFrame(1, data=block).serialize()
+        for number in range(most):
+            try:
+                stream.sendall(frame)
+            except OSError:
+                return number
+    return most
 
-    def __init__(self, certificate: Path) -> None:
+
+class Http2Service:
+    """A TLS server that speaks HTTP/2 only and writes requests down, and the names by which TLS asked for it.
+
+    Its answers have the statuses given, one after the other, and then 200; and these headers.
+    """
+
+    def __init__(
+        self, certificate: Path, statuses: Sequence[int] = (), headers: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self._statuses, self._headers = list(statuses), list(headers)
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificate)
         self._context.set_alpn_protocols(["h2"])
@@ -225,5 +250,7 @@ class Http2Service:
                     if isinstance(event, h2.events.RequestReceived):
                         headers = [(str(name), str(value)) for name, value in event.headers or ()]
                         self.requests.append(Received("", "", headers))
-                        connection.send_headers(event.stream_id or 0, [(":status", "200")], end_stream=True)
+                        status = self._statuses.pop(0) if self._statuses else 200
+                        head = [(":status", str(status)), *self._headers]
+                        connection.send_headers(event.stream_id or 0, head, end_stream=True)
                 stream.sendall(connection.data_to_send())

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakSet
 
+import wsproto.events
 from mitmproxy.connection import Connection
 from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.net.http.http1 import expected_http_body_size
 from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy.commands import CloseConnection, StartHook
-from mitmproxy.proxy.events import Event
+from mitmproxy.proxy.events import DataReceived, Event
 from mitmproxy.proxy.layer import CommandGenerator
-from mitmproxy.proxy.layers import http
+from mitmproxy.proxy.layers import http, websocket
 from mitmproxy.proxy.layers.http import DropStream, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import (
     RequestData,
@@ -34,6 +35,11 @@ from eoepca_security.proxy.forwarding import is_websocket
 
 MAX_HELD: Final = 1024 * 1024
 """Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
+
+MAX_MESSAGE: Final = 16 * 1024 * 1024
+"""Longest message of a WebSocket, in bytes, which is held until it is complete; each of its frames counts for some."""
+
+_FRAME: Final = 64
 
 _DIGITS: Final = 18  # of any length that there can be; Python does not read thousands
 
@@ -59,6 +65,7 @@ _used: WeakSet[Connection] = WeakSet()
 def install() -> None:
     """Put our streams in the place of mitmproxy's, for all connections of this process that are made from now on."""
     http.HttpStream = Stream  # type: ignore[misc]
+    websocket.WebsocketLayer = _WebSocket  # type: ignore[misc]
 
 
 def streams_request(request: Request) -> bool:
@@ -289,3 +296,14 @@ class Stream(HttpStream):
         if content:
             yield SendHttp(RequestData(self.stream_id, content), server)
         yield SendHttp(RequestEndOfMessage(self.stream_id), server)
+
+
+class _WebSocket(websocket.WebsocketLayer):
+    def relay_messages(self, event: Event) -> CommandGenerator[None]:
+        yield from super().relay_messages(event)
+        for side in (self.server_ws, self.client_ws):
+            held = sum(map(len, side.frame_buf)) + len(side.frame_buf) * _FRAME
+            if held > MAX_MESSAGE and self._handle_event != self.done:
+                # As if the sender had ended the conversation (RFC 6455 §7.4.1).
+                side._events.append(wsproto.events.CloseConnection(1009, "the message is too long"))
+                yield from super().relay_messages(DataReceived(side.conn, b""))
