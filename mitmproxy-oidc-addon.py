@@ -1,5 +1,5 @@
 """mitmproxy add-on: `mitmdump -s mitmproxy-oidc-addon.py --set oidc_url=… --mode reverse:https://service.example`."""
 
-from eoepca_security.proxy.addon import OIDCAuthProxy
+from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 
 addons = [OIDCAuthProxy()]

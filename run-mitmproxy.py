@@ -19,7 +19,7 @@ elif os.getpid() == 1:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 try:
-    from eoepca_security.proxy.launcher import main
+    from eoepca_security.proxy.cli.main import main
 except KeyboardInterrupt:
     sys.exit(130)
 except ModuleNotFoundError as error:

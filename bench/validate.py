@@ -23,8 +23,8 @@ from fastapi_azure_auth import SingleTenantAzureAuthorizationCodeBearer
 from starlette.requests import HTTPConnection, Request
 
 from eoepca_security import OIDCProxyScheme
+from eoepca_security.oauth.verify import Policy, TrustedKeys, read_access_token, read_keys
 from eoepca_security.testing import FakeIssuer
-from eoepca_security.verify import Policy, TrustedKeys, read_access_token, read_keys
 
 with warnings.catch_warnings():
     import authlib.deprecate  # noqa: F401  switches on the warning that the next line is about
@@ -155,7 +155,7 @@ def compare(issuer: FakeIssuer, loop: asyncio.AbstractEventLoop) -> None:
             "jwt.decode, cached key": with_pyjwt,
             "jwt.decode, cached key without its JWK": lambda: with_pyjwt(public.key),
             "Authlib, cached key": with_authlib,
-            "eoepca_security.verify": with_ours,
+            "eoepca_security.oauth.verify": with_ours,
         },
         "jwt.decode, cached key",
         "token",

@@ -16,11 +16,11 @@ from eoepca_security.errors import (
     TokenError,
     TokenInvalid,
 )
-from eoepca_security.protocol import Client
-from eoepca_security.provider import Provider
-from eoepca_security.session import AccessToken
-from eoepca_security.source import TokenSource
-from eoepca_security.transport import HttpTransport, trust
+from eoepca_security.issuer.provider import Provider
+from eoepca_security.issuer.transport import HttpTransport, trust
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.session.session import AccessToken
+from eoepca_security.session.source import TokenSource
 
 if TYPE_CHECKING:
     from eoepca_security.fastapi import Authentication as Authentication
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
     if name not in _OF_FASTAPI:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module("eoepca_security.fastapi"), name)
+        return getattr(import_module("eoepca_security.fastapi.scheme"), name)
     except ModuleNotFoundError as error:
         raise ImportError(f'{name} needs FastAPI: pip install "eoepca-security[fastapi]"') from error
 

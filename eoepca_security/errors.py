@@ -43,7 +43,7 @@ class IssuerUnavailable(TokenError):
 
     `retry_after` is what the issuer asked for, in seconds, or None. `was_sent` says that the request had left and no
     sensible answer came, so that it may have been served all the same. `cause` names what kept the network from it, as
-    `eoepca_security.transport.explain` does, or is None; `by_proxy` says that the way led through a proxy.
+    `eoepca_security.issuer.transport.explain` does, or is None; `by_proxy` says that the way led through a proxy.
     """
 
     code = "issuer_unavailable"

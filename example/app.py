@@ -33,7 +33,7 @@ from eoepca_security import (
     TokenSource,
     trust,
 )
-from eoepca_security.protocol import TokenResponse
+from eoepca_security.oauth.protocol import TokenResponse
 
 INTERVAL = 20.0
 DURATION = 180.0

@@ -19,8 +19,8 @@ import pytest
 from helpers_tls import write_certificate
 from xdist.scheduler import LoadScopeScheduling
 
-from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 ROOT = Path(__file__).parent.parent
 STARTED = re.compile(r"listening at http://127\.0\.0\.1:(\d+) -> ")

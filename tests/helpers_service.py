@@ -19,7 +19,7 @@ import wsproto
 import wsproto.events
 from hyperframe.frame import ContinuationFrame, HeadersFrame
 
-from eoepca_security.local_server import Handler, LocalServer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 
 @dataclass(frozen=True)

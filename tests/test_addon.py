@@ -17,15 +17,15 @@ from mitmproxy.proxy.mode_specs import ProxyMode
 from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
-from eoepca_security.protocol import Client
-from eoepca_security.proxy import wire
-from eoepca_security.proxy.addon import OIDCAuthProxy, exposure
-from eoepca_security.proxy.guard import Guard
-from eoepca_security.proxy.settings import Settings
-from eoepca_security.proxy.stream import MAX_HELD
-from eoepca_security.proxy.variables import OPTIONS
-from eoepca_security.proxy.wire import Clearance, Target
-from eoepca_security.session import AccessToken
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.addons.oidc import OIDCAuthProxy, exposure
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import OPTIONS
+from eoepca_security.proxy.patches import http_clients
+from eoepca_security.proxy.patches.http_clients import Clearance, Target
+from eoepca_security.proxy.patches.http_stream import MAX_HELD
+from eoepca_security.proxy.policy.access import Guard
+from eoepca_security.session.session import AccessToken
 
 SERVICE = Target("https", "service.example", 443)
 SETTINGS = Settings(issuer_url="https://issuer.example", client=Client("client"), refresh_token="r")
@@ -80,7 +80,7 @@ def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
 
 def sent(flow: HTTPFlow, target: Target = SERVICE) -> Request:
     """Return the request as it leaves."""
-    request = wire.outgoing(flow.request, target)
+    request = http_clients.outgoing(flow.request, target)
     assert request is not None
     return request
 
@@ -146,12 +146,12 @@ async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
     await addon_with(StubSource(), context).requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 503
-    assert wire.clearance(flow.request) is None
+    assert http_clients.clearance(flow.request) is None
     assert "Authorization" not in flow.request.headers
 
 
 async def test_a_fault_in_answering_still_gives_an_answer(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoepca_security.proxy.problem.answer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("eoepca_security.proxy.policy.problem_details.answer", lambda *_, **__: 1 / 0)
     flow = flow_for()
     with pytest.raises(ZeroDivisionError):  # which mitmproxy logs, and goes on with the flow as it is
         await addon_with(StubSource(IssuerUnavailable("down")), context).requestheaders(flow)
@@ -183,10 +183,10 @@ async def test_a_request_that_is_being_decided_about_has_an_answer_already(conte
 async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(context: Any) -> None:
     flow = flow_for()
     addon = addon_with(StubSource(), context)
-    wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
+    http_clients.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer the-token"
-    wire.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
+    http_clients.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
     flow.request.data.content = None  # streamed
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer sent already"

@@ -12,12 +12,12 @@ from prometheus_client import Metric
 from test_status import STATE
 
 from eoepca_security.errors import CredentialsRejected, TokenError
-from eoepca_security.protocol import Client
-from eoepca_security.proxy import admin
-from eoepca_security.proxy.admin import Admin, admin_guard
-from eoepca_security.proxy.metrics import Metrics, counts
-from eoepca_security.proxy.settings import Address, Settings
-from eoepca_security.proxy.status import Subject, status
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.admin import server as admin
+from eoepca_security.proxy.admin.metrics import Metrics, counts
+from eoepca_security.proxy.admin.server import Admin, admin_guard
+from eoepca_security.proxy.admin.status import Subject, status
+from eoepca_security.proxy.config.settings import Address, Settings
 
 SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
 

@@ -9,7 +9,8 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
-from eoepca_security.authorization import (
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
+from eoepca_security.oauth.authorization import (
     DEVICE_GRANT,
     AuthorizationRequest,
     DeviceAuthorization,
@@ -28,8 +29,7 @@ from eoepca_security.authorization import (
     read_device_token_response,
     read_revocation_response,
 )
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
-from eoepca_security.protocol import Client, ProviderMetadata, TokenResponse, read_metadata
+from eoepca_security.oauth.protocol import Client, ProviderMetadata, TokenResponse, read_metadata
 
 ISSUER = "https://issuer.example/r"
 METADATA = ProviderMetadata(

@@ -15,16 +15,16 @@ from helpers_network import RawServer, http, replies, says_nothing
 from helpers_tls import write_certificate
 from test_launcher import set_environment
 
-from eoepca_security.local_server import Handler, LocalServer
-from eoepca_security.protocol import Client
-from eoepca_security.proxy import check as check_module
-from eoepca_security.proxy.check import Step, check
-from eoepca_security.proxy.launcher import main
-from eoepca_security.proxy.settings import Address, Settings
-from eoepca_security.proxy.variables import VARIABLES
-from eoepca_security.proxy.wiring import make_store
-from eoepca_security.session import Stored
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.cli import check as check_module
+from eoepca_security.proxy.cli.check import Step, check
+from eoepca_security.proxy.cli.main import main
+from eoepca_security.proxy.config.factory import make_store
+from eoepca_security.proxy.config.settings import Address, Settings
+from eoepca_security.proxy.config.variables import VARIABLES
+from eoepca_security.session.session import Stored
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 ORDER = ["settings", "store", "listener", "discovery", "clock", "client", "token", "audience", "upstream"]
 

@@ -11,10 +11,10 @@ from mitmproxy.test import taddons
 from test_source import Clock, Issuer, settled
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
-from eoepca_security.protocol import Client
-from eoepca_security.proxy.addon import OIDCAuthProxy
-from eoepca_security.proxy.settings import Settings
-from eoepca_security.source import FORCED_INTERVAL, TokenSource
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.session.source import FORCED_INTERVAL, TokenSource
 
 
 @pytest.fixture

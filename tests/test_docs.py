@@ -11,12 +11,12 @@ from conftest import ROOT
 from helpers_fastapi import bearer, get
 
 import eoepca_security
-from eoepca_security.proxy import variables
-from eoepca_security.proxy.check import check
-from eoepca_security.proxy.metrics import Metrics, exposition
-from eoepca_security.proxy.problem import ANSWERS
-from eoepca_security.proxy.settings import read_settings
-from eoepca_security.proxy.variables import VARIABLES, Variable
+from eoepca_security.proxy.admin.metrics import Metrics, exposition
+from eoepca_security.proxy.cli.check import check
+from eoepca_security.proxy.config import variables
+from eoepca_security.proxy.config.settings import read_settings
+from eoepca_security.proxy.config.variables import VARIABLES, Variable
+from eoepca_security.proxy.policy.problem_details import ANSWERS
 from eoepca_security.testing import FakeIssuer
 
 README = (ROOT / "README.md").read_text()

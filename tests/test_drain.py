@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mitmproxy.addons.proxyserver import Proxyserver
 
-from eoepca_security.proxy import lifecycle
-from eoepca_security.proxy.lifecycle import DaemonThreads, drain
+from eoepca_security.proxy.addons import drain as lifecycle
+from eoepca_security.proxy.addons.drain import DaemonThreads, drain
 
 
 class Instance:

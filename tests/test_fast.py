@@ -12,7 +12,7 @@ from mitmproxy.proxy.layers.http._hooks import HttpRequestHook, HttpResponseHook
 from mitmproxy.test import tflow
 from mitmproxy.tools.dump import DumpMaster
 
-from eoepca_security.proxy.fast import _IDLES_WITHOUT, CachedAddonManager, cache_hooks
+from eoepca_security.proxy.patches.hook_cache import _IDLES_WITHOUT, CachedAddonManager, cache_hooks
 
 calls: list[str] = []
 

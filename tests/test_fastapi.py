@@ -16,11 +16,11 @@ from helpers_fastapi import bearer, get, make_app, make_scheme, open_socket
 from starlette.requests import HTTPConnection
 
 import eoepca_security
-import eoepca_security.provider
+import eoepca_security.issuer.provider
 from eoepca_security import Client, HttpTransport, OIDCProxyScheme, Provider, SettingsError, require_roles, trust
-from eoepca_security.local_server import Handler
-from eoepca_security.provider import FAILURE_PAUSE, KEYS_LIFETIME, KEYS_STALE, RETRY_INTERVAL
+from eoepca_security.issuer.provider import FAILURE_PAUSE, KEYS_LIFETIME, KEYS_STALE, RETRY_INTERVAL
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 LONG = 10**6  # seconds: longer than any test's clock goes
 
@@ -686,7 +686,7 @@ async def test_an_issuer_that_hangs_holds_up_nothing_else(own_issuer: FakeIssuer
 async def test_the_wait_for_an_issuer_that_hangs_is_bounded(
     own_issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(eoepca_security.provider, "MAX_WAIT", 0.05)
+    monkeypatch.setattr(eoepca_security.issuer.provider, "MAX_WAIT", 0.05)
     app = make_app(make_scheme(own_issuer))
     own_issuer.behaviour.fault = hanging = Hanging("/certs")
     headers = bearer(own_issuer.issue())
@@ -694,7 +694,7 @@ async def test_the_wait_for_an_issuer_that_hangs_is_bounded(
         assert [(await get(app, headers)).status_code for _ in range(2)] == [503, 503]
     finally:
         hanging.released.set()
-    monkeypatch.setattr(eoepca_security.provider, "MAX_WAIT", 5)
+    monkeypatch.setattr(eoepca_security.issuer.provider, "MAX_WAIT", 5)
 
     assert (await get(app, headers)).status_code == 200
     assert own_issuer.fetches["certs"] == 1
@@ -919,7 +919,7 @@ def run_python(code: str) -> str:
 
 def test_importing_the_package_imports_neither_fastapi_nor_mitmproxy() -> None:
     modules = "{'fastapi', 'starlette', 'mitmproxy'} & set(sys.modules)"
-    assert run_python(f"import sys, eoepca_security, eoepca_security.testing; print({modules})") == "set()\n"
+    assert run_python(f"import sys, eoepca_security, eoepca_security.testing.issuer; print({modules})") == "set()\n"
 
 
 def test_without_fastapi_the_scheme_names_the_remedy() -> None:

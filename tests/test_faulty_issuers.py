@@ -9,18 +9,18 @@ import pytest
 from conftest import settings_for
 
 from eoepca_security.errors import TokenError, TokenInvalid
-from eoepca_security.local_server import Handler
-from eoepca_security.proxy.settings import read_settings
-from eoepca_security.proxy.wiring import make_source
+from eoepca_security.proxy.config.factory import make_source
+from eoepca_security.proxy.config.settings import read_settings
 from eoepca_security.testing import Behaviour, FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 Fault = Callable[[Handler], bool]
 
 
 @pytest.fixture(autouse=True)
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoepca_security.provider.DISCOVERY_TIMEOUT", 0.7)
-    monkeypatch.setattr("eoepca_security.provider.TOKEN_TIMEOUT", 0.7)
+    monkeypatch.setattr("eoepca_security.issuer.provider.DISCOVERY_TIMEOUT", 0.7)
+    monkeypatch.setattr("eoepca_security.issuer.provider.TOKEN_TIMEOUT", 0.7)
 
 
 def says(status: int, body: object, **headers: str) -> Fault:

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from eoepca_security.proxy.folder import FolderForNow
+from eoepca_security.proxy.runtime.private_folder import FolderForNow
 
 
 def test_the_last_one_that_leaves_removes_it(tmp_path: Path) -> None:

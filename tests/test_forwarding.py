@@ -9,14 +9,14 @@ import pytest
 from mitmproxy.http import Headers, Request
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.proxy.forwarding import (
+from eoepca_security.proxy.policy.headers import (
     ApisixHeaders,
     drop_gateway_headers,
     drop_hop_by_hop,
     hide_credentials,
     is_one_request,
 )
-from eoepca_security.session import AccessToken
+from eoepca_security.session.session import AccessToken
 
 
 def request(*headers: tuple[str, str], version: str = "HTTP/1.1", method: str = "GET") -> Request:

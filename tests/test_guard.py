@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eoepca_security.proxy.guard import LOOPBACK_NAMES, Guard, Host, may_get_token, parse_host, parse_origin
+from eoepca_security.proxy.policy.access import LOOPBACK_NAMES, Guard, Host, may_get_token, parse_host, parse_origin
 
 GUARD = Guard((*LOOPBACK_NAMES, "proxy.test", "[2001:db8::1]", "pinned.test:9000"), ["https://app.example"])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import settings_for
 
-from eoepca_security.proxy.launcher import main
-from eoepca_security.proxy.variables import VARIABLES
+from eoepca_security.proxy.cli.main import main
+from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour, FakeIssuer
 
 

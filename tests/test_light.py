@@ -5,9 +5,9 @@ import sys
 
 SCRIPT = """
 import gc, sys
-from eoepca_security.proxy.light import light
+from eoepca_security.proxy.patches.lazy_imports import light
 with light():
-    from eoepca_security.proxy import serve
+    from eoepca_security.proxy.runtime import serve
 assert gc.isenabled()
 put_off = {"flask", "ldap3.core", "service_identity.cryptography", "pyparsing.core", "werkzeug", "tornado"}
 assert not put_off & set(sys.modules), put_off & set(sys.modules)
@@ -51,10 +51,10 @@ assert png.Png.__name__ == "Png"
 
 CHECKS = """
 import sys
-from eoepca_security.proxy.light import light
+from eoepca_security.proxy.patches.lazy_imports import light
 if sys.argv[1] == "light":
     with light():
-        from eoepca_security.proxy import serve
+        from eoepca_security.proxy.runtime import serve
 from mitmproxy.http import ResponseData
 from mitmproxy.proxy import layers, utils
 from mitmproxy.proxy.layers.http import HttpLayer, HttpStream
@@ -84,7 +84,7 @@ else:
 
 CAS = """
 import ssl, sys, threading
-from eoepca_security.proxy.light import without_cas
+from eoepca_security.proxy.patches.lazy_imports import without_cas
 whole = ssl.SSLContext.load_default_certs
 counts = {}
 

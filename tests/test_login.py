@@ -12,16 +12,16 @@ from conftest import eventually
 from test_launcher import set_environment
 
 from eoepca_security.errors import CredentialsRejected
-from eoepca_security.local_server import Handler
-from eoepca_security.protocol import Client
-from eoepca_security.proxy import login as login_module
-from eoepca_security.proxy.launcher import main
-from eoepca_security.proxy.login import by_device
-from eoepca_security.proxy.settings import Settings
-from eoepca_security.proxy.variables import VARIABLES
-from eoepca_security.proxy.wiring import make_provider, make_store
-from eoepca_security.session import Stored
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.cli import login as login_module
+from eoepca_security.proxy.cli.login import by_device
+from eoepca_security.proxy.cli.main import main
+from eoepca_security.proxy.config.factory import make_provider, make_store
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import VARIABLES
+from eoepca_security.session.session import Stored
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 Run = Callable[..., tuple[int, str, str]]
 

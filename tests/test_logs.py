@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from eoepca_security.proxy.logs import QUIET, STARTED, JsonFormatter, NoRepeats, SummaryFormatter, complain
+from eoepca_security.proxy.runtime.logs import QUIET, STARTED, JsonFormatter, NoRepeats, SummaryFormatter, complain
 
 
 def record(message: str, *args: object, level: int = logging.WARNING, name: str = "x") -> logging.LogRecord:

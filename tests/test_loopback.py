@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from eoepca_security.proxy.loopback import Loopback, Parameters
+from eoepca_security.proxy.cli.redirect_server import Loopback, Parameters
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 from mitmproxy.http import Headers
 
-from eoepca_security.proxy.origins import name_the_proxy, name_the_service, share
+from eoepca_security.proxy.policy.rewrite import name_the_proxy, name_the_service, share
 
 PROXY = "http://localhost:8080"
 SERVICE = "https://service.example"

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
-from eoepca_security.proxy import problem
-from eoepca_security.proxy.guard import Refusal
+from eoepca_security.proxy.policy import problem_details
+from eoepca_security.proxy.policy.access import Refusal
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from eoepca_security.proxy.guard import Refusal
 def test_each_error_has_its_answer(
     error: TokenError | Refusal, status: int, code: str, retry_after: str | None
 ) -> None:
-    answer = problem.answer(error, method="GET", retry_after=2.1)
+    answer = problem_details.answer(error, method="GET", retry_after=2.1)
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.headers["X-OIDC-Proxy-Error"] == code
@@ -34,12 +34,12 @@ def test_each_error_has_its_answer(
 
 
 def test_an_answer_to_head_has_no_body() -> None:
-    answer = problem.answer(TokenInvalid("why"), method="HEAD", retry_after=1)
+    answer = problem_details.answer(TokenInvalid("why"), method="HEAD", retry_after=1)
     assert (answer.content, answer.headers["X-OIDC-Proxy-Error"]) == (b"", "token_invalid")
 
 
 def test_text_from_strangers_cannot_break_the_json() -> None:
-    answer = problem.answer(IssuerUnavailable('quote " newline \n \udc80'), method="GET", retry_after=1)
+    answer = problem_details.answer(IssuerUnavailable('quote " newline \n \udc80'), method="GET", retry_after=1)
     assert json.loads(answer.content or b"")["detail"] == 'quote " newline \n \udc80'
 
 
@@ -54,7 +54,7 @@ def test_text_from_strangers_cannot_break_the_json() -> None:
     ],
 )
 def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int, code: str, remedy: str) -> None:
-    answer = problem.answer(problem.upstream_fault("service.example:443", reason), method="GET")
+    answer = problem_details.answer(problem_details.upstream_fault("service.example:443", reason), method="GET")
     assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (status, code)
     body = json.loads(answer.text or "")
     assert body["detail"].startswith("service.example:443: ")
@@ -63,12 +63,12 @@ def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int
 
 def test_a_service_that_hangs_up_without_tls_may_want_it() -> None:
     for is_plain in (True, False):
-        fault = problem.upstream_fault("service.example:9200", "server closed connection", is_plain=is_plain)
+        fault = problem_details.upstream_fault("service.example:9200", "server closed connection", is_plain=is_plain)
         assert ("https://" in fault.detail) is is_plain
 
 
 def test_the_last_resort_is_a_new_one_each_time() -> None:
-    first = problem.last_resort()
+    first = problem_details.last_resort()
     first.headers["X"] = "y"
-    assert "X" not in problem.last_resort().headers
-    assert problem.last_resort().status_code == 503
+    assert "X" not in problem_details.last_resort().headers
+    assert problem_details.last_resort().status_code == 503

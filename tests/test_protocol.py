@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
-from eoepca_security.protocol import (
+from eoepca_security.oauth.protocol import (
     CLIENT_AUTH_METHODS,
     GRANTS,
     Client,

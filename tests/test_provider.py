@@ -10,13 +10,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError, TokenInvalid
-from eoepca_security.local_server import Handler
-from eoepca_security.protocol import Client, ProviderMetadata
-from eoepca_security.provider import KEYS_LIFETIME, METADATA_LIFETIME, RETRY_INTERVAL, Provider
-from eoepca_security.source import _GIVE_UP
-from eoepca_security.store import LOCK_TIMEOUT
+from eoepca_security.issuer.provider import KEYS_LIFETIME, METADATA_LIFETIME, RETRY_INTERVAL, Provider
+from eoepca_security.issuer.transport import Answer, HttpTransport, trust
+from eoepca_security.oauth.protocol import Client, ProviderMetadata
+from eoepca_security.session.file_store import LOCK_TIMEOUT
+from eoepca_security.session.source import _GIVE_UP
 from eoepca_security.testing import FakeIssuer
-from eoepca_security.transport import Answer, HttpTransport, trust
+from eoepca_security.testing.local_server import Handler
 
 ISSUER = "https://issuer.example/realms/test"
 DISCOVERY = ISSUER + "/.well-known/openid-configuration"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
-from eoepca_security.protocol import TokenResponse
-from eoepca_security.session import DEFAULT_LIFETIME, RefreshSession, token_end
-from eoepca_security.store import TokenStore
+from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.session.file_store import TokenStore
+from eoepca_security.session.session import DEFAULT_LIFETIME, RefreshSession, token_end
 
 START = 1_800_000_000.0
 
@@ -234,7 +234,7 @@ def test_what_is_stored_is_used_even_where_it_cannot_be_locked_or_written(
     session(issuer, clock, tmp_path).renew(None)
     mine = session(issuer, clock, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("eoepca_security.store.FileLock.acquire", read_only)
+        patch.setattr("eoepca_security.session.file_store.FileLock.acquire", read_only)
         patch.setattr(TokenStore, "_fill", read_only)
         assert mine.renew(None).value == "at-2"
         assert mine.renew(None).value == "at-3"
@@ -251,7 +251,9 @@ def test_a_lock_that_fails_once_makes_no_old_memory_count_as_new(
     one.renew(None)
     two.renew(None)
     with monkeypatch.context() as patch:
-        patch.setattr("eoepca_security.store.FileLock.acquire", lambda _: (_ for _ in ()).throw(OSError(24, "files")))
+        patch.setattr(
+            "eoepca_security.session.file_store.FileLock.acquire", lambda _: (_ for _ in ()).throw(OSError(24, "files"))
+        )
         with pytest.raises(IssuerUnavailable):
             one.renew(None)
     two.renew(None)

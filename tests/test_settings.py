@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from mitmproxy.options import Options
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.proxy.settings import read_dotenv, read_settings, settings_in
-from eoepca_security.proxy.variables import VARIABLES
-from eoepca_security.session import Stored
-from eoepca_security.store import TokenStore
+from eoepca_security.proxy.config.settings import read_dotenv, read_settings, settings_in
+from eoepca_security.proxy.config.variables import VARIABLES
+from eoepca_security.session.file_store import TokenStore
+from eoepca_security.session.session import Stored
 
 GOOD = {
     "OPEN_ID_CONNECT_URL": "https://issuer.example/realms/r",

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenError, TokenInvalid
-from eoepca_security.protocol import TokenResponse
-from eoepca_security.session import AccessToken, Stored
-from eoepca_security.source import FORCED_INTERVAL, TokenSource, refresh_time
+from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.session.session import AccessToken, Stored
+from eoepca_security.session.source import FORCED_INTERVAL, TokenSource, refresh_time
 
 START = 1_800_000_000.0
 
@@ -168,12 +168,12 @@ async def test_waiting_does_not_block_the_event_loop(source: TokenSource, issuer
 
 
 async def test_nobody_waits_for_ever(source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoepca_security.source.MAX_WAIT", 0.05)
+    monkeypatch.setattr("eoepca_security.session.source.MAX_WAIT", 0.05)
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable, match="in time"):
         await source.token()
     # Who comes when the wait is over does not wait again.
-    monkeypatch.setattr("eoepca_security.source.PATIENCE", 60.0)
+    monkeypatch.setattr("eoepca_security.session.source.PATIENCE", 60.0)
     with pytest.raises(IssuerUnavailable, match="in time"):
         await asyncio.wait_for(source.token(), 5)
     issuer.gate.set()
@@ -186,7 +186,7 @@ async def test_a_refused_token_costs_one_wait_and_not_two(
     source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = await source.token()
-    monkeypatch.setattr("eoepca_security.source.MAX_WAIT", 0.5)
+    monkeypatch.setattr("eoepca_security.session.source.MAX_WAIT", 0.5)
     issuer.gate.clear()
     monkeypatch.setattr(source, "_token", None)
     started = time.monotonic()
@@ -209,7 +209,7 @@ async def test_a_token_that_ends_while_it_is_checked_is_not_given(issuer: Issuer
 async def test_a_refresh_that_never_ends_is_given_up(
     source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoepca_security.source._GIVE_UP", 0.05)
+    monkeypatch.setattr("eoepca_security.session.source._GIVE_UP", 0.05)
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable, match="did not answer"):
         await source.token()
@@ -391,8 +391,8 @@ async def test_a_log_that_raises_costs_nothing(
     def emit(*_: object) -> None:
         raise UnicodeEncodeError("ascii", "\N{SNOWMAN}", 0, 1, "the terminal has no such letter")
 
-    monkeypatch.setattr("eoepca_security.source.logger.warning", emit)
-    monkeypatch.setattr("eoepca_security.source.PATIENCE", 0.0)
+    monkeypatch.setattr("eoepca_security.session.source.logger.warning", emit)
+    monkeypatch.setattr("eoepca_security.session.source.PATIENCE", 0.0)
     issuer.answers = [CredentialsRejected("no"), CredentialsRejected("no")]
     for _ in range(5):
         with pytest.raises(CredentialsRejected):
@@ -523,7 +523,7 @@ class Disk:
 async def test_what_could_not_be_saved_is_saved_as_soon_as_it_can(
     at_the_end: bool, issuer: Issuer, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoepca_security.source._SAVE_INTERVAL", 60 if at_the_end else 0.01)
+    monkeypatch.setattr("eoepca_security.session.source._SAVE_INTERVAL", 60 if at_the_end else 0.01)
     disk = Disk()
     disk.full = True
     source = TokenSource(issuer, refresh_token="first", store=disk, now=clock)
@@ -551,7 +551,7 @@ async def test_a_store_that_hangs_does_not_hold_up_a_refusal(
             assert not self.hangs or gate.wait(10)
             return 1
 
-    monkeypatch.setattr("eoepca_security.source.PATIENCE", 0.05)
+    monkeypatch.setattr("eoepca_security.session.source.PATIENCE", 0.05)
     store = Hanging()
     source = TokenSource(issuer, refresh_token="first", store=store, now=clock)
     issuer.answers = [CredentialsRejected("no") for _ in range(9)]

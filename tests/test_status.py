@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
-from eoepca_security.protocol import Client
-from eoepca_security.proxy.page import duration, lines, page, relative
-from eoepca_security.proxy.settings import Settings
-from eoepca_security.proxy.status import MAX_RECENT, Answer, Mishap, Mishaps, Refresh, State, status
-from eoepca_security.session import AccessToken
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.admin.page import duration, lines, page, relative
+from eoepca_security.proxy.admin.status import MAX_RECENT, Answer, Mishap, Mishaps, Refresh, State, status
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.session.session import AccessToken
 
 NOW = 1_800_000_000.0
 SECRETS = ("the-access-token", "the-id-token", "the-refresh-token", "the-initial-token", "the-client-secret")

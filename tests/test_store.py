@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from eoepca_security.errors import IssuerUnavailable, StoreError
-from eoepca_security.session import Stored
-from eoepca_security.store import TokenStore
+from eoepca_security.session.file_store import TokenStore
+from eoepca_security.session.session import Stored
 
 SESSION = Stored("refresh-canary", "access-canary", 1000.0, 1060.0, 2800.0)
 
@@ -266,7 +266,7 @@ def test_a_lock_that_fails_for_the_moment_is_tried_again(
     def fail(*_: object) -> None:
         raise OSError(number, "no")
 
-    monkeypatch.setattr("eoepca_security.store.FileLock.acquire", fail)
+    monkeypatch.setattr("eoepca_security.session.file_store.FileLock.acquire", fail)
     with pytest.raises(kind), store_in(file.parent).locked():
         pass
 
@@ -299,7 +299,7 @@ def test_the_lock_is_held_by_one_at_a_time(folder: Path) -> None:
 HOLDER = """
 import sys
 from pathlib import Path
-from eoepca_security.store import TokenStore
+from eoepca_security.session.file_store import TokenStore
 with TokenStore(Path(sys.argv[1]), issuer_url="https://issuer.example", client_id="client", origin="first").locked():
     print("locked", flush=True)
     sys.stdin.read()
@@ -309,7 +309,7 @@ with TokenStore(Path(sys.argv[1]), issuer_url="https://issuer.example", client_i
 def test_a_process_that_holds_the_lock_too_long_is_told_of_and_a_dead_one_does_not_block(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoepca_security.store.LOCK_TIMEOUT", 0.2)
+    monkeypatch.setattr("eoepca_security.session.file_store.LOCK_TIMEOUT", 0.2)
     command = [sys.executable, "-c", HOLDER, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from eoepca_security.strict_json import parse_object
+from eoepca_security.oauth.strict_json import parse_object
 
 DEEP = 100_000
 

@@ -17,10 +17,8 @@ import pytest
 import requests
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from eoepca_security.local_server import Handler, LocalServer
-from eoepca_security.protocol import Client, PrivateKey, ProviderMetadata, build_token_request
-from eoepca_security.testing import ALL_AUTH_METHODS, Behaviour, FakeIssuer
-from eoepca_security.verify import (
+from eoepca_security.oauth.protocol import Client, PrivateKey, ProviderMetadata, build_token_request
+from eoepca_security.oauth.verify import (
     Policy,
     TrustedKeys,
     id_token_problem,
@@ -30,6 +28,9 @@ from eoepca_security.verify import (
     read_keys,
     select_key,
 )
+from eoepca_security.testing import Behaviour, FakeIssuer
+from eoepca_security.testing.issuer import ALL_AUTH_METHODS
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 SECRET = "a-secret-of-the-client-that-is-long-enough"
 PATIENCE = 5.0

@@ -13,12 +13,12 @@ from prometheus_client import Metric
 from test_status import NOW, SETTINGS, STATE
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError
-from eoepca_security.proxy import together
-from eoepca_security.proxy.metrics import Metrics, counts, exposition, from_json, merged, to_json
-from eoepca_security.proxy.page import page
-from eoepca_security.proxy.status import Mishap, Refresh, Subject, status
-from eoepca_security.proxy.together import Crew, Line, answer
-from eoepca_security.session import AccessToken
+from eoepca_security.proxy.admin import worker_states
+from eoepca_security.proxy.admin.metrics import Metrics, counts, exposition, from_json, merged, to_json
+from eoepca_security.proxy.admin.page import page
+from eoepca_security.proxy.admin.status import Mishap, Refresh, Subject, status
+from eoepca_security.proxy.admin.worker_states import Crew, Line, answer
+from eoepca_security.session.session import AccessToken
 
 
 class Process:
@@ -96,7 +96,7 @@ async def test_processes_are_told_of_as_one(lines: list[Line]) -> None:
 
 
 async def test_they_are_ready_when_all_that_answer_are(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "ANSWER_TIMEOUT", 0.1)
+    monkeypatch.setattr(worker_states, "ANSWER_TIMEOUT", 0.1)
     crew, processes = Crew(SETTINGS, lines, lambda: None), [Process("a", 1.0), Process("b", 1.0)]
     silent = await crew.ready()
     assert isinstance(silent, IssuerUnavailable)
@@ -163,7 +163,7 @@ async def test_the_counts_of_a_process_that_is_gone_stay(lines: list[Line], monk
     assert counts(await crew.families())["requests"] == {"2xx": 3}
     asyncio.get_running_loop().remove_reader(lines[0].answering)
 
-    monkeypatch.setattr(together, "ANSWER_TIMEOUT", 0.1)
+    monkeypatch.setattr(worker_states, "ANSWER_TIMEOUT", 0.1)
     silent = await crew.families()
     assert counts(silent)["requests"] == {"2xx": 3}
     assert "oidc_proxy_requests_in_flight" not in {family.name for family in silent}

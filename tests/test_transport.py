@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from helpers_network import PATIENCE, RawServer, drips, http, replies, says_nothing
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.transport import (
+from eoepca_security.issuer.transport import (
     MAX_BODY,
     Answer,
     HttpTransport,

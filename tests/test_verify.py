@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from helpers_tokens import ALPHABET, mutate
 
 from eoepca_security.errors import TokenInvalid
-from eoepca_security.verify import (
+from eoepca_security.oauth.verify import (
     ALGORITHMS,
     MAX_TOKEN_SIZE,
     Header,

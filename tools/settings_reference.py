@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Final
 
-from eoepca_security.proxy.variables import GROUPS, VARIABLES, Variable
+from eoepca_security.proxy.config.variables import GROUPS, VARIABLES, Variable
 
 ROOT: Final = Path(__file__).parent.parent
 
@@ -23,7 +23,7 @@ ENV_HEAD: Final = """\
 PAGE_HEAD: Final = """\
 # Settings
 
-<!-- Written by `uv run tools/settings_reference.py` from eoepca_security/proxy/variables.py: change it there. -->
+<!-- Made by `uv run tools/settings_reference.py` from eoepca_security/proxy/config/variables.py: change it there. -->
 
 A setting is looked for in three places, and the first that has it counts:
 

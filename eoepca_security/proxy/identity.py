@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eoepca_security.protocol import printable
+from eoepca_security.oauth.protocol import printable
 
 
 def identity(claims: Mapping[str, Any]) -> str:

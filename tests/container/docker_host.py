@@ -20,9 +20,9 @@ import httpx
 from conftest import ROOT, Seen
 from helpers_tls import write_certificate
 
-from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import Behaviour, FakeIssuer
-from eoepca_security.testing_login import Logins
+from eoepca_security.testing.local_server import Handler, LocalServer
+from eoepca_security.testing.login import Logins
 
 SECONDS = 60.0
 TAG = "mitmproxy-oidc-test"

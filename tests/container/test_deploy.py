@@ -17,8 +17,8 @@ from conftest import ROOT
 from docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, readme_lines, unique, until
 from docker_pod import BASE, Cluster, Pod, claim
 
-from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT
-from eoepca_security.proxy.variables import VARIABLES
+from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT
+from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour
 
 yaml = pytest.importorskip("yaml")

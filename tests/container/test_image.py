@@ -86,7 +86,7 @@ def test_the_image_has_what_the_proxy_needs_and_no_more(image: str) -> None:
         "here = pathlib.Path('/opt/proxy')\n"
         "print([str(p) for p in here.rglob('*') if p.is_dir() and p.name in ('test', 'tests', '.cache')])\n"
         "print([str(p) for p in [*here.rglob('*.pem'), *here.rglob('*.p12')] if p.name != 'cacert.pem'])\n"
-        "import eoepca_security.proxy.serve, eoepca_security.proxy.check, eoepca_security.proxy.login\n"
+        "import eoepca_security.proxy.runtime.serve, eoepca_security.proxy.cli.check, eoepca_security.proxy.cli.login\n"
         "specs = [s for m in sys.modules.values() if (s := getattr(m, '__spec__', None)) and s.has_location]\n"
         "print([s.name for s in specs if s.origin.endswith('.py') and not os.path.exists(s.cached or '')])\n"
         "print([str(p) for p in here.rglob('*') if not p.is_symlink() and os.access(p, os.W_OK)])\n"

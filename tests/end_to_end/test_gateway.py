@@ -12,8 +12,8 @@ import uvicorn
 from conftest import StartProxy, eventually, settings_for
 
 from eoepca_security import OIDCProxyScheme
-from eoepca_security.local_server import Handler
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 
 class Issuer(FakeIssuer):

@@ -17,8 +17,8 @@ import httpx
 import pytest
 from conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, settings_for
 
-from eoepca_security.local_server import Handler
 from eoepca_security.testing import Behaviour, FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 Answers = list[tuple[int, float]]
 
@@ -169,7 +169,7 @@ sys.meta_path.insert(0, Finder())
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("at", ["eoepca_security.proxy.serve", "mitmproxy.tools.dump"])
+@pytest.mark.parametrize("at", ["eoepca_security.proxy.runtime.serve", "mitmproxy.tools.dump"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_while_the_proxy_still_loads_is_one_in_order(
     number: signal.Signals, at: str, workers: str, tmp_path: Path

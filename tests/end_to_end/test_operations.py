@@ -19,8 +19,8 @@ from cryptography import x509
 from helpers_service import Http2Service, Recorder, exchange, http2_get
 from test_surface import ADMIN
 
-from eoepca_security.local_server import Handler
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 CLIENT_CANARY = "Basic Y2FuYXJ5LW9mLXRoZS1jbGllbnQ6eA=="
 SECRET_CANARY = "canary-of-the-client-secret"

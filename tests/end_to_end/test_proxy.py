@@ -16,8 +16,8 @@ import httpx
 import pytest
 from conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, run_process, settings_for
 
-from eoepca_security.local_server import Handler
 from eoepca_security.testing import Behaviour, FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 AWKWARD_SECRET = "s: %+é&=~/?"
 

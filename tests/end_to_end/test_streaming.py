@@ -19,8 +19,8 @@ from helpers_network import RawServer, replies
 from helpers_network import http as response
 from helpers_service import http2_get
 
-from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import Behaviour, FakeIssuer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 from test_operations import admin_of  # isort: skip
 
@@ -472,7 +472,7 @@ def test_clients_that_go_away_at_any_moment_leave_no_connection_behind(start: St
 
 def test_a_service_that_stays_silent_is_told_of_in_time(start: StartProxy, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "from eoepca_security.proxy import pool\n"
+        "from eoepca_security.proxy.patches import connection_pool\n"
         "from mitmproxy.proxy import server\n"
         "pool.CONNECT_TIMEOUT, server.TCP_TIMEOUT = 1.0, 1\n"
     )

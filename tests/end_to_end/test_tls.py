@@ -8,8 +8,8 @@ import httpx
 import pytest
 from conftest import StartProxy, settings_for
 
-from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 
 class Echo(Handler):

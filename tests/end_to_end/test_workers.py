@@ -21,7 +21,7 @@ import pytest
 from conftest import ProxyProcess, StartProxy, eventually, settings_for
 from helpers_service import Recorder
 
-from eoepca_security.proxy.lifecycle import DRAIN_TIMEOUT
+from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT
 from eoepca_security.testing import Behaviour, FakeIssuer
 
 from test_operations import accepts, admin_of  # isort: skip
@@ -237,7 +237,8 @@ def test_what_fails_again_and_again_is_tried_ever_later(tmp_path: Path) -> None:
     script.write_text(
         "import json, os, sys, time\n"
         "from pathlib import Path\n"
-        "from eoepca_security.proxy.workers import Part, supervise\n"
+        "from eoepca_security.proxy.runtime.supervisor import Part\n"
+        "from eoepca_security.proxy.runtime.supervisor import supervise\n"
         "log = Path(sys.argv[1])\n"
         "def run(is_first, lifeline):\n"
         "    with log.open('a') as out:\n"

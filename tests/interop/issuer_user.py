@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from kc_process import Child, accepts, free_port, running
 
-from eoepca_security.local_server import Handler, LocalServer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 SECONDS = 60.0

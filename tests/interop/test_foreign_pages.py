@@ -15,8 +15,8 @@ import pytest
 from conftest import StartProxy, eventually, settings_for
 from helpers_service import echo_one_message
 
-from eoepca_security.local_server import Handler, LocalServer
 from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 pytest.importorskip("selenium")
 

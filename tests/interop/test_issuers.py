@@ -22,7 +22,7 @@ from issuer_user import Service, User, running_service
 from kc_process import Child
 
 from eoepca_security import OIDCProxyScheme
-from eoepca_security.verify import unverified_claims
+from eoepca_security.oauth.verify import unverified_claims
 
 pytest_plugins = ["issuer_table"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]

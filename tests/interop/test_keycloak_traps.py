@@ -6,7 +6,7 @@ import httpx
 import pytest
 from kc_server import AUDIENCE, PASSWORD, PUBLIC, REALM, USERNAME, Client, Keycloak
 
-from eoepca_security.verify import unverified_claims
+from eoepca_security.oauth.verify import unverified_claims
 
 pytest_plugins = ["kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]

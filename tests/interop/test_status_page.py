@@ -12,8 +12,8 @@ import httpx
 import pytest
 from conftest import ProxyProcess, Service, StartProxy, eventually, settings_for
 
-from eoepca_security.local_server import Handler
 from eoepca_security.testing import Behaviour, FakeIssuer
+from eoepca_security.testing.local_server import Handler
 
 pytest.importorskip("selenium")
 

@@ -16,7 +16,7 @@ from conftest import StartProxy, settings_for
 from eo_service import POLLS, SIZE, Setup
 from helpers_service import echo_one_message, websocket_echo
 
-from eoepca_security.local_server import Handler, LocalServer
+from eoepca_security.testing.local_server import Handler, LocalServer
 
 pytest_plugins = ["eo_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]

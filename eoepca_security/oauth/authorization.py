@@ -1,0 +1,256 @@
+"""How a user logs in and out, as messages without I/O.
+
+The device authorization grant (RFC 8628), the authorization code with PKCE (RFC 6749 §4.1, RFC 7636) and the end of a
+session (RFC 7009). As in `protocol`, each exchange is a function that builds the request and one that reads the answer.
+"""
+
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+from urllib.parse import urlencode
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
+from eoepca_security.oauth.protocol import (
+    CHECK_CLIENT,
+    REMEDIES,
+    Client,
+    ProviderMetadata,
+    TokenRequest,
+    TokenResponse,
+    build_client_request,
+    printable,
+    read_answer,
+    read_seconds,
+    read_text,
+    read_token_response,
+    url_problem,
+    without_secrets,
+)
+
+DEFAULT_SCOPE: Final = "openid offline_access"
+DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
+
+POLL_INTERVAL: Final = 5.0
+"""Seconds between two polls unless the issuer says otherwise (RFC 8628 §3.2), and what `slow_down` adds (§3.5)."""
+
+_REMEDIES: Final = REMEDIES | {
+    "invalid_grant": "the login took too long or was used already: log in again",
+    "access_denied": "the login was refused there: log in again and allow it",
+    "expired_token": "nobody confirmed the login in time: log in again",
+    "invalid_scope": "choose scopes that the client may ask for with --scope",
+    # Keycloak's, for offline_access.
+    "not_allowed": "this client or user may have no offline session there: log in with --scope openid",
+    "unauthorized_client": (
+        f"{CHECK_CLIENT}, or allow the client this way of logging in at the issuer (Keycloak: OAuth 2.0 Device "
+        "Authorization Grant, or Standard flow for --browser, in the client's settings)"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DeviceAuthorization:
+    """A login that a user has to confirm in a browser (RFC 8628 §3.2); times are in seconds."""
+
+    device_code: str = field(repr=False)
+    verifier: str = field(repr=False)
+    user_code: str
+    verification_uri: str
+    expires_in: float
+    interval: float
+    verification_uri_complete: str | None = None
+    """The same place with the code filled in."""
+
+
+class Pending(Enum):
+    """Why there is no token yet (RFC 8628 §3.5)."""
+
+    WAIT = "authorization_pending"
+    SLOW_DOWN = "slow_down"
+
+
+@dataclass(frozen=True)
+class AuthorizationRequest:
+    """What sends the user to the issuer, and what its answer will be held against."""
+
+    url: str = field(repr=False)
+    redirect_uri: str
+    state: str = field(repr=False)
+    nonce: str = field(repr=False)
+    verifier: str = field(repr=False)
+
+
+def new_verifier() -> str:
+    """Return a secret that proves later that it was we who began a login (RFC 7636 §4.1)."""
+    return secrets.token_urlsafe(48)
+
+
+def build_device_request(
+    client: Client, metadata: ProviderMetadata, scope: str, verifier: str, *, now: float
+) -> TokenRequest:
+    """Build a device authorization request (RFC 8628 §3.1); raises CredentialsRejected where there is no such thing.
+
+    With PKCE, which RFC 8628 does not know of: Keycloak asks for it where it does so for browsers.
+    """
+    url = metadata.device_authorization_endpoint
+    if url is None:
+        raise CredentialsRejected("the issuer does not offer the device authorization grant: use login --browser")
+    form = {"client_id": client.client_id, "scope": scope, **_challenge(verifier)}
+    return build_client_request(client, metadata, url, form, now=now)
+
+
+def read_device_response(
+    status: int, body: bytes, verifier: str, *, secrets: Collection[str] = (), allow_http: bool = False
+) -> DeviceAuthorization:
+    """Read the device authorization endpoint's answer to a request with `verifier`.
+
+    Raises CredentialsRejected or IssuerUnavailable.
+    """
+    answer = read_answer(status, body, secrets=secrets, remedies=_REMEDIES, endpoint="device authorization")
+    device_code, user_code = (read_text(answer.get(name), "[ -~]{1,2000}") for name in ("device_code", "user_code"))
+    expires_in = read_seconds(answer.get("expires_in"))
+    uri, complete = (
+        uri if isinstance(uri, str) and url_problem(uri, allow_http=allow_http) is None else None
+        for uri in (answer.get("verification_uri"), answer.get("verification_uri_complete"))
+    )
+    if device_code is None or user_code is None or uri is None or expires_in is None:
+        raise IssuerUnavailable("the device authorization endpoint's answer lacks what RFC 8628 §3.2 asks for")
+    interval = read_seconds(answer.get("interval")) or POLL_INTERVAL
+    return DeviceAuthorization(device_code, verifier, printable(user_code, 64), uri, expires_in, interval, complete)
+
+
+def build_device_token_request(
+    client: Client, metadata: ProviderMetadata, device: DeviceAuthorization, *, now: float
+) -> TokenRequest:
+    """Build a poll for the tokens of a device login (RFC 8628 §3.4)."""
+    form = {
+        "grant_type": DEVICE_GRANT,
+        "device_code": device.device_code,
+        "client_id": client.client_id,
+        "code_verifier": device.verifier,
+    }
+    return build_client_request(client, metadata, metadata.token_endpoint, form, now=now)
+
+
+def read_device_token_response(
+    status: int, body: bytes, *, retry_after: float | None = None, secrets: Collection[str] = ()
+) -> TokenResponse | Pending:
+    """Read the answer to a poll; raises as `read_token_response` does, CredentialsRejected when the login is over."""
+    pending = {reason.value: reason for reason in Pending}
+    # Among the remedies, because unknown codes are taken for trouble of the issuer.
+    remedies = _REMEDIES | dict.fromkeys(pending, "wait")
+    try:
+        return read_token_response(status, body, retry_after=retry_after, secrets=secrets, remedies=remedies)
+    except CredentialsRejected as error:
+        if error.error not in pending:
+            raise
+        return pending[error.error]
+
+
+def build_authorization_request(
+    client: Client, metadata: ProviderMetadata, scope: str, *, redirect_uri: str
+) -> AuthorizationRequest:
+    """Build what the browser is sent to (OpenID Connect Core §3.1.2.1), with PKCE's S256.
+
+    Raises CredentialsRejected where there is no such thing.
+    """
+    endpoint = metadata.authorization_endpoint
+    if endpoint is None:
+        raise CredentialsRejected("the issuer does not offer logins by browser: use login without --browser")
+    state, nonce, verifier = (new_verifier() for _ in range(3))
+    parameters = {
+        "response_type": "code",
+        "client_id": client.client_id,
+        "redirect_uri": redirect_uri,
+        "scope": scope,
+        "state": state,
+        "nonce": nonce,
+        **_challenge(verifier),
+    }
+    if "offline_access" in scope.split():
+        parameters["prompt"] = "consent"  # OpenID Connect Core §11: without it an issuer may give no refresh token
+    url = f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(parameters)}"
+    return AuthorizationRequest(url, redirect_uri, state, nonce, verifier)
+
+
+def is_answer_to(request: AuthorizationRequest, parameters: Sequence[tuple[str, str]]) -> bool:
+    """Tell whether a redirect's query belongs to `request`; others, e.g. of web pages, are not to be listened to."""
+    states = [value for name, value in parameters if name == "state"]
+    return len(states) == 1 and hmac.compare_digest(states[0].encode(), request.state.encode())
+
+
+def read_authorization_response(
+    request: AuthorizationRequest, metadata: ProviderMetadata, parameters: Sequence[tuple[str, str]]
+) -> str:
+    """Return the code in the query of a redirect (RFC 6749 §4.1.2) that `is_answer_to` this request.
+
+    Its `iss` has to be this issuer's (RFC 9207 §2.4). Raises CredentialsRejected.
+    """
+    values = dict(parameters)
+    if not is_answer_to(request, parameters) or len(values) != len(parameters):
+        raise CredentialsRejected("the browser came back with another login's answer: log in again")
+    issuer = values.get("iss")
+    if (issuer is not None or metadata.names_itself) and issuer != metadata.issuer:
+        raise CredentialsRejected(
+            "the browser came back from another issuer, so the login was not completed: log in again, and mind at "
+            "which address you type your password"
+        )
+    if error := values.get("error"):
+        said = without_secrets(values.get("error_description"), (request.state, request.nonce, request.verifier))
+        code = printable(error, 64)
+        remedy = _REMEDIES.get(error, "log in again, or ask whoever runs the issuer")
+        raise CredentialsRejected(f"the issuer answered {code}{said and ': '}{said}; {remedy}", error=code)
+    code = values.get("code", "")
+    if not re.fullmatch("[ -~]+", code):
+        raise CredentialsRejected("the browser came back without a code: log in again")
+    return code
+
+
+def build_code_request(
+    client: Client, metadata: ProviderMetadata, request: AuthorizationRequest, code: str, *, now: float
+) -> TokenRequest:
+    """Build the request that turns a code into tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
+    form = {
+        "grant_type": "authorization_code",
+        "code": code,
+        "redirect_uri": request.redirect_uri,
+        "code_verifier": request.verifier,
+    }
+    return build_client_request(client, metadata, metadata.token_endpoint, form, now=now)
+
+
+def read_code_response(status: int, body: bytes, *, secrets: Collection[str] = ()) -> TokenResponse:
+    """Read the answer to that; raises as `read_token_response` does."""
+    return read_token_response(status, body, secrets=secrets, remedies=_REMEDIES)
+
+
+def check_nonce(request: AuthorizationRequest, claims: dict[str, object]) -> None:
+    """Check that a verified ID token is of this login (OpenID Connect Core §3.1.3.7); raises TokenInvalid."""
+    nonce = claims.get("nonce")
+    if not isinstance(nonce, str) or not hmac.compare_digest(nonce.encode(), request.nonce.encode()):
+        raise TokenInvalid("the ID token is of another login", claim="nonce")
+
+
+def build_revocation_request(client: Client, metadata: ProviderMetadata, token: str, *, now: float) -> TokenRequest:
+    """Build a request that ends a refresh token's session (RFC 7009 §2.1); the issuer has to offer it."""
+    if metadata.revocation_endpoint is None:
+        raise CredentialsRejected("the issuer does not offer revocation")
+    form = {"token": token, "token_type_hint": "refresh_token"}
+    return build_client_request(client, metadata, metadata.revocation_endpoint, form, now=now)
+
+
+def read_revocation_response(status: int, body: bytes, *, secrets: Collection[str] = ()) -> None:
+    """Read the answer to that: a success says nothing more (RFC 7009 §2.2). Raises as `read_token_response` does."""
+    if not 200 <= status < 300:
+        read_answer(status, body, secrets=secrets, endpoint="revocation")
+
+
+def _challenge(verifier: str) -> dict[str, str]:
+    digest = hashlib.sha256(verifier.encode()).digest()
+    challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+    return {"code_challenge": challenge, "code_challenge_method": "S256"}

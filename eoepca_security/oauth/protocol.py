@@ -1,0 +1,472 @@
+"""OAuth 2.0 and OpenID Connect messages, without I/O.
+
+Each exchange is a pair: a function that builds the request and one that reads the answer. Neither sends anything.
+"""
+
+import base64
+import ipaddress
+import json
+import math
+import re
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, NoReturn
+from urllib.parse import SplitResult, quote, quote_plus, urlsplit
+
+import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
+from eoepca_security.oauth.strict_json import parse_object
+
+PrivateKey = RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
+
+CLIENT_AUTH_METHODS: Final = (
+    "auto",
+    "client_secret_basic",
+    "client_secret_post",
+    "client_secret_jwt",
+    "private_key_jwt",
+    "none",
+)
+GRANTS: Final = ("refresh_token", "client_credentials")
+
+WELL_KNOWN: Final = "/.well-known/openid-configuration"
+
+ASSERTION_LIFETIME: Final = 60
+"""How long a client assertion is valid, in seconds (RFC 7523 §3: it must expire)."""
+
+# RFC 6749 §5.2 and RFC 8707 §2: answers that no repetition changes. The server-side ones (`server_error`,
+# `temporarily_unavailable`) are left out, as is everything unknown: those are worth another try.
+_FINAL_ERRORS: Final = frozenset(
+    {
+        "invalid_request",
+        "invalid_client",
+        "invalid_grant",
+        "unauthorized_client",
+        "unsupported_grant_type",
+        "invalid_scope",
+        "invalid_target",
+        "access_denied",
+    }
+)
+
+CHECK_CLIENT: Final = (
+    "check OPEN_ID_CONNECT_CLIENT_ID and OPEN_ID_CONNECT_CLIENT_SECRET (unset for a public client), and "
+    "OPEN_ID_CONNECT_CLIENT_AUTH"
+)
+REMEDIES: Final = {
+    "invalid_grant": (
+        "the refresh token is expired, revoked or used up, or was given to another client or by another name of the "
+        "issuer. A new login is needed: `run-mitmproxy.py login`, which a running proxy notices; or set "
+        "OPEN_ID_REFRESH_TOKEN to the refresh token of one, and restart"
+    ),
+    "invalid_client": CHECK_CLIENT,
+    # Keycloak says this of a wrong secret, too.
+    "unauthorized_client": f"{CHECK_CLIENT}, or allow the client this OPEN_ID_CONNECT_GRANT at the issuer",
+    "unsupported_grant_type": "the issuer does not offer this grant: set OPEN_ID_CONNECT_GRANT to one it offers",
+    "invalid_scope": "set OPEN_ID_CONNECT_SCOPE to scopes that the client may ask for, or leave it unset",
+}
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who we are at the issuer: an OAuth client and how it proves itself (`CLIENT_AUTH_METHODS`)."""
+
+    client_id: str
+    secret: str | None = field(default=None, repr=False)
+    auth_method: str = "auto"
+    key: PrivateKey | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class ProviderMetadata:
+    """The part of a discovery document that we use (OpenID Connect Discovery §3).
+
+    `token_endpoint` is empty where there is none: to verify tokens, only keys are needed.
+    """
+
+    issuer: str
+    token_endpoint: str
+    jwks_uri: str | None = None
+    auth_methods: tuple[str, ...] = ("client_secret_basic",)
+    auth_signing_algs: tuple[str, ...] = ()
+    authorization_endpoint: str | None = None
+    device_authorization_endpoint: str | None = None
+    revocation_endpoint: str | None = None
+    names_itself: bool = False
+    """Whether it says in authorization responses which issuer it is (RFC 9207)."""
+    userinfo_endpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """A POST to an endpoint where clients prove themselves; `form` and `headers` carry secrets, so are not shown."""
+
+    url: str
+    form: Mapping[str, str] = field(repr=False)
+    headers: Mapping[str, str] = field(repr=False)
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What is secret in it, as it is sent."""
+        names = ("refresh_token", "client_secret", "client_assertion", "code", "code_verifier", "device_code", "token")
+        credentials = self.headers.get("Authorization", "").rpartition(" ")[2]
+        return (credentials, *(self.form[name] for name in names if name in self.form))
+
+
+@dataclass(frozen=True)
+class TokenResponse:
+    """A successful answer of the token endpoint (RFC 6749 §5.1); lifetimes in seconds, None where not said."""
+
+    access_token: str = field(repr=False)
+    expires_in: float | None = None
+    refresh_token: str | None = field(default=None, repr=False)
+    refresh_expires_in: float | None = None
+    """Keycloak's: how long the refresh token lives. None where there is no end, as for offline sessions."""
+    id_token: str | None = field(default=None, repr=False)
+
+
+def is_loopback(host: str | None) -> bool:
+    """Tell whether `host`, a name or an address as `urlsplit().hostname` gives it, is this machine itself."""
+    if not host:
+        return False
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def split_url(url: str) -> SplitResult:
+    """Split an http(s) URL; raises ValueError where programs could differ about the host it names (RFC 3986 §3.2)."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    # Some versions of urlsplit() pass over what stands around the brackets of an address.
+    if parts.port == 0 or not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", host):
+        raise ValueError("no proper host and port")
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("not http or https")
+    return parts
+
+
+def url_problem(url: str, *, allow_http: bool = False) -> str | None:
+    """Say why the issuer must not be spoken to at `url`, or return None when it may.
+
+    Tokens and secrets travel there, so it is https, or http on loopback (RFC 6749 §3.2, OpenID Connect Discovery §3).
+    """
+    if not re.fullmatch(r"[!-~]{0,2000}", url):
+        return "has spaces or characters outside ASCII, or is far too long"
+    try:
+        parts = split_url(url)
+    except ValueError:
+        return "is not a URL: it has to look like https://issuer.example/realms/name"
+    if parts.username is not None or parts.password is not None:
+        return "carries a user name or password: remove the part before the @"
+    if parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_http:
+        return "must use https:// (plain http is for localhost, or OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP)"
+    return None
+
+
+def discovery_url(issuer_or_document: str) -> str:
+    """Return the discovery document's URL for an issuer, or for that URL itself (OpenID Connect Discovery §4.1)."""
+    url = issuer_or_document.rstrip("/")
+    return url if url.endswith(WELL_KNOWN) else url + WELL_KNOWN
+
+
+def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = False) -> ProviderMetadata:
+    """Read the answer from the discovery document's `url`.
+
+    Its `issuer` has to be the one that was asked (OpenID Connect Discovery §4.3); a trailing slash may differ, because
+    people leave it out. Raises IssuerUnavailable.
+    """
+    if status != 200:
+        hint = "check the path, for Keycloak /realms/<name>" if status in (400, 401, 403, 404) else "try again later"
+        raise IssuerUnavailable(f"{url} answered {status}: {hint} (OPEN_ID_CONNECT_URL)")
+    try:
+        document = parse_object(body)
+    except ValueError as error:
+        raise IssuerUnavailable(f"{url} is not a discovery document: {_first_words(error)}") from None
+    issuer = document.get("issuer")
+    if not isinstance(issuer, str) or issuer.rstrip("/") != url.removesuffix(WELL_KNOWN).rstrip("/"):
+        raise IssuerUnavailable(
+            f"{url} speaks for another issuer, {printable(issuer)}: set OPEN_ID_CONNECT_URL to the issuer's own name"
+        )
+    endpoints = {}
+    for name in ("token_endpoint", "jwks_uri"):
+        value = document.get(name)
+        if value is None:
+            continue
+        problem = url_problem(value, allow_http=allow_http) if isinstance(value, str) else "is not a string"
+        if problem:
+            raise IssuerUnavailable(f"{url}: its {name} {printable(value)} {problem}")
+        endpoints[name] = value
+    return ProviderMetadata(
+        issuer=issuer,
+        token_endpoint=endpoints.get("token_endpoint", ""),
+        jwks_uri=endpoints.get("jwks_uri"),
+        # Of use only for extra headers, so a bad one is none rather than an error.
+        userinfo_endpoint=_good_url(document.get("userinfo_endpoint"), allow_http=allow_http),
+        # OpenID Connect Discovery §3: client_secret_basic is what an absent list means.
+        auth_methods=_strings(document.get("token_endpoint_auth_methods_supported")) or ("client_secret_basic",),
+        auth_signing_algs=_strings(document.get("token_endpoint_auth_signing_alg_values_supported")),
+        # Of use only for logging in and out, so a bad one is none rather than an error.
+        authorization_endpoint=_good_url(document.get("authorization_endpoint"), allow_http=allow_http),
+        device_authorization_endpoint=_good_url(document.get("device_authorization_endpoint"), allow_http=allow_http),
+        revocation_endpoint=_good_url(document.get("revocation_endpoint"), allow_http=allow_http),
+        names_itself=document.get("authorization_response_iss_parameter_supported") is True,
+    )
+
+
+def choose_auth_method(client: Client, metadata: ProviderMetadata) -> str:
+    """Return the client authentication method to use: the client's own, or for `auto` one that the issuer offers.
+
+    Raises CredentialsRejected when the issuer offers none that the client has the credentials for.
+    """
+    if client.auth_method != "auto":
+        return client.auth_method
+    if client.key is None and client.secret is None:
+        return "none"
+    possible = ["private_key_jwt"] if client.key is not None else []
+    if client.secret is not None:
+        possible += ["client_secret_basic", "client_secret_post", "client_secret_jwt"]
+    for method in possible:
+        if method in metadata.auth_methods:
+            return method
+    raise CredentialsRejected(
+        f"the issuer offers the client authentication methods {printable(', '.join(metadata.auth_methods))}, and the "
+        f"settings have what {' or '.join(possible)} needs: set OPEN_ID_CONNECT_CLIENT_AUTH, or the credential it needs"
+    )
+
+
+def build_token_request(
+    client: Client,
+    metadata: ProviderMetadata,
+    *,
+    now: float,
+    refresh_token: str | None = None,
+    scope: str | None = None,
+) -> TokenRequest:
+    """Build a refresh request (RFC 6749 §6), or without a refresh token one for client credentials (RFC 6749 §4.4).
+
+    `now` is epoch seconds. Raises CredentialsRejected as `choose_auth_method` does.
+    """
+    form = {"grant_type": "client_credentials"}
+    if refresh_token is not None:
+        form = {"grant_type": "refresh_token", "refresh_token": refresh_token}
+    if scope is not None:
+        form["scope"] = scope
+    return build_client_request(client, metadata, metadata.token_endpoint, form, now=now)
+
+
+def build_client_request(
+    client: Client, metadata: ProviderMetadata, url: str, form: Mapping[str, str], *, now: float
+) -> TokenRequest:
+    """Build a POST of `form` to `url` in which the client proves itself; otherwise as `build_token_request`."""
+    form, headers = dict(form), {}
+    match choose_auth_method(client, metadata):
+        case "client_secret_basic":
+            # RFC 6749 §2.3.1: both are form-encoded before they are joined, so a colon cannot be mistaken.
+            pair = f"{quote_plus(client.client_id)}:{quote_plus(client.secret or '')}"
+            headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+        case "client_secret_post":
+            form |= {"client_id": client.client_id, "client_secret": client.secret or ""}
+        case "client_secret_jwt" | "private_key_jwt" as method:
+            form |= {
+                "client_id": client.client_id,
+                "client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+                "client_assertion": _client_assertion(client, metadata, method, now),
+            }
+        case _:
+            form["client_id"] = client.client_id
+    return TokenRequest(url, form, headers)
+
+
+def read_token_response(
+    status: int,
+    body: bytes,
+    *,
+    retry_after: float | None = None,
+    secrets: Collection[str] = (),
+    remedies: Mapping[str, str] = REMEDIES,
+) -> TokenResponse:
+    """Read the token endpoint's answer; `secrets` are not repeated in errors, should the issuer do so.
+
+    Raises CredentialsRejected, with the error code's own of the `remedies`, TokenInvalid (a success without a usable
+    `access_token`) or IssuerUnavailable (everything else).
+    """
+    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets, remedies=remedies)
+    refresh_token = read_text(answer.get("refresh_token"), "[ -~]+")
+    try:
+        return TokenResponse(
+            access_token=_access_token(answer, secrets),
+            expires_in=read_seconds(answer.get("expires_in")),
+            refresh_token=refresh_token,
+            refresh_expires_in=read_seconds(answer.get("refresh_expires_in")),
+            id_token=read_text(answer.get("id_token")),
+        )
+    except TokenInvalid as error:
+        error.refresh_token = refresh_token
+        raise
+
+
+def read_answer(
+    status: int,
+    body: bytes,
+    *,
+    retry_after: float | None = None,
+    secrets: Collection[str] = (),
+    remedies: Mapping[str, str] = REMEDIES,
+    endpoint: str = "token",
+) -> dict[str, Any]:
+    """Return the JSON object of a success; raises as `read_token_response` does for everything else."""
+    if status == 429 or status >= 500:
+        message = f"the {endpoint} endpoint answered {status}"
+        raise IssuerUnavailable(message, retry_after=retry_after, was_sent=status != 429)
+    try:
+        answer = parse_object(body)
+    except ValueError as error:
+        message = f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
+        # Whether this refuses something (as Glewlwyd 2.7 refuses a used-up refresh token), or comes from something
+        # in between, cannot be known; RFC 6749 §5.2 wants a refusal to say that it is one.
+        if status in (400, 401, 403):
+            message += (
+                "; if it stays so, it may mean to refuse the client (OPEN_ID_CONNECT_CLIENT_SECRET) or the session "
+                "(`run-mitmproxy.py login`)"
+            )
+        raise IssuerUnavailable(message, was_sent=True) from None
+    # RFC 6749 §5.1 says 200; who answers 201 has issued the tokens all the same.
+    if not 200 <= status < 300:
+        _raise_error(status, answer, secrets, remedies, endpoint)
+    return answer
+
+
+def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str:
+    access_token = read_text(answer.get("access_token"))
+    if access_token is None:
+        raise TokenInvalid("the issuer answered without a usable access_token: look at the client's settings there")
+    token_type = answer.get("token_type", "Bearer")
+    if not isinstance(token_type, str) or token_type.lower() != "bearer":
+        shown = without_secrets(token_type, secrets) or "unknown"
+        raise TokenInvalid(f"the issuer gave a token of type {shown}; only Bearer can be forwarded")
+    return access_token
+
+
+def read_text(value: object, pattern: str = "[!-~]+") -> str | None:
+    """Return a token; one of other characters than visible ASCII would break out of its header (RFC 6750 §2.1)."""
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
+
+
+def load_private_key(pem: bytes) -> PrivateKey:
+    """Return the RSA, EC or Ed25519 private key in `pem`; raises ValueError with the reason."""
+    try:
+        key = load_pem_private_key(pem, password=None)
+    except TypeError:
+        raise ValueError("the key is encrypted with a password: store it without one") from None
+    except (ValueError, UnsupportedAlgorithm):
+        raise ValueError("this is not a private key in PEM form") from None
+    if not isinstance(key, PrivateKey):
+        raise ValueError("the key has to be RSA, EC or Ed25519")
+    if isinstance(key, EllipticCurvePrivateKey) and key.curve.name not in _EC_ALGORITHMS:
+        raise ValueError(f"the curve {key.curve.name} has no signature algorithm in JWTs: use P-256, P-384 or P-521")
+    return key
+
+
+def printable(value: object, limit: int = 200) -> str:
+    """Return text from a stranger so that it fits on a log line: printable, at most `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)[: limit + 1]
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+_EC_ALGORITHMS: Final = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
+
+
+def _assertion_algorithm(client: Client, metadata: ProviderMetadata, method: str) -> str:
+    possible: tuple[str, ...]
+    if method == "client_secret_jwt":
+        possible = ("HS256", "HS384", "HS512")
+    elif isinstance(client.key, RSAPrivateKey):
+        possible = ("RS256", "PS256", "RS384", "RS512", "PS384", "PS512")
+    elif isinstance(client.key, EllipticCurvePrivateKey):
+        possible = (_EC_ALGORITHMS[client.key.curve.name],)
+    else:
+        possible = ("EdDSA",)
+    return next((name for name in possible if name in metadata.auth_signing_algs), possible[0])
+
+
+def _client_assertion(client: Client, metadata: ProviderMetadata, method: str, now: float) -> str:
+    """Return a signed JWT that authenticates the client (RFC 7523 §3, OpenID Connect Core §9)."""
+    algorithm = _assertion_algorithm(client, metadata, method)
+    claims = {
+        "iss": client.client_id,
+        "sub": client.client_id,
+        "aud": metadata.token_endpoint,
+        "jti": secrets.token_urlsafe(16),
+        "iat": int(now),
+        "exp": int(now) + ASSERTION_LIFETIME,
+    }
+    signed = f"{_segment({'alg': algorithm, 'typ': 'JWT'})}.{_segment(claims)}"
+    # Signed by the algorithm itself: jwt.encode() warns of short secrets and refuses ones that look like keys, and a
+    # client cannot choose what secret its issuer gave it.
+    key: Any = (client.secret or "").encode() if method == "client_secret_jwt" else client.key
+    signature = jwt.get_algorithm_by_name(algorithm).sign(signed.encode(), key)
+    return f"{signed}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
+
+
+def _segment(members: Mapping[str, object]) -> str:
+    return base64.urlsafe_b64encode(json.dumps(members).encode()).rstrip(b"=").decode()
+
+
+def _raise_error(
+    status: int, answer: Mapping[str, object], secrets: Collection[str], remedies: Mapping[str, str], endpoint: str
+) -> NoReturn:
+    error = answer.get("error")
+    if not isinstance(error, str) or error not in _FINAL_ERRORS | remedies.keys():
+        code = without_secrets(error, secrets) or "without an error code"
+        raise IssuerUnavailable(f"the {endpoint} endpoint answered {status} ({code})")
+    said = without_secrets(answer.get("error_description"), secrets)
+    remedy = remedies.get(error, "check the client's settings at the issuer against yours")
+    raise CredentialsRejected(f"the issuer answered {error}{said and ': '}{said}; {remedy}", error=error)
+
+
+def without_secrets(text: object, secrets: Collection[str]) -> str:
+    """Return an issuer's text for people; some repeat in their errors what they were sent, or part of it."""
+    if not isinstance(text, str):
+        return ""
+    for secret in secrets:
+        # Shorter ones are no secrets, and hiding them would garble the words.
+        if len(secret) >= 4:
+            for form in (secret, quote_plus(secret), quote(secret, safe="")):
+                text = re.sub(re.escape(form), "…", text, flags=re.IGNORECASE)
+    return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
+
+
+def _good_url(value: object, *, allow_http: bool) -> str | None:
+    return value if isinstance(value, str) and url_problem(value, allow_http=allow_http) is None else None
+
+
+def _first_words(error: ValueError) -> str:
+    # json's messages quote nothing of the document but may end in a position; the class of fault is enough.
+    return printable(str(error).partition(":")[0], 80)
+
+
+def read_seconds(value: object) -> float | None:
+    """Read a lifetime; some issuers send it as a string. None for what is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        seconds = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return seconds if math.isfinite(seconds) and seconds > 0 else None
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    return tuple(item for item in value if isinstance(item, str)) if isinstance(value, list) else ()

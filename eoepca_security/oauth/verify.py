@@ -1,0 +1,371 @@
+"""A token string, keys and a policy in; verified claims out. No I/O, and one place for the policy (RFC 8725).
+
+What needs no key is checked first: `read_access_token` or `read_id_token`. Only `TrustedKeys.confirm` gives claims.
+"""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+from eoepca_security.errors import TokenInvalid
+from eoepca_security.oauth.strict_json import parse_object
+
+MAX_TOKEN_SIZE: Final = 16 * 1024
+"""Longest token that is looked at, in bytes: header lines are not longer either."""
+
+_MIN_RSA_BITS: Final = 2048  # RFC 7518 §3.3
+
+# The algorithms that a key can have made a signature with, by what the key is (RFC 7518 §3.1, RFC 8037 §3.1). Symmetric
+# ones are not here, so a public key can never be taken for a shared secret (RFC 8725 §3.1).
+_ALGORITHMS_OF_KEY: Final[Mapping[tuple[str, str | None], frozenset[str]]] = {
+    ("RSA", None): frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}),
+    ("EC", "P-256"): frozenset({"ES256"}),
+    ("EC", "P-384"): frozenset({"ES384"}),
+    ("EC", "P-521"): frozenset({"ES512"}),
+    ("OKP", "Ed25519"): frozenset({"EdDSA"}),
+}
+ALGORITHMS: Final = frozenset().union(*_ALGORITHMS_OF_KEY.values())
+
+# How issuers call a token of each kind in the claims below; case, "-" and "_" make no difference.
+_KINDS: Final = {
+    "access": "access",
+    "access_token": "access",
+    "id": "ID",
+    "id_token": "ID",
+    "refresh": "refresh",
+    "refresh_token": "refresh",
+}
+
+# Claims that only say what a token is: one that says anything else than the kind that is wanted is refused. Keycloak's
+# `typ` can be the name of any action that a token in an e-mail is for.
+_CLAIMS_OF_KIND: Final = {
+    "typ": _KINDS | {"bearer": "access", "dpop": "access", "jwt": "access", "at+jwt": "access"},  # Keycloak
+    "token_use": _KINDS,  # Cognito
+}
+
+# Claims that other issuers use for other things, so that only what clearly names another kind counts.
+_CLAIMS_OF_KIND_OR_OTHER_THINGS: Final = {
+    "purpose": _KINDS,  # Curity
+    "tokenName": _KINDS,  # PingAM, ForgeRock
+    "tok_type": {"at": "access", "it": "ID", "rt": "refresh"},  # Oracle
+    "token_usage": _KINDS,  # OpenIddict
+    "token_type": _KINDS,
+    "type": _KINDS,  # Glewlwyd
+    "tokenType": {"refresh_token": "refresh", "id_token": "ID"},  # Casdoor, where the access token is the ID token, too
+}
+
+# Claims that only ID tokens (OpenID Connect Core §3.3.2.11) and logout tokens (Back-Channel Logout §2.4) have.
+_CLAIMS_OF_OTHER_TOKENS: Final = frozenset({"at_hash", "c_hash", "s_hash", "events"})
+
+# The hash of an `at_hash` by its length in base64url, of which it is the left half (OpenID Connect Core §3.1.3.6).
+_HASH_BY_LENGTH: Final = {22: "sha256", 32: "sha384", 43: "sha512"}
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A public key of the issuer and the algorithms it may be used with."""
+
+    kid: str | None
+    algorithms: frozenset[str]
+    key: Any = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an access token has to say besides being the issuer's.
+
+    `leeway` is the accepted clock difference in seconds. With `authorized_parties` the client that it was issued to
+    (`azp`, or `client_id` of RFC 9068) has to be one of these. `accept_bound` takes tokens that are bound to a key,
+    which somebody else has to have verified.
+    """
+
+    audience: str
+    leeway: float = 10
+    authorized_parties: Collection[str] | None = None
+    accept_bound: bool = False
+
+
+@dataclass(frozen=True)
+class Header:
+    """The part of a token's header that decides which key is asked for, and its media type."""
+
+    alg: str
+    kid: str | None
+    typ: str = "jwt"
+
+
+@dataclass(frozen=True)
+class Unverified:
+    """A token that passed every check but those of its issuer and its signature. Do not believe it."""
+
+    header: Header
+    claims: dict[str, Any] = field(repr=False)
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class TrustedKeys:
+    """An issuer and its keys, as fetched from it."""
+
+    issuer: str
+    keys: tuple[SigningKey, ...]
+
+    def confirm(self, token: Unverified) -> dict[str, Any] | None:
+        """Return the claims of a token that is the issuer's, or None when no key fits it, which a newer set may have.
+
+        Raises TokenInvalid for a token that is not the issuer's.
+        """
+        if token.claims.get("iss") != self.issuer:
+            raise TokenInvalid("the token is from another issuer")
+        key = select_key(self.keys, token.header)
+        if key is None:
+            return None
+        signed, _, signature = token.text.rpartition(".")
+        try:
+            algorithm = jwt.get_algorithm_by_name(token.header.alg)
+            genuine = algorithm.verify(signed.encode("ascii"), key.key, _decode(signature))
+        except ValueError:
+            raise TokenInvalid("the token is not well-formed") from None
+        if not genuine:
+            raise TokenInvalid("the token's signature does not fit")
+        return token.claims
+
+
+def looks_like_jwt(token: str) -> bool:
+    """Tell a JWS in compact form from an opaque token, without any judgement of it."""
+    head = token.partition(".")[0]
+    if token.count(".") != 2:
+        return False
+    try:
+        parse_object(_decode(head))
+    except ValueError:
+        # A JSON object in base64url mostly begins like this, and is meant as a JWT even where it is a bad one.
+        return head.startswith("eyJ")
+    return True
+
+
+def unverified_claims(token: str) -> Mapping[str, Any]:
+    """Return what a token says of itself, or nothing when it is no JWT. Not for deciding anything about a caller."""
+    parts = token.split(".")
+    if len(parts) != 3 or len(token) > MAX_TOKEN_SIZE:
+        return {}
+    try:
+        return parse_object(_decode(parts[1]))
+    except ValueError:
+        return {}
+
+
+def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
+    """Read an access token and check what can be checked without keys; `now` is epoch seconds. Raises TokenInvalid."""
+    unverified = _read(token, policy.leeway, now)
+    claims, audience, party = unverified.claims, policy.audience, unverified.claims.get("azp")
+    if audience not in _audiences(claims, audience):
+        raise TokenInvalid(f"the token is not for the audience {audience}", claim="aud")
+    if claim := _claim_of_another_kind(claims, "access"):
+        raise TokenInvalid(f"the token is not an access token, as its {claim} says")
+    if not _CLAIMS_OF_OTHER_TOKENS.isdisjoint(claims):
+        raise TokenInvalid("the token is not an access token")
+    # Keycloak before version 24 puts the nonce of the login into access tokens too, but says what they are.
+    if "nonce" in claims and unverified.header.typ == "jwt" and claims.get("typ") not in ("Bearer", "DPoP"):
+        raise TokenInvalid("the token is not an access token")
+    if policy.authorized_parties is not None:
+        party = claims.get("client_id") if party is None else party
+        if not isinstance(party, str) or party not in policy.authorized_parties:
+            raise TokenInvalid("the token was issued to a client that is not an authorized party", claim="azp")
+    check_binding(claims, policy)
+    return unverified
+
+
+def check_binding(claims: Mapping[str, Any], policy: Policy) -> None:
+    """Raise TokenInvalid for a token that says it is bound to a key (`cnf` of any shape, RFC 7800 §3.1).
+
+    Nothing here proves that whoever sent it has that key, as RFC 9449 §7 and RFC 8705 §3 demand.
+    """
+    if "cnf" in claims and not policy.accept_bound:
+        raise TokenInvalid("the token is bound to a key (cnf), so it is not accepted as a Bearer token", claim="cnf")
+
+
+def read_id_token(token: str, client_ids: Collection[str], *, leeway: float, now: float) -> Unverified:
+    """Read an ID token of one of these clients, as `read_access_token` does (OpenID Connect Core §3.1.3.7).
+
+    Whether it belongs to an access token is for `id_token_problem` to say.
+    """
+    unverified = _read(token, leeway, now)
+    claims = unverified.claims
+    if not any(audience in client_ids for audience in _audiences(claims, "that of a known client")):
+        raise TokenInvalid("the ID token is for another client", claim="aud")
+    party = claims.get("azp")
+    if party is not None and (not isinstance(party, str) or party not in client_ids):
+        raise TokenInvalid("the ID token is for another client", claim="azp")
+    if claim := _claim_of_another_kind(claims, "ID"):
+        raise TokenInvalid(f"the token is not an ID token, as its {claim} says")
+    if unverified.header.typ != "jwt" or "events" in claims:
+        raise TokenInvalid("the token is not an ID token")
+    return unverified
+
+
+def id_token_problem(
+    id_claims: Mapping[str, Any], access_claims: Mapping[str, Any], access_token: str, alg: str | None = None
+) -> str | None:
+    """Say why ID claims do not belong to a verified access token, or None when they do.
+
+    `alg` is the ID token's signature algorithm. Without a signature only its `at_hash` binds it, so that must be there.
+    """
+    for name in ("iss", "sub"):
+        if id_claims.get(name) != access_claims[name]:
+            return f"its {name} is not the access token's"
+    at_hash = id_claims.get("at_hash")
+    if at_hash is None and alg is not None:
+        return None
+    hash_name = _HASH_BY_LENGTH.get(len(at_hash)) if isinstance(at_hash, str) else None
+    # EdDSA does not name its hash; issuers do not agree on one.
+    if hash_name is None or alg not in (None, "EdDSA", *(kind + hash_name[3:] for kind in ("RS", "PS", "ES"))):
+        return "its at_hash is not one of its algorithm"
+    digest = hashlib.new(hash_name, access_token.encode()).digest()
+    half = base64.urlsafe_b64encode(digest[: len(digest) // 2]).rstrip(b"=").decode()
+    return None if half == at_hash else "its at_hash is not the access token's"
+
+
+def read_unsigned(value: str, *, leeway: float, now: float) -> dict[str, Any]:
+    """Read the base64 JSON, of either alphabet, that gateways make of an ID token. Anybody can write such a thing.
+
+    Raises TokenInvalid.
+    """
+    try:
+        text = value.rstrip("=").replace("-", "+").replace("_", "/")
+        claims = parse_object(base64.b64decode(text + "=" * (-len(text) % 4), validate=True), unique_keys=True)
+    except ValueError:
+        raise TokenInvalid("the ID claims are not a JSON object in base64") from None
+    _check_times(claims, leeway, now)
+    return claims
+
+
+def read_header(token: str) -> Header:
+    """Return the token's header after the checks that need no key; raises TokenInvalid."""
+    if len(token) > MAX_TOKEN_SIZE:
+        raise TokenInvalid("the token is longer than 16 KiB")
+    if token.count(".") != 2:
+        raise TokenInvalid("the token is not a signed JWT")
+    return _read_header(token.partition(".")[0])
+
+
+@lru_cache(maxsize=64)  # an issuer's tokens all have the same few
+def _read_header(segment: str) -> Header:
+    try:
+        header = parse_object(_decode(segment), unique_keys=True)
+    except ValueError:
+        raise TokenInvalid("the token's header is not a JSON object in base64url") from None
+    alg, kid, typ = header.get("alg"), header.get("kid"), header.get("typ", "JWT")
+    if not isinstance(alg, str) or alg not in ALGORITHMS:
+        raise TokenInvalid("the token's signature algorithm is not an accepted one")
+    if not {"crit", "b64", "zip"}.isdisjoint(header):
+        raise TokenInvalid("the token's header asks for an extension (crit, b64 or zip)")
+    if kid is not None and not isinstance(kid, str):
+        raise TokenInvalid("the token's kid is not a string")
+    # RFC 9068 §2.1; a media type may carry its prefix (RFC 7515 §4.1.9).
+    typ = typ.lower().removeprefix("application/") if isinstance(typ, str) else None
+    if typ not in ("jwt", "at+jwt"):
+        raise TokenInvalid("the token's header names another type than JWT or at+jwt")
+    return Header(alg, kid, typ)
+
+
+def read_keys(document: Mapping[str, Any]) -> tuple[SigningKey, ...]:
+    """Return the usable public signature keys of a JWK Set (RFC 7517 §5); others are passed over, as it asks."""
+    members = document.get("keys")
+    if not isinstance(members, list):
+        return ()
+    return tuple(key for member in members if isinstance(member, dict) and (key := _read_key(member)))
+
+
+def select_key(keys: Collection[SigningKey], header: Header) -> SigningKey | None:
+    """Return the one key that can have signed a token with this header, or None; raises TokenInvalid if several can."""
+    matching = [key for key in keys if header.alg in key.algorithms and (header.kid is None or key.kid == header.kid)]
+    if len(matching) > 1:
+        raise TokenInvalid("more than one key of the issuer fits the token")
+    return matching[0] if matching else None
+
+
+def _read(token: str, leeway: float, now: float) -> Unverified:
+    """Check what all kinds of tokens have in common."""
+    header = read_header(token)
+    try:
+        claims = parse_object(_decode(token.split(".")[1]), unique_keys=True)
+    except ValueError:
+        raise TokenInvalid("the token is not well-formed") from None
+    _check_times(claims, leeway, now)
+    subject = claims.get("sub")
+    if not isinstance(subject, str) or not subject:
+        raise TokenInvalid("the token names no subject")
+    return Unverified(header, claims, token)
+
+
+def _claim_of_another_kind(claims: Mapping[str, Any], kind: str) -> str | None:
+    """Return the claim that says that a token is of another kind, if there is one."""
+    for claim, kinds in _CLAIMS_OF_KIND.items():
+        if claim in claims and kinds.get(_word(claims[claim])) != kind:
+            return claim
+    for claim, kinds in _CLAIMS_OF_KIND_OR_OTHER_THINGS.items():
+        if kinds.get(_word(claims.get(claim)), kind) != kind:
+            return claim
+    return None
+
+
+def _word(value: object) -> str:
+    return value.lower().replace("-", "_") if isinstance(value, str) else ""
+
+
+def _audiences(claims: Mapping[str, Any], expected: str) -> list[str]:
+    audience = claims.get("aud")
+    audiences = [audience] if isinstance(audience, str) else audience
+    if not isinstance(audiences, list) or not all(isinstance(item, str) for item in audiences):
+        raise TokenInvalid(f"the token has no audience; it needs {expected}", claim="aud")
+    return audiences
+
+
+def _check_times(claims: Mapping[str, Any], leeway: float, now: float) -> None:
+    for name in ("exp", "nbf", "iat"):
+        if (name == "exp" or name in claims) and type(claims.get(name)) is not int:
+            raise TokenInvalid(f"the token's {name} is not an integer")
+    if claims["exp"] <= now - leeway:
+        raise TokenInvalid("the token is expired: compare this machine's clock with the issuer's")
+    if max(claims.get("nbf", 0), claims.get("iat", 0)) > now + leeway:
+        raise TokenInvalid("the token is from the future: compare this machine's clock with the issuer's")
+
+
+def _read_key(member: Mapping[str, Any]) -> SigningKey | None:
+    kid, alg, operations = member.get("kid"), member.get("alg"), member.get("key_ops")
+    algorithms = _ALGORITHMS_OF_KEY.get((str(member.get("kty")), _text(member.get("crv"))), frozenset())
+    if alg is not None:
+        algorithms &= {alg} if isinstance(alg, str) else frozenset()
+    for_signatures = member.get("use", "sig") == "sig" and (
+        operations is None or (isinstance(operations, list) and "verify" in operations)
+    )
+    # A private key in a public place is nobody's any more.
+    if not algorithms or not for_signatures or "d" in member or not isinstance(kid, str | None):
+        return None
+    try:
+        key = jwt.PyJWK(dict(member), algorithm=min(algorithms)).key
+    except Exception:  # noqa: BLE001  odd members fail in as many ways as there are members
+        return None
+    if isinstance(key, RSAPublicKey) and key.key_size < _MIN_RSA_BITS:
+        return None
+    return SigningKey(kid, algorithms, key)
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _decode(segment: str) -> bytes:
+    """Decode base64url without padding, in its one canonical form only (RFC 7515 §2); raises ValueError."""
+    data = base64.b64decode(segment + "=" * (-len(segment) % 4), altchars=b"-_", validate=True)
+    if base64.urlsafe_b64encode(data).rstrip(b"=").decode() != segment:
+        raise binascii.Error("not in canonical form")
+    return data

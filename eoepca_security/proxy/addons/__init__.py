@@ -1,0 +1,1 @@
+"""What mitmproxy calls: public hooks only. May import `patches`, `admin` and `policy`."""

@@ -1,0 +1,242 @@
+"""What the proxy tells of itself: whose token it holds, for how long, and what happened lately. Never the token."""
+
+import asyncio
+import importlib.metadata
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from prometheus_client import Metric
+
+from eoepca_security.errors import IssuerUnavailable, TokenError
+from eoepca_security.oauth.protocol import printable
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.policy import problem_details
+from eoepca_security.proxy.policy.remedies import failure_remedy
+from eoepca_security.session.session import AccessToken
+from eoepca_security.session.source import TokenSource
+
+READY_WAIT: Final = 0.8
+"""Seconds that a readiness probe waits for a token; probes usually give up after one."""
+
+MAX_RECENT: Final = 20
+"""How many different errors are remembered."""
+
+# Of processes that share a session, one that nobody has asked for a while says nothing about the others.
+_WORST_FIRST: Final = ("failing", "degraded", "ready", "starting", "idle")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the admin listener tells of: `ready` gives None or why there is no token, `quit` ends the proxy."""
+
+    ready: Callable[[], Awaitable[TokenError | None]]
+    status: Callable[[], Awaitable[Mapping[str, Any]]]
+    families: Callable[[], Awaitable[Sequence[Metric]]]
+    quit: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Mishap:
+    """An error that occurred `count` times, last `at` (epoch seconds); `code` is of the public interface."""
+
+    code: str
+    detail: str
+    at: float
+    count: int = 1
+
+
+class Mishaps:
+    """The last errors of different kinds, newest first; `now` is epoch seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._latest: deque[Mishap] = deque(maxlen=MAX_RECENT)
+
+    def add(self, code: str, detail: str) -> None:
+        """Remember an error; one that is remembered already is counted."""
+        detail = printable(detail, 500)
+        new = Mishap(code, detail, self._now())
+        for old in self._latest:
+            if (old.code, old.detail) == (code, detail):
+                self._latest.remove(old)
+                new = replace(new, count=old.count + 1)
+                break
+        # A full one drops what is at its other end: the oldest.
+        self._latest.appendleft(new)
+
+    def latest(self) -> tuple[Mishap, ...]:
+        """Return what is remembered."""
+        return tuple(self._latest)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The status of the service's last answer, and when it came, in epoch seconds."""
+
+    status: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """How the last attempt to get a token went: when it ended (epoch seconds), how long it took, and its failure."""
+
+    at: float
+    seconds: float
+    failure: TokenError | None
+
+
+@dataclass(frozen=True)
+class State:
+    """What one process knows of itself at a moment, `at`; times are in epoch seconds.
+
+    `token` is the one that is good to send now, `claims` what the last one said. `counts` is as metrics.py has them.
+    """
+
+    at: float
+    started_at: float
+    listener: str
+    upstream: str
+    in_container: bool
+    settings: Settings | None
+    token: AccessToken | None
+    claims: Mapping[str, Any]
+    failure: TokenError | None
+    last_refresh: Refresh | None
+    last_answer: Answer | None
+    mishaps: tuple[Mishap, ...]
+    counts: Mapping[str, Mapping[str, int]]
+    in_flight: int
+
+
+async def unready(source: TokenSource | None) -> TokenError | None:
+    """Return why there is no token to send, or None when there is one.
+
+    This asks for one, so that a proxy that nobody has used for a while is ready, too.
+    """
+    if source is None:
+        return IssuerUnavailable("the proxy is not configured")
+    asking = asyncio.ensure_future(source.token())
+    await asyncio.wait({asking}, timeout=READY_WAIT)
+    if not asking.done():
+        asking.cancel()
+        return source.failure or IssuerUnavailable("waiting for the issuer")
+    error = asking.exception()
+    return error if error is None or isinstance(error, TokenError) else IssuerUnavailable(type(error).__name__)
+
+
+def status(state: State) -> dict[str, Any]:
+    """Return the state as JSON has it; times are in epoch seconds, durations in seconds.
+
+    `state` is `ready`, `degraded` (there is a token, but the last refresh failed), `failing` (there is none),
+    `idle` (the last token has ended, and nobody has asked for another) or `starting`. `problems` says in words what is
+    wrong now and what to do about it; `recent_errors` is newest first.
+    """
+    failure = state.failure
+    return {
+        "at": round(state.at, 3),
+        "state": _name(state),
+        "ready": state.token is not None,
+        "code": failure.code if failure is not None else None,
+        "detail": str(failure) if failure is not None else None,
+        "problems": _problems(state),
+        "listener": state.listener,
+        "upstream": state.upstream,
+        "issuer": state.settings.issuer_url if state.settings is not None else None,
+        "identity": {name: state.claims[name] for name in ("sub", "preferred_username") if name in state.claims},
+        "token": _token(state.token, state.at) if state.token is not None else None,
+        "last_refresh": _refresh(state.last_refresh) if state.last_refresh is not None else None,
+        **state.counts,
+        "requests_in_flight": state.in_flight,
+        "recent_errors": [
+            {"at": round(one.at, 3), "code": one.code, "detail": one.detail, "count": one.count}
+            for one in state.mishaps
+        ],
+        "uptime_seconds": round(state.at - state.started_at),
+        "version": importlib.metadata.version("eoepca-security"),
+    }
+
+
+def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the states of one or more processes that share a session as one, but for what is counted elsewhere."""
+    # They take the token from each other, so one of them has the newest first.
+    ahead = max(states, key=lambda state: state["token"]["ends_at"] if state["token"] else 0)
+    worst = min(states, key=lambda state: _WORST_FIRST.index(state["state"]))
+    refreshes = [state["last_refresh"] for state in states if state["last_refresh"]]
+    problems = {problem["title"]: problem for state in states for problem in state["problems"]}
+    errors: dict[tuple[str, str], dict[str, Any]] = {}
+    for error in sorted((error for state in states for error in state["recent_errors"]), key=lambda error: error["at"]):
+        before = errors.pop((error["code"], error["detail"]), {"count": 0})
+        errors[error["code"], error["detail"]] = dict(error) | {"count": error["count"] + before["count"]}
+    return dict(ahead) | {
+        "at": max(state["at"] for state in states),
+        "state": worst["state"],
+        "ready": any(state["ready"] for state in states),
+        "code": worst["code"],
+        "detail": worst["detail"],
+        "problems": list(problems.values()),
+        "last_refresh": max(refreshes, key=lambda refresh: float(refresh["at"]), default=None),
+        "recent_errors": list(reversed(errors.values()))[:MAX_RECENT],
+        "uptime_seconds": max(state["uptime_seconds"] for state in states),
+        "requests_in_flight": sum(state["requests_in_flight"] for state in states),
+        "processes": len(states),
+    }
+
+
+def _name(state: State) -> str:
+    if state.failure is not None or state.settings is None:
+        return "degraded" if state.token is not None else "failing"
+    if state.token is not None:
+        return "ready"
+    return "idle" if state.last_refresh is not None else "starting"
+
+
+def _problems(state: State) -> list[dict[str, str]]:
+    found = []
+    if state.settings is None:
+        found.append(
+            _problem("The proxy is not configured", "its settings are missing or wrong", "mend what its log names")
+        )
+    elif state.failure is not None:
+        detail, _, _ = str(state.failure).partition("; ")
+        remedy = failure_remedy(state.failure, state.settings, in_container=state.in_container)
+        found.append(_problem(problem_details.title(state.failure.code), detail, remedy))
+    last = state.last_answer
+    fault = next((one for one in state.mishaps if one.code.startswith("upstream_")), None)
+    if fault is not None and (last is None or last.at < fault.at):
+        detail, _, remedy = fault.detail.rpartition("; ")
+        found.append(_problem(problem_details.title(fault.code), detail, remedy))
+    elif last is not None and last.status == 401:
+        found.append(
+            _problem(
+                "The protected service refuses the token",
+                "its last answer was 401",
+                "run `run-mitmproxy.py check`: often the token is not for the audience, or from the issuer, that the "
+                "service expects",
+            )
+        )
+    return found
+
+
+def _problem(title: str, detail: str, remedy: str) -> dict[str, str]:
+    return {"title": title, "detail": detail, "remedy": remedy}
+
+
+def _token(token: AccessToken, now: float) -> dict[str, float]:
+    return {
+        "obtained_at": round(token.obtained_at, 3),
+        "ends_at": round(token.ends_at, 3),
+        "lifetime_seconds": round(token.ends_at - token.obtained_at, 3),
+        "seconds_left": round(token.ends_at - now, 3),
+    }
+
+
+def _refresh(refresh: Refresh) -> dict[str, Any]:
+    return {
+        "at": round(refresh.at, 3),
+        "seconds": round(refresh.seconds, 3),
+        "result": refresh.failure.code if refresh.failure is not None else "success",
+    }

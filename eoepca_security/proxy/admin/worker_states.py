@@ -1,0 +1,176 @@
+"""What several processes tell of themselves, as one: each answers questions, and the admin listener's process asks."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from prometheus_client import Metric
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.proxy.admin.metrics import counts, from_json, lasting, merged, to_json
+from eoepca_security.proxy.admin.status import READY_WAIT, State, Subject, status, together
+from eoepca_security.proxy.config.settings import Address, Settings
+
+ANSWER_TIMEOUT: Final = READY_WAIT + 0.1
+"""Seconds that a process has to answer; one that does not is left out. Probes usually give up after one second."""
+
+SILENT_TIMEOUT: Final = 0.2
+"""The same for one that was silent the last time."""
+
+_MAX_SIZE: Final = 128 * 1024
+
+_SILENCE: Final = IssuerUnavailable("none of the proxy's processes answers")
+_ERRORS: Final = {error.code: error for error in (IssuerUnavailable, CredentialsRejected, TokenInvalid)}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Connects the process that asks with one that answers, and with those that take the latter's place.
+
+    Both ends are open in all processes, so a question may be older than the process that gets it: answers bear its
+    number.
+    """
+
+    asking: socket.socket
+    answering: socket.socket
+
+    @classmethod
+    def make(cls) -> "Line":
+        """Make one; before the processes part."""
+        # Datagrams, so that a process that dies leaves no half of an answer.
+        asking, answering = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        for end in (asking, answering):
+            end.setblocking(False)
+        return cls(asking, answering)
+
+
+def answer(line: Line, subject: Subject) -> None:
+    """Answer all questions that come, in the running event loop, until that ends."""
+    loop = asyncio.get_running_loop()
+    answering: set[asyncio.Task[None]] = set()
+
+    def asked() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            question = json.loads(line.answering.recv(_MAX_SIZE))
+            task = loop.create_task(_answer(line, subject, question["number"], question["about"]))
+            answering.add(task)
+            task.add_done_callback(answering.discard)
+
+    loop.add_reader(line.answering, asked)
+
+
+async def _answer(line: Line, subject: Subject, number: int, about: str) -> None:
+    content: Any
+    if about == "readiness":
+        error = await subject.ready()
+        content = [error.code, str(error)] if error is not None else None
+    else:
+        content = {"status": await subject.status(), "families": to_json(await subject.families())}
+    with contextlib.suppress(OSError):
+        # Whoever asked may have given up, and its next question finds room again.
+        line.answering.send(json.dumps({"number": number, "pid": os.getpid(), "content": content}).encode())
+
+
+@dataclass
+class Crew:
+    """All processes that serve requests, as one."""
+
+    settings: Settings
+    lines: Sequence[Line]
+    quit: Callable[[], None]
+    _number: int = field(default=0, init=False)
+    _last: dict[Line, tuple[int, list[Metric]]] = field(default_factory=dict, init=False)
+    _past: list[Metric] = field(default_factory=list, init=False)
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
+    _asking: dict[str, "asyncio.Task[dict[Line, Any]]"] = field(default_factory=dict, init=False)
+    _silent_lines: set[Line] = field(default_factory=set, init=False)
+
+    def subject(self) -> Subject:
+        """Return what the admin listener tells of."""
+        return Subject(self.ready, self.status, self.families, self.quit)
+
+    async def ready(self) -> TokenError | None:
+        """Return why not everyone who answers has a token, or None when they do."""
+        answers = await self._ask("readiness")
+        if not answers:
+            return _SILENCE
+        rejected = next((answer["content"] for answer in answers.values() if answer["content"]), None)
+        return _ERRORS[rejected[0]](rejected[1]) if rejected else None
+
+    async def status(self) -> Mapping[str, Any]:
+        """Return the state as JSON has it."""
+        answers = await self._tell()
+        states = [answer["content"]["status"] for answer in answers.values()] or [self._silent()]
+        return together(states) | {"processes": len(answers)} | counts(self._counted(answers))
+
+    async def families(self) -> Sequence[Metric]:
+        """Return the metrics, with what those that are gone have counted."""
+        return self._counted(await self._tell())
+
+    def _silent(self) -> dict[str, Any]:
+        now = time.time()
+        return status(
+            State(
+                at=now,
+                started_at=now,
+                listener=f"http://{Address(self.settings.host, self.settings.port)}",
+                upstream=self.settings.upstream or "",
+                in_container=False,
+                settings=self.settings,
+                token=None,
+                claims={},
+                failure=_SILENCE,
+                last_refresh=None,
+                last_answer=None,
+                mishaps=(),
+                counts={},
+                in_flight=0,
+            )
+        )
+
+    async def _tell(self) -> dict[Line, Any]:
+        answers = await self._ask("state")
+        for line, answer in answers.items():
+            pid, families = self._last.get(line, (answer["pid"], []))
+            if pid != answer["pid"]:
+                self._past = merged([self._past, lasting(families)])
+            self._last[line] = answer["pid"], from_json(answer["content"]["families"])
+        return answers
+
+    def _counted(self, answers: Mapping[Line, Any]) -> list[Metric]:
+        silent = [lasting(families) for line, (_, families) in self._last.items() if line not in answers]
+        return merged([*(self._last[line][1] for line in answers), *silent, self._past])
+
+    async def _ask(self, about: str) -> dict[Line, Any]:
+        """Ask all, together with whoever asks the same meanwhile."""
+        asking = self._asking.get(about)
+        if asking is None or asking.done():
+            asking = self._asking[about] = asyncio.get_running_loop().create_task(self._ask_all(about))
+        return await asyncio.shield(asking)
+
+    async def _ask_all(self, about: str) -> dict[Line, Any]:
+        # One question at a time: whoever reads takes what is there, and it may be another's.
+        async with self._turn:
+            self._number += 1
+            answers = await asyncio.gather(*(self._ask_one(line, self._number, about) for line in self.lines))
+        heard = {line: answer for line, answer in zip(self.lines, answers, strict=True) if answer is not None}
+        self._silent_lines = set(self.lines) - set(heard)
+        return heard
+
+    async def _ask_one(self, line: Line, number: int, about: str) -> Any:
+        loop = asyncio.get_running_loop()
+        # BlockingIOError: it has not read the questions before. TimeoutError is an OSError, too. ValueError: no JSON.
+        with contextlib.suppress(OSError, ValueError):
+            async with asyncio.timeout(SILENT_TIMEOUT if line in self._silent_lines else ANSWER_TIMEOUT):
+                line.asking.send(json.dumps({"number": number, "about": about}).encode())
+                while True:
+                    answer = json.loads(await loop.sock_recv(line.asking, _MAX_SIZE))
+                    if answer["number"] == number:
+                        return answer
+        return None

@@ -1,0 +1,46 @@
+"""How `check` tells what it found: in colour to people at a terminal, plainly elsewhere, as JSON to machines."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+import click
+
+from eoepca_security.proxy.cli.check import Step
+
+
+def report(steps: Iterable[Step], *, as_json: bool) -> int:
+    """Show each step as soon as it is known, or with `as_json` all at the end; return the exit code."""
+    show = (lambda _step: None) if as_json else _at_terminal() if sys.stdout.isatty() else _show_plainly
+    seen = []
+    for step in steps:
+        show(step)
+        seen.append(step)
+    ok = all(step.status == "ok" for step in seen)
+    if as_json:
+        click.echo(json.dumps({"ok": ok, "steps": [asdict(step) for step in seen]}, indent=2))
+    return 0 if ok else 1
+
+
+def _show_plainly(step: Step) -> None:
+    remedy = f"; remedy: {step.remedy}" if step.remedy else ""
+    click.echo(f"{step.name:<10} {step.status:<8} {step.detail}{remedy}")
+
+
+def _at_terminal() -> Callable[[Step], None]:
+    from rich.console import Console  # noqa: PLC0415  not needed elsewhere
+    from rich.padding import Padding  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    symbols = "✓✗·" if console.encoding.startswith("utf") else "+!-"
+    marks = dict(zip(("ok", "fault", "skipped"), zip(symbols, ("green", "bold red", "dim"), strict=True), strict=True))
+
+    def show(step: Step) -> None:
+        symbol, style = marks[step.status]
+        console.print(Text.assemble((f"{symbol} {step.name:<10} ", style), step.detail), soft_wrap=True)
+        if step.remedy:
+            console.print(Padding(Text(step.remedy, "yellow"), (0, 0, 0, 13)))
+
+    return show

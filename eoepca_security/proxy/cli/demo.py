@@ -1,0 +1,114 @@
+"""The demo: an issuer and a protected service of our own on free ports, and the real proxy before the service."""
+
+import http.client
+import json
+import threading
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import click
+from mitmproxy.tools.dump import DumpMaster
+
+from eoepca_security.errors import TokenError, TokenInvalid
+from eoepca_security.issuer.provider import Provider
+from eoepca_security.issuer.transport import HttpTransport, trust
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.runtime.serve import run as run_proxy
+from eoepca_security.testing import Behaviour, FakeIssuer
+from eoepca_security.testing.local_server import Handler, LocalServer
+
+AUDIENCE = "demo-service"
+ACCESS_TOKEN_LIFETIME = 60
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one request got."""
+
+    status: int
+    body: str
+
+
+def run(*, once: bool) -> int:
+    """Show a request refused without the proxy and accepted through it; return the exit code.
+
+    Stays up until Ctrl-C unless `once`.
+    """
+    behaviour = Behaviour(
+        lifetime=ACCESS_TOKEN_LIFETIME, refresh_tokens="rotate", audience=AUDIENCE, claims={"sub": "demo-user-1"}
+    )
+    behaviour.claims["preferred_username"] = "demo-user"
+    with FakeIssuer(behaviour, client_id="demo-client") as issuer, LocalServer(_service(issuer.url)) as service:
+        settings = Settings(
+            issuer_url=issuer.url,
+            client=Client("demo-client"),
+            refresh_token=issuer.refresh_token,
+            audience=AUDIENCE,
+            upstream=service.url,
+            port=0,
+        )
+        shown: list[bool] = []
+
+        def started(master: DumpMaster, proxy_url: str, _failure: TokenError | None) -> None:
+            # The requests block, and the proxy that is to answer them runs in this thread.
+            threading.Thread(target=show, args=(master, proxy_url), daemon=True).start()
+
+        def show(master: DumpMaster, proxy_url: str) -> None:
+            try:
+                shown.append(_show(issuer.url, service.url, proxy_url))
+                if not once and shown[0]:
+                    click.echo("\nThe demo stays up until you press Ctrl-C.")
+            finally:
+                if once or shown != [True]:
+                    master.shutdown()
+
+        code = run_proxy(settings, on_started=started)
+        return code if shown == [True] else 1
+
+
+def _show(issuer_url: str, service_url: str, proxy_url: str) -> bool:
+    click.echo(
+        f"identity provider  {issuer_url}\n"
+        f"protected service  {service_url}  (wants an access token)\n"
+        f"proxy              {proxy_url}  (adds one)\n"
+    )
+    refused = _try("1. without the proxy the service refuses:", service_url)
+    accepted = _try("2. through the proxy it accepts, and knows who asks:", proxy_url)
+    ok = (refused.status, accepted.status) == (401, 200)
+    click.echo("It works." if ok else "That is not what should have happened: please report it.")
+    return ok
+
+
+def _try(title: str, url: str) -> Reply:
+    # Straight to the address: a proxy in the environment has nothing to do with machines' own loopback.
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
+    connection.request("GET", "/whoami")
+    response = connection.getresponse()
+    reply = Reply(response.status, response.read().decode())
+    connection.close()
+    click.echo(f"{title}\n   curl -i {url}/whoami\n   -> {reply.status} {reply.body.strip()}\n")
+    return reply
+
+
+def _service(issuer_url: str) -> type[Handler]:
+    provider = Provider(issuer_url, Client("demo-service"), HttpTransport(trust()))
+
+    class Service(Handler):
+        def respond(self) -> None:
+            self.read_body()
+            scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not token:
+                self.answer(401, {"error": "an access token is needed"}, {"WWW-Authenticate": "Bearer"})
+                return
+            try:
+                claims = provider.verify(token, AUDIENCE)
+            except TokenInvalid as error:
+                self.answer(401, {"error": str(error)}, {"WWW-Authenticate": 'Bearer error="invalid_token"'})
+            except TokenError as error:
+                self.answer(503, {"error": str(error)})
+            else:
+                body = {"hello": claims["preferred_username"], "sub": claims["sub"], "token_ends": claims["exp"]}
+                self.answer(200, json.dumps(body).encode() + b"\n")
+
+    return Service

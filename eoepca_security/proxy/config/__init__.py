@@ -1,0 +1,1 @@
+"""Settings, and what is made from them: a provider, a store, a token source. May import `session`."""

@@ -1,0 +1,90 @@
+"""From settings to a TokenSource that talks to the issuer."""
+
+from collections.abc import Callable
+from functools import partial
+
+from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
+from eoepca_security.issuer.provider import Provider
+from eoepca_security.issuer.transport import HttpTransport, Transport, trust
+from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.oauth.verify import looks_like_jwt
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import AUDIENCE, REFRESH_TOKEN
+from eoepca_security.proxy.policy.remedies import BINDING_REMEDY
+from eoepca_security.session.file_store import TokenStore
+from eoepca_security.session.source import TokenSource
+
+
+def make_provider(settings: Settings, transport: Transport | None = None) -> Provider:
+    """Return the issuer as the client in the settings sees it, over the network unless there is a `transport`."""
+    return Provider(
+        settings.issuer_url,
+        settings.client,
+        transport or HttpTransport(partial(trust, settings.ca_file)),
+        scope=settings.scope,
+        allow_http=settings.allow_http,
+    )
+
+
+def make_store(settings: Settings) -> TokenStore | None:
+    """Return where the session in the settings is kept, if it is one and is to be kept."""
+    if settings.token_store is None or settings.grant != "refresh_token":
+        return None
+    return TokenStore(
+        settings.token_store,
+        issuer_url=settings.issuer_url,
+        client_id=settings.client.client_id,
+        origin=settings.refresh_token,
+    )
+
+
+def make_source(
+    settings: Settings,
+    *,
+    continues: TokenSource | None = None,
+    joins: bool = False,
+    observe: Callable[[TokenError | None, float], None] | None = None,
+    learn: Callable[[Provider, str], object] | None = None,
+) -> TokenSource:
+    """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet.
+
+    `continues` is a source with the same login, which it goes on with. `joins` and `observe` are as TokenSource has
+    them. `learn` is called with each new access token that is good, in the thread that got it.
+    """
+    provider = make_provider(settings)
+
+    def request_token(refresh_token: str | None) -> TokenResponse:
+        if settings.grant == "refresh_token" and refresh_token is None:
+            raise CredentialsRejected(f"there is no session: run `run-mitmproxy.py login`, or set {REFRESH_TOKEN.env}")
+        return provider.request_token(refresh_token)
+
+    def check(token: str) -> None:
+        check_audience(token)
+        if learn is not None:
+            learn(provider, token)
+
+    def check_audience(token: str) -> None:
+        if settings.audience is None or not looks_like_jwt(token):
+            return
+        try:
+            provider.verify(token, settings.audience)
+        except TokenInvalid as error:
+            if error.claim == "cnf":
+                raise TokenInvalid(f"{error}; {BINDING_REMEDY}") from None
+            if error.claim != "aud":
+                raise
+            raise TokenInvalid(
+                f"{error}; compare {AUDIENCE.env} with the client's settings at the issuer "
+                "(Keycloak: the client needs an audience mapper)"
+            ) from None
+
+    return TokenSource(
+        request_token,
+        refresh_token=settings.refresh_token,
+        access_token=settings.access_token,
+        store=make_store(settings),
+        check=check,
+        continues=continues,
+        joins=joins,
+        observe=observe,
+    )

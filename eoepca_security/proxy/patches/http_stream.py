@@ -1,0 +1,311 @@
+"""One request and its answer: answers that do not wait for what is still to come, and those for a service that fails.
+
+mitmproxy reads the whole body of a request before it sends an answer that an add-on has made, and tells of a service
+that fails in HTML. The streams here answer at once, and in the form that clients of ours know.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Final
+from weakref import WeakSet
+
+import wsproto.events
+from mitmproxy.connection import Connection
+from mitmproxy.http import HTTPFlow, Request, Response
+from mitmproxy.net.http.http1 import expected_http_body_size
+from mitmproxy.net.http.validate import validate_headers
+from mitmproxy.proxy.commands import CloseConnection, StartHook
+from mitmproxy.proxy.events import DataReceived, Event
+from mitmproxy.proxy.layer import CommandGenerator
+from mitmproxy.proxy.layers import http, websocket
+from mitmproxy.proxy.layers.http import DropStream, HttpStream, SendHttp
+from mitmproxy.proxy.layers.http._events import (
+    RequestData,
+    RequestEndOfMessage,
+    RequestHeaders,
+    RequestProtocolError,
+    ResponseData,
+    ResponseEndOfMessage,
+    ResponseProtocolError,
+)
+from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
+
+from eoepca_security.proxy.policy import problem_details
+from eoepca_security.proxy.policy.headers import is_websocket
+
+MAX_HELD: Final = 1024 * 1024
+"""Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
+
+MAX_MESSAGE: Final = 16 * 1024 * 1024
+"""Longest message of a WebSocket, in bytes, which is held until it is complete; each of its frames counts for some."""
+
+_FRAME: Final = 64
+
+_DIGITS: Final = 18  # of any length that there can be; Python does not read thousands
+
+CODE: Final = "oidc_proxy_error"
+"""In a flow's metadata, the code of the answer that was made here."""
+
+DETAIL: Final = "oidc_proxy_error_detail"
+"""There too, what it says."""
+
+MAX_DISCARDED: Final = 1024 * 1024 * 1024
+"""Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
+answer only when they have sent everything, and would never see it if the connection ended before that."""
+
+# RFC 9110 §9.2.2: doing these twice is no different from doing them once.
+_IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
+
+late: WeakSet[Connection] = WeakSet()
+"""Connections that were ended because nothing came from the service for too long."""
+
+_used: WeakSet[Connection] = WeakSet()
+
+
+def install() -> None:
+    """Put our streams in the place of mitmproxy's, for all connections of this process that are made from now on."""
+    http.HttpStream = Stream  # type: ignore[misc]
+    websocket.WebsocketLayer = _WebSocket  # type: ignore[misc]
+
+
+def streams_request(request: Request) -> bool:
+    """Tell whether a request's body is to pass through as it comes, rather than be held until it is complete.
+
+    One that is held can be sent again, so short ones are.
+    """
+    length = request.headers.get("Content-Length")
+    if length is None:
+        return "Transfer-Encoding" in request.headers or request.is_http2 or request.is_http3
+    return _is_long(length)
+
+
+def streams_response(response: Response) -> bool:
+    """Tell whether an answer's body is to pass through as it comes: events, and what may be large."""
+    if response.status_code == 101:
+        return False
+    length = response.headers.get("Content-Length")
+    if length is None:
+        # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
+        return response.status_code != 401
+    return _is_long(length)
+
+
+def _is_long(length: str) -> bool:
+    return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
+
+
+def _check(request: Request, answer: Response) -> None:
+    """Raise ValueError where an answer must not be passed on."""
+    validate_headers(answer)
+    switches = answer.status_code == 101 and is_websocket(request) and not (request.is_http2 or request.is_http3)
+    if not (switches or 200 <= answer.status_code <= 599):
+        # mitmproxy crashes when it has to pass a 101 on to an HTTP/2 client.
+        raise ValueError(f"unexpected status {answer.status_code}")
+
+
+@dataclass
+class TokenRefusedHook(StartHook):
+    """The service refuses the token (401): the request is sent again where the hook leaves the flow without an answer.
+
+    Where that cannot be, as the answer is on its way to the client, nobody waits for the hook.
+    """
+
+    flow: HTTPFlow
+
+
+class Stream(HttpStream):
+    """A stream that answers as soon as there is an answer."""
+
+    _discarded = 0
+    _has_ended = False
+    _was_used = False
+    _was_repeated = False
+    _was_refused = False
+
+    def state_wait_for_request_headers(self, event: RequestHeaders) -> CommandGenerator[None]:
+        """Answer without waiting for the body where the hooks have left an answer."""
+        yield from super().state_wait_for_request_headers(event)
+        if self._is_in(self.state_consume_request_body) and not event.end_stream and self.flow.response is not None:
+            yield from self._answer()
+
+    def start_request_stream(self) -> CommandGenerator[None]:
+        """Begin to stream the request; what follows an answer to it is discarded."""
+        yield from super().start_request_stream()
+        if self._is_in(self.state_errored) and self.flow.response is not None:
+            self.client_state = self.state_discard_request_body
+
+    def state_discard_request_body(self, event: Event) -> CommandGenerator[None]:
+        """Read what the client still sends, so that it gets to read the answer, but not for ever."""
+        if isinstance(event, RequestData):
+            self._discarded += len(event.data)
+            if self._discarded > MAX_DISCARDED:
+                yield CloseConnection(self.context.client)
+                self.client_state = self.state_errored
+        elif isinstance(event, RequestEndOfMessage):
+            self.client_state = self.state_done
+            if self._has_ended:
+                yield DropStream(self.stream_id)
+            else:
+                yield from self.flow_done()
+
+    def start_response_stream(self) -> CommandGenerator[None]:
+        """Begin to stream the answer."""
+        yield from super().start_response_stream()
+        if self._is_refusal():
+            hook = TokenRefusedHook(self.flow)
+            hook.blocking = False
+            yield hook
+
+    def state_consume_response_body(self, event: Event) -> CommandGenerator[None]:
+        """Hold the answer, but not more than may be held: then it is streamed after all."""
+        response = self.flow.response
+        if response is None:
+            raise RuntimeError("there is no answer")
+        if isinstance(event, ResponseData) and len(self.response_body_buf) + len(event.data) > MAX_HELD:
+            held = bytes(self.response_body_buf)
+            self.response_body_buf.clear()
+            response.stream = True
+            yield from self.start_response_stream()
+            yield from self.state_stream_response_body(ResponseData(self.stream_id, held + event.data))
+            return
+        if isinstance(event, ResponseEndOfMessage) and self._is_refusal():
+            response.data.content = bytes(self.response_body_buf)
+            yield TokenRefusedHook(self.flow)
+            if self.flow.response is None:
+                self.response_body_buf.clear()
+                self.server_state = self.state_wait_for_response_headers
+                yield from self._send_again()
+                return
+        yield from super().state_consume_response_body(event)
+
+    def _is_refusal(self) -> bool:
+        """Tell whether the token was refused, once for each request."""
+        response = self.flow.response
+        if self._was_refused or response is None or response.status_code != 401:
+            return False
+        self._was_refused = True
+        return True
+
+    def send_response(self, already_streamed: bool = False) -> CommandGenerator[None]:
+        """Send the answer, and end it even where the service did not want all of the request."""
+        yield from super().send_response(already_streamed)
+        if self.server_state != self.state_done or not self._is_in(self.state_stream_request_body):
+            return
+        yield self._hang_up("the answer came early")
+        if self.flow.request.is_http2 or self.flow.request.is_http3:
+            self.client_state = self.state_done
+            yield from self.flow_done()
+            return
+        self.flow.live = False
+        self._has_ended = True
+        self.client_state = self.state_discard_request_body
+        yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+        if self.flow.response is not None and expected_http_body_size(self.flow.request, self.flow.response) == -1:
+            yield CloseConnection(self.context.client)
+
+    def make_server_connection(self) -> CommandGenerator[bool]:
+        """Get a connection to the service, and note whether it has served before."""
+        ok = yield from super().make_server_connection()
+        if ok:
+            self._was_used = self.context.server in _used
+            _used.add(self.context.server)
+        return ok
+
+    def handle_protocol_error(self, event: RequestProtocolError | ResponseProtocolError) -> CommandGenerator[None]:
+        """Answer for a service that cannot be reached or hangs up, unless asking again helps."""
+        has_begun = self.server_state in (self.state_stream_response_body, self.state_errored)
+        if not isinstance(event, ResponseProtocolError) or has_begun:
+            yield from super().handle_protocol_error(event)
+        elif self.server_state in (self.state_done, self.state_blamed):
+            return  # the client has its answer
+        elif self._may_repeat() and self.flow.response is None and event.message == "server closed connection":
+            yield from self._repeat()
+        else:
+            yield from self._blame("no answer: timed out" if self.context.server in late else event.message)
+
+    def check_invalid(self, request: bool) -> CommandGenerator[bool]:
+        """Answer for a service whose answer does not say for certain what it is, or where it ends."""
+        if request or self.flow.response is None:
+            return (yield from super().check_invalid(request))
+        try:
+            _check(self.flow.request, self.flow.response)
+        except ValueError as error:
+            # What else comes on this connection may be anything.
+            yield self._hang_up("the answer is malformed")
+            yield from self._blame(f"{problem_details.MALFORMED}: {error}")
+            self.server_state = self.state_blamed
+            return True
+        return False
+
+    def state_blamed(self, _: Event) -> CommandGenerator[None]:
+        """Take no notice of what the service still sends."""
+        yield from ()
+
+    def _hang_up(self, reason: str) -> SendHttp:
+        """Return the command that ends the connection to the service, of which nobody can use the rest."""
+        error = RequestProtocolError(self.stream_id, reason, RequestProtocolError.code)
+        return SendHttp(error, self.context.server)
+
+    def _blame(self, reason: str) -> CommandGenerator[None]:
+        """Answer that the service failed."""
+        request = self.flow.request
+        fault = problem_details.upstream_fault(
+            f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http"
+        )
+        self.flow.response = problem_details.answer(fault, method=request.method)
+        self.flow.metadata |= {CODE: fault.code, DETAIL: fault.detail}
+        yield from self._answer()
+
+    def _is_in(self, state: Any) -> bool:
+        return bool(self.client_state == state)
+
+    def _answer(self) -> CommandGenerator[None]:
+        """Send the answer that stands in the flow, however much of the request is still to come."""
+        if self.flow.response is None:
+            raise RuntimeError("there is no answer")
+        self.flow.response.timestamp_start = time.time()
+        yield HttpResponseHeadersHook(self.flow)
+        if (yield from self.check_killed(True)):
+            return
+        is_multiplexed = self.flow.request.is_http2 or self.flow.request.is_http3
+        if not self._is_in(self.state_done):
+            # HTTP/1 has to read on, or it would take the rest for the next request.
+            self.client_state = self.state_done if is_multiplexed else self.state_discard_request_body
+        yield from self.send_response()
+
+    def _may_repeat(self) -> bool:
+        """Tell whether the service has merely ended a connection that it kept, while our request was on its way."""
+        request = self.flow.request
+        return (
+            self._was_used
+            and not self._was_repeated
+            and self.context.server not in late
+            and self._is_in(self.state_done)
+            and request.raw_content is not None
+            and request.data.method in _IDEMPOTENT
+        )
+
+    def _repeat(self) -> CommandGenerator[None]:
+        self._was_repeated = True
+        yield from self._send_again()
+
+    def _send_again(self) -> CommandGenerator[None]:
+        if not (yield from self.make_server_connection()):
+            return
+        request, server = self.flow.request, self.context.server
+        content = request.raw_content
+        yield SendHttp(RequestHeaders(self.stream_id, request, end_stream=not content), server)
+        if content:
+            yield SendHttp(RequestData(self.stream_id, content), server)
+        yield SendHttp(RequestEndOfMessage(self.stream_id), server)
+
+
+class _WebSocket(websocket.WebsocketLayer):
+    def relay_messages(self, event: Event) -> CommandGenerator[None]:
+        yield from super().relay_messages(event)
+        for side in (self.server_ws, self.client_ws):
+            held = sum(map(len, side.frame_buf)) + len(side.frame_buf) * _FRAME
+            if held > MAX_MESSAGE and self._handle_event != self.done:
+                # As if the sender had ended the conversation (RFC 6455 §7.4.1).
+                side._events.append(wsproto.events.CloseConnection(1009, "the message is too long"))
+                yield from super().relay_messages(DataReceived(side.conn, b""))

@@ -1,0 +1,106 @@
+"""The proxy's own answers: problem details (RFC 9457) with a code that programs can rely on. Pure."""
+
+import errno
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from mitmproxy.http import Response
+from mitmproxy.net.http import http1
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.oauth.protocol import printable
+from eoepca_security.proxy.patches import header_lookup
+from eoepca_security.proxy.policy.access import Refusal
+
+ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
+
+ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
+    "host_not_allowed": (403, "The proxy does not answer to this Host"),
+    "cross_site_request": (403, "The proxy takes no requests from other web sites"),
+    "bad_request": (400, "The request is not well-formed"),
+    IssuerUnavailable.code: (503, "The identity provider does not give a token"),
+    CredentialsRejected.code: (502, "The identity provider rejected the proxy's credentials"),
+    TokenInvalid.code: (502, "The identity provider's token cannot be used"),
+    "upstream_unavailable": (502, "The protected service does not answer"),
+    "upstream_timeout": (504, "The protected service does not answer in time"),
+}
+"""Every code of the public interface, with its status and its title."""
+
+MALFORMED: Final = "its answer is malformed"
+"""Begins the reason for which an answer of the service is not passed on."""
+
+_HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
+
+_LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUnavailable.code, "Retry-After": "1"})
+
+
+def last_resort() -> Response:
+    """Return the answer for the time in which there is no better one, and for when making a better one fails."""
+    return header_lookup.with_headers(_LAST_RESORT, _LAST_RESORT.data.headers.fields)
+
+
+def title(code: str) -> str:
+    """Return in words what a code of the public interface says."""
+    return ANSWERS[code][1]
+
+
+@dataclass(frozen=True)
+class UpstreamFault:
+    """Why the protected service gives no answer; `code` is of the public interface."""
+
+    code: str
+    detail: str
+
+
+def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> UpstreamFault:
+    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do.
+
+    `is_plain` says that it was addressed without TLS.
+    """
+    reason = reason.rstrip(". ")
+    if "does not speak TLS" in reason:
+        remedy = "is it http:// rather than https:// in REMOTE_PROTECTED_DOMAIN?"
+    elif "certificate verify failed" in reason.lower():
+        remedy = "TLS_CA_FILE adds a CA to those that are trusted"
+    elif "server closed connection" in reason:
+        # As servers do that want TLS.
+        other = ", or is it https:// rather than http:// in REMOTE_PROTECTED_DOMAIN?" if is_plain else ""
+        remedy = f"it hung up without an answer: its log may say why{other}"
+    elif reason.startswith((MALFORMED, "Cannot parse HTTP response")):
+        remedy = "the service has to mend that, unless REMOTE_PROTECTED_DOMAIN is the address of something else"
+    else:
+        remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
+    is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason
+    code = "upstream_timeout" if is_late else "upstream_unavailable"
+    return UpstreamFault(code, f"{service}: {printable(reason)}; {remedy}")
+
+
+def parts(
+    error: TokenError | Refusal | UpstreamFault, *, retry_after: float = 1, status: int | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Return status (the usual one unless given), headers and body of an answer; `retry_after` is in seconds."""
+    usual, title = ANSWERS[error.code]
+    status = status or usual
+    detail = str(error) if isinstance(error, TokenError) else error.detail
+    body = {"title": title, "status": status, "detail": detail, "code": error.code}
+    headers = _HEADERS | {ERROR_HEADER: error.code}
+    if status == 503:
+        headers["Retry-After"] = str(math.ceil(retry_after))
+    return status, headers, json.dumps(body).encode()
+
+
+def last_answer(status_code: int, message: str = "") -> bytes:
+    """Return an answer of HTTP/1 after which the connection ends; `message` is mitmproxy's reason for it."""
+    code = "bad_request" if status_code < 500 else "upstream_unavailable"
+    _, headers, body = parts(Refusal(code, printable(message)), status=status_code)
+    return bytes(http1.assemble_response(Response.make(status_code, body, headers | {"Connection": "close"})))
+
+
+def answer(error: TokenError | Refusal | UpstreamFault, *, method: str, retry_after: float = 1) -> Response:
+    """Return the answer to a request that is not forwarded; `retry_after` is in seconds."""
+    status, headers, body = parts(error, retry_after=retry_after)
+    # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
+    return Response.make(status, b"" if method == "HEAD" else body, headers)

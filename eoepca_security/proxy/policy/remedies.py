@@ -1,0 +1,221 @@
+"""What to do about a fault: from what was seen of it to the remedy. Pure."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+from urllib.parse import urlsplit
+
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.oauth.protocol import is_loopback, printable
+from eoepca_security.oauth.verify import unverified_claims
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import (
+    AUDIENCE,
+    CA_FILE,
+    CLIENT_AUTH,
+    CLIENT_ID,
+    CLIENT_SECRET,
+    ENDPOINT,
+    ISSUER,
+    SCOPE,
+    UPSTREAM,
+    Variable,
+)
+from eoepca_security.session.session import number
+
+LOGIN: Final = "run `run-mitmproxy.py login`"
+
+CHECK: Final = "run `run-mitmproxy.py check`, which says more"
+
+CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
+"""What an issuer answers (RFC 6749 §5.2) when it is the client that it does not accept."""
+
+BINDING_REMEDY: Final = "turn off DPoP-bound and certificate-bound access tokens for this client at the issuer"
+
+CLOCK: Final = "set this machine's clock by the network (`timedatectl set-ntp true`), or have the issuer's set"
+
+_PROXY: Final = (
+    "a proxy is in the way: put its user and password into HTTPS_PROXY (or HTTP_PROXY), as in "
+    "http://user:password@proxy:3128, or list the host in NO_PROXY"
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was looked for: the setting that names it, its URL, and whether we run in a container."""
+
+    variable: Variable
+    url: str
+    in_container: bool
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The head of an HTTP answer, its headers' names in small letters, and the beginning of its body."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+
+    @property
+    def is_html(self) -> bool:
+        """Whether it is a page for people."""
+        return "html" in self.headers.get("content-type", "").lower() or self.body.lstrip()[:1] == b"<"
+
+
+def network_remedy(place: Place, cause: str, *, by_proxy: bool) -> str:
+    """Return what to do when the network keeps us from `place`; `cause` is as `explain` has it."""
+    name, host = place.variable.env, urlsplit(place.url).hostname
+    if cause == "refused" and place.in_container and is_loopback(host):
+        return (
+            f"inside a container {host} is the container itself: name the service, or the host as host.docker.internal "
+            f"(with --add-host host.docker.internal:host-gateway on Linux), in {name}"
+        )
+    if by_proxy and cause in ("refused", "unknown_host", "timeout", "ended"):
+        return f"the way leads through a proxy: check HTTPS_PROXY (or HTTP_PROXY), or list {host} in NO_PROXY"
+    if by_proxy and cause == "unknown_ca":
+        return f"the proxy on the way may have put its own certificate there: set {CA_FILE.env} to its CA's PEM file"
+    other = "http" if urlsplit(place.url).scheme == "https" else "https"
+    return {
+        "refused": f"start it, or check host and port in {name}",
+        "unknown_host": f"check the host in {name}; where only a proxy knows it, set HTTPS_PROXY",
+        "timeout": f"check host and port in {name}, and firewalls; where only a proxy leads there, set HTTPS_PROXY",
+        "unknown_ca": f"set {CA_FILE.env} to a PEM file with the CA that signed it",
+        "certificate": f"check the host in {name}, or have the certificate renewed for it",
+        "no_tls": f"check port and scheme in {name}: is it {other}:// there?",
+        "proxy": _PROXY,
+        "redirect": f"set {name} to the address that it leads to",
+    }.get(cause, f"check host and port in {name}: is it {other}:// there?")
+
+
+def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -> str:
+    """Return what to do about an issuer that gives no sensible answer; `reply` is the last that came."""
+    name = place.variable.env
+    if error.cause is not None:
+        return network_remedy(place, error.cause, by_proxy=error.by_proxy)
+    if reply is None:
+        return f"check {name}"
+    if reply.status == 407:
+        return _PROXY
+    if reply.status in (400, 404):
+        return (
+            f"check the path in {name}: for Keycloak it is /realms/<name>, before version 17 /auth/realms/<name>"
+            + _ask_for_tls(place, reply)
+        )
+    if reply.is_html:
+        return (
+            f"a page came instead of an answer: a proxy's or a network's login page, or {name} is not an issuer. Open "
+            f"{printable(place.url)} in a browser; behind a proxy, list the host in NO_PROXY or set HTTPS_PROXY"
+        )
+    if reply.status == 429 or reply.status >= 500:
+        return "the issuer is in trouble: try again later, or ask whoever runs it"
+    return f"check {name}: it has to be the issuer's own name, as its discovery document gives it"
+
+
+def client_remedy(*, has_secret: bool, works_without: bool, client_id: str) -> str:
+    """Return what to do when the issuer does not accept the client; `works_without` the secret was tried."""
+    if works_without:
+        return f"the client is a public one: unset {CLIENT_SECRET.env} and {CLIENT_AUTH.env}"
+    shown = printable(client_id)
+    if has_secret:
+        return (
+            f"copy {CLIENT_SECRET.env} anew from the issuer (Keycloak: Clients > {shown} > Credentials), check "
+            f"{CLIENT_ID.env}, and {CLIENT_AUTH.env} if it is set"
+        )
+    return (
+        f"check {CLIENT_ID.env}; if the client is confidential (Keycloak: Client authentication is on), set "
+        f"{CLIENT_SECRET.env}"
+    )
+
+
+def session_remedy(refresh_token: str | None, message: str, *, client_id: str, issuer: str, now: float) -> str:
+    """Return what to do when the refresh token is refused, by what it says of itself or the issuer of it."""
+    claims = unverified_claims(refresh_token or "")
+    party, said_issuer, end = claims.get("azp"), claims.get("iss"), number(claims.get("exp"))
+    if isinstance(party, str) and party != client_id:
+        return f"it was given to the client {printable(party)}: set {CLIENT_ID.env} to that, or {LOGIN}"
+    if isinstance(said_issuer, str) and said_issuer != issuer:
+        return f"it was given by {printable(said_issuer)}: set {ISSUER.env} to that, or {LOGIN}"
+    if end is not None and end < now:
+        return f"it ended at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC: {LOGIN}"
+    if "client" in message:
+        return f"it seems to be another client's: check {CLIENT_ID.env}, or {LOGIN}"
+    return f"the session is over, was logged out or is used up by another program: {LOGIN}"
+
+
+def audience_remedy(client_id: str, audience: str) -> str:
+    """Return what to do when the access token is not for `audience`."""
+    client = printable(client_id)
+    return (
+        f"add it to what the issuer gives this client (Keycloak: Clients > {client} > Client scopes > "
+        f"{client}-dedicated > Add mapper > By configuration > Audience, with {audience} as Included Custom Audience "
+        f"and Add to access token on), or set {AUDIENCE.env} to what the service expects"
+    )
+
+
+def failure_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
+    """Return what to do about a refresh that failed, as far as the failure alone tells."""
+    match error:
+        case IssuerUnavailable(cause=str(cause)):
+            place = Place(ISSUER, settings.issuer_url, in_container)
+            return f"{network_remedy(place, cause, by_proxy=error.by_proxy)}; the proxy tries again by itself"
+        case IssuerUnavailable():
+            return f"the proxy tries again by itself; if this lasts, {CHECK}"
+        case CredentialsRejected(error=str(said)) if said in CLIENT_ERRORS:
+            has_secret = settings.client.secret is not None or settings.client.key is not None
+            return client_remedy(has_secret=has_secret, works_without=False, client_id=settings.client.client_id)
+        case CredentialsRejected() if error.error == "invalid_grant" or "no session" in str(error):
+            return f"{LOGIN}; the next request finds the new session"
+        case TokenInvalid(claim="aud") if settings.audience is not None:
+            return audience_remedy(settings.client.client_id, settings.audience)
+        case TokenInvalid() if "clock" in str(error):
+            return CLOCK
+    return CHECK
+
+
+def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:
+    """Return what to do about the protected service's answer to a request with the token, or None when it is good.
+
+    `audience` is what the token says it is for.
+    """
+    challenge = reply.headers.get("www-authenticate", "")
+    match reply.status:
+        case 401 if challenge and "bearer" not in challenge.lower():
+            return f"the service wants other credentials than a Bearer token: is {UPSTREAM.env} the right service?"
+        case 401:
+            return (
+                f"the service does not accept the token, which is for {audience}: compare with the issuer and audience "
+                f"that it expects, and set {AUDIENCE.env} to that"
+            )
+        case 403 if "insufficient_scope" in challenge:
+            wanted = re.search(r'scope="([^"]*)"', challenge)
+            scope = printable(wanted[1]) if wanted else "the scope it wants"
+            return f"log in again with --scope, or set {SCOPE.env}, so that it has {scope}"
+        case 403:
+            return (
+                "the service knows the user but refuses this request: ask whoever runs it for the role, or set "
+                f"{ENDPOINT.env} to something that the user may see"
+            )
+        case 407:
+            return _PROXY
+        case 400 if hint := _ask_for_tls(place, reply):
+            return f"check {UPSTREAM.env}{hint}"
+        case status if 300 <= status < 400 and _is_login_page(reply.headers.get("location", "")):
+            return (
+                "the gateway sends to a login page rather than taking tokens: have it accept Bearer tokens "
+                f"(APISIX's openid-connect: bearer_only), or set {UPSTREAM.env} to the service itself"
+            )
+        case status if status >= 500:
+            return "the service is in trouble: look at its log, and at that of the gateway before it"
+    return None
+
+
+def _ask_for_tls(place: Place, reply: Reply) -> str:
+    speaks_tls = b"HTTPS" in reply.body.upper() and place.url.startswith("http://")
+    return "; is it https:// there?" if speaks_tls else ""
+
+
+def _is_login_page(location: str) -> bool:
+    return re.search(r"response_type=|/auth\?|/login|/oauth2/", location) is not None

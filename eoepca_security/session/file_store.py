@@ -1,0 +1,211 @@
+"""TokenStore: the session on disk, so that neither a restart nor a second process loses a rotated refresh token.
+
+A folder that only its owner can enter holds a JSON file for each session, and a lock file beside it. A session is on
+the disk before its tokens are used: a process that is killed loses at most an answer that was still on its way.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+
+from eoepca_security.errors import IssuerUnavailable, StoreError
+from eoepca_security.oauth.protocol import WELL_KNOWN, discovery_url
+from eoepca_security.oauth.strict_json import parse_object
+from eoepca_security.session.session import Stored
+
+VERSION: Final = 1
+MAX_FILE: Final = 256 * 1024
+"""Longest file that is read, in bytes."""
+
+_ROOM: Final = 16 * 1024
+"""Least size of a file, in bytes, so that the next one has room where this one was."""
+
+LOCK_TIMEOUT: Final = 22.0
+"""How long to wait for another process that holds the lock while it asks the issuer, in seconds."""
+
+# What says nothing of the folder, only of the moment.
+_PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+
+_TYPES: Final[dict[str, Any]] = {
+    "refresh_token": str,
+    "access_token": str | None,
+    "obtained_at": float,
+    "ends_at": float,
+    "session_ends_at": float | None,
+    "id_token": str | None,
+}
+
+logger = logging.getLogger(__name__)
+
+
+class TokenStore:
+    """The session of one client at one issuer, in `folder`.
+
+    `origin` is the refresh token from the settings, or None where there is none: what is kept is the session that it
+    grew into, so that another one there begins a session of its own. What cannot be read or written raises StoreError,
+    and is never overwritten: the caller goes on in memory.
+    """
+
+    def __init__(self, folder: Path, *, issuer_url: str, client_id: str, origin: str | None) -> None:
+        issuer = discovery_url(issuer_url).removesuffix(WELL_KNOWN)  # both spellings are one issuer
+        identity = "\n".join((issuer, client_id, origin or ""))
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        self._folder = folder
+        self._file = folder / f"{name}.json"
+        self._next = folder / f"{name}.next"
+        self._lock_file = folder / f"{name}.lock"
+        self._serial = 0
+        self._owner = {"issuer": issuer, "client_id": client_id}
+
+    @property
+    def place(self) -> Path:
+        """The file, which need not be there."""
+        return self._file
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the session for one process; the lock of a dead process is free.
+
+        Raises StoreError when there can be no lock, IssuerUnavailable when another process holds it too long.
+        """
+        try:
+            self._prepare_folder()
+            lock = FileLock(self._lock_file, timeout=LOCK_TIMEOUT, mode=0o600)
+            lock.acquire()
+        except Timeout:
+            raise IssuerUnavailable(f"another process has held {self._lock_file} for {LOCK_TIMEOUT:g} s") from None
+        except OSError as error:
+            if error.errno in _PASSING:
+                # Whoever has the lock may be replacing the token that would be used without it.
+                raise IssuerUnavailable(f"{self._lock_file} cannot be locked now ({error.strerror})") from None
+            raise StoreError(f"{self._lock_file} cannot be locked ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def changed_at(self) -> int:
+        """Return what changes whenever another process writes the session; 0 when there is none."""
+        try:
+            return self._file.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    def read(self) -> Stored | None:
+        """Return the session, or None when there is none yet; raises StoreError."""
+        session, self._serial = self._read(self._file)
+        # A process that was killed just before it put its successor in place had written it already.
+        with contextlib.suppress(StoreError):
+            successor, serial = self._read(self._next)
+            if successor is not None and serial > self._serial:
+                session, self._serial = successor, serial
+        return session
+
+    def write(self, session: Stored) -> None:
+        """Replace the session, all or nothing, and return when it is on the disk; raises StoreError."""
+        members = {"version": VERSION, "serial": self._serial + 1, **self._owner, **asdict(session)}
+        data = json.dumps(members).encode().ljust(_ROOM)
+        if len(data) > MAX_FILE:
+            raise StoreError(f"{self._file} cannot be written (the tokens are far too long)")
+        try:
+            self._prepare_folder()
+            self._fill(self._next, data)
+            self._next.replace(self._file)
+            self._serial += 1
+            self._sync_folder()
+        except OSError as error:
+            raise StoreError(f"{self._file} cannot be written ({error.strerror})") from None
+        # The room of the one that was replaced is there for the next, should the disk be full by then.
+        with contextlib.suppress(OSError):
+            self._fill(self._next, bytes(_ROOM))
+
+    def _fill(self, path: Path, data: bytes) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, 0o600)
+            file.write(data)
+            file.truncate()
+            file.flush()
+            os.fsync(descriptor)
+
+    def _read(self, path: Path) -> tuple[Stored | None, int]:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return None, 0
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror})") from None
+        try:
+            self._check_mode(descriptor)
+            return self._parse(os.read(descriptor, MAX_FILE + 1))
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror})") from None
+        finally:
+            os.close(descriptor)
+
+    def forget(self) -> None:
+        """Remove the session, if there is one; raises StoreError."""
+        try:
+            for file in (self._next, self._file):
+                file.unlink(missing_ok=True)
+            self._serial = 0
+            self._sync_folder()
+        except OSError as error:
+            raise StoreError(f"{self._file} cannot be removed ({error.strerror})") from None
+
+    def _prepare_folder(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self._folder.stat()
+        # One that was made for us is closed to others; one that has other uses is not ours to change.
+        if status.st_mode & 0o077 and status.st_uid == os.geteuid() and not any(self._folder.iterdir()):
+            self._folder.chmod(0o700)
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Not every file system can do this with a folder.
+            with contextlib.suppress(OSError):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _check_mode(self, descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{self._file} is not a file: remove it")
+        if status.st_uid != os.geteuid():
+            raise StoreError(
+                f"{self._file} belongs to another user (uid {status.st_uid}): remove it, or run as that user"
+            )
+        if status.st_mode & 0o077:
+            with contextlib.suppress(OSError):
+                os.fchmod(descriptor, 0o600)
+            closed = os.fstat(descriptor).st_mode & 0o077 == 0
+            now = "its mode is 0600 now" if closed else "make its mode 0600"
+            logger.warning("%s could be read by others: %s; consider a new login", self._file, now)
+
+    def _parse(self, data: bytes) -> tuple[Stored, int]:
+        try:
+            members = parse_object(data if len(data) <= MAX_FILE else b"")
+        except ValueError:
+            raise StoreError(f"{self._file} is damaged: remove it") from None
+        if members.get("version") != VERSION:
+            raise StoreError(f"{self._file} is of another version of this program: use that one, or remove it")
+        if {name: members.get(name) for name in self._owner} != self._owner:
+            raise StoreError(f"{self._file} is of another issuer or client: remove it")
+        values: dict[str, Any] = {name: members.get(name) for name in _TYPES}
+        if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or "" in values.values():
+            raise StoreError(f"{self._file} is damaged: remove it")
+        serial = members.get("serial")
+        return Stored(**values), serial if isinstance(serial, int) else 0

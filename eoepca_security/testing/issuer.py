@@ -1,0 +1,382 @@
+"""FakeIssuer: an OpenID Connect issuer in a thread, whose every behaviour can be chosen while it runs.
+
+With pytest::
+
+    @pytest.fixture
+    def issuer():
+        with FakeIssuer() as issuer:
+            yield issuer
+
+    def test_alice_is_greeted(issuer):
+        scheme = OIDCProxyScheme(openIdConnectUrl=issuer.url, audience="service")
+        ...  # a request with the header Authorization: f"Bearer {issuer.issue(scope='read')}"
+"""
+
+import base64
+import hashlib
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Self
+from urllib.parse import parse_qsl, unquote_plus, urlsplit
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+
+from eoepca_security.oauth.protocol import PrivateKey
+from eoepca_security.oauth.strict_json import parse_object
+from eoepca_security.testing.local_server import Handler, LocalServer
+from eoepca_security.testing.login import LOGIN_GRANTS, LoginBehaviour, Logins
+
+ALL_AUTH_METHODS: Final = (
+    "client_secret_basic",
+    "client_secret_post",
+    "client_secret_jwt",
+    "private_key_jwt",
+    "none",
+)
+
+_NEW_KEY: Final[Mapping[str, Callable[[], PrivateKey]]] = {
+    "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "RS256": lambda: rsa.generate_private_key(65537, 2048),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate,
+}
+
+
+@dataclass
+class Behaviour:
+    """How the issuer behaves; change any of it at any time. Times are in seconds."""
+
+    lifetime: float = 60
+    """Of access tokens."""
+    refresh_tokens: str = "keep"
+    """`keep` answers with the same one, `omit` with none, `rotate` with a new one: an old one then ends the session."""
+    opaque: bool = False
+    """Access tokens are random strings rather than JWTs."""
+    expires_in: bool = True
+    """Whether the answer says how long the token lives."""
+    refresh_expires_in: float | None = None
+    """What the answer says of the refresh token's own lifetime; it is not enforced."""
+    clock_offset: float = 0
+    """How far the issuer's clock is ahead of this machine's."""
+    delay: float = 0
+    """Time that the token endpoint takes."""
+    auth_methods: tuple[str, ...] = ALL_AUTH_METHODS
+    """Client authentication methods that are advertised, and accepted."""
+    audience: str = "service"
+    claims: dict[str, Any] = field(default_factory=lambda: {"sub": "u-1", "preferred_username": "alice"})
+    """Claims of every access token, besides the issuer's own."""
+    down: bool = False
+    """Every request is hung up on without an answer."""
+    login: LoginBehaviour = field(default_factory=LoginBehaviour)
+    """How logins by device and by browser go."""
+    fault: Callable[[Handler], bool] | None = None
+    """Called first with each request; when it returns True it has answered, in whatever way."""
+
+
+@dataclass(frozen=True)
+class TokenRequestSeen:
+    """A request that reached the token endpoint."""
+
+    at: float
+    method: str
+    form: Mapping[str, str]
+
+
+class FakeIssuer:
+    """An issuer with one client, on a free loopback port while its `with` block lasts.
+
+    `behaviour` can be changed at any time. `refresh_token` is a valid one to begin with, `requests` are the token
+    requests so far, `fetches` counts all requests by the last part of their path (`openid-configuration`, `certs`,
+    `token`), `logins` has those that were begun, `revoked` are the refresh tokens that were given back, and `key` is
+    the signing key, for the `algorithm` ES256, RS256 or EdDSA.
+    """
+
+    def __init__(
+        self,
+        behaviour: Behaviour | None = None,
+        *,
+        client_id: str = "client",
+        client_secret: str | None = None,
+        client_key: PrivateKey | None = None,
+        path: str = "/realms/test",
+        algorithm: str = "ES256",
+    ) -> None:
+        self.behaviour = behaviour or Behaviour()
+        self.client_id = client_id
+        self.client_secret = client_secret
+        self.client_key = client_key
+        self.algorithm = algorithm
+        self.requests: list[TokenRequestSeen] = []
+        self.fetches: Counter[str] = Counter()
+        self.reuses = 0
+        self._lock = threading.Lock()
+        self._issued: dict[str, float] = {}
+        self._sessions: dict[str, str] = {}
+        self._used: dict[str, str] = {}
+        self.rotate_keys()
+        self.refresh_token = self.new_session()
+        self._server = LocalServer(self._handler())
+        self.url = self._server.url + path
+        self.logins = Logins(self.url, client_id)
+        self.revoked: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._server.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.__exit__(kind, error, trace)
+
+    def now(self) -> float:
+        """Return the issuer's time, in epoch seconds."""
+        return time.time() + self.behaviour.clock_offset
+
+    def rotate_keys(self) -> None:
+        """Sign with a new key from now on, and publish only that one."""
+        self.key = _NEW_KEY[self.algorithm]()
+        self.kid = secrets.token_hex(4)
+
+    def new_session(self) -> str:
+        """Return the refresh token of a new login."""
+        token = secrets.token_urlsafe(24)
+        self._sessions[token] = secrets.token_hex(4)
+        return token
+
+    def end_sessions(self) -> None:
+        """Log everybody out: all refresh tokens are invalid now."""
+        with self._lock:
+            self._sessions.clear()
+
+    def forget_access_tokens(self) -> None:
+        """Make `accepts` refuse all access tokens so far, as a service does when they were revoked."""
+        self._issued.clear()
+
+    def sign(self, claims: Mapping[str, Any], headers: Mapping[str, Any] | None = None) -> str:
+        """Return a JWT with exactly these claims, signed with the issuer's key."""
+        return jwt.encode(
+            dict(claims), self.key, algorithm=self.algorithm, headers={"kid": self.kid, **(headers or {})}
+        )
+
+    def issue(self, **claims: Any) -> str:
+        """Return a new access token, as the token endpoint would give it; `claims` are added or come instead."""
+        now, behaviour = self.now(), self.behaviour
+        if behaviour.opaque:
+            token = "opaque-" + secrets.token_urlsafe(24)
+            end = now + behaviour.lifetime
+        else:
+            end = int(now) + int(behaviour.lifetime)
+            token = self.sign(
+                {
+                    "iss": self.url,
+                    "aud": behaviour.audience,
+                    "iat": int(now),
+                    "exp": end,
+                    "jti": secrets.token_hex(8),
+                    **behaviour.claims,
+                    **claims,
+                }
+            )
+        self._issued[token] = end
+        return token
+
+    def id_token(self, access_token: str, **claims: Any) -> str:
+        """Return an ID token of the client that belongs to an access token; `claims` are added or come instead."""
+        now = int(self.now())
+        # What EdDSA's hash is, is a custom (SHA-512 for Ed25519), not a standard.
+        digest = hashlib.new("sha512" if self.algorithm == "EdDSA" else "sha256", access_token.encode()).digest()
+        half = base64.urlsafe_b64encode(digest[: len(digest) // 2]).rstrip(b"=").decode()
+        own = {"iss": self.url, "aud": self.client_id, "azp": self.client_id, "typ": "ID", "at_hash": half}
+        times = {"iat": now, "exp": now + int(self.behaviour.lifetime)}
+        return self.sign({**own, **times, **self.behaviour.claims, **claims})
+
+    def accepts(self, token: str) -> bool:
+        """Tell whether this is an access token of ours that has not expired, by our clock and without leeway."""
+        return self.now() < self._issued.get(token, 0)
+
+    def jwks(self) -> dict[str, Any]:
+        """Return the JWK Set."""
+        algorithm: Any = jwt.get_algorithm_by_name(self.algorithm)
+        key = algorithm.to_jwk(self.key.public_key(), as_dict=True)
+        return {"keys": [{**key, "kid": self.kid, "use": "sig", "alg": self.algorithm, "key_ops": ["verify"]}]}
+
+    def discovery(self) -> dict[str, Any]:
+        """Return the discovery document."""
+        return {
+            "issuer": self.url,
+            "token_endpoint": f"{self.url}/token",
+            "jwks_uri": f"{self.url}/certs",
+            "token_endpoint_auth_methods_supported": list(self.behaviour.auth_methods),
+            "grant_types_supported": ["refresh_token", "client_credentials", *LOGIN_GRANTS],
+            **self.logins.discovery(self.behaviour.login),
+        }
+
+    def answer_token_request(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for a POST to the token endpoint."""
+        form = _form(body)
+        method, refusal = self._refuse_client(authorization, form)
+        with self._lock:
+            self.requests.append(TokenRequestSeen(time.time(), method, form))
+        time.sleep(self.behaviour.delay)
+        if refusal:
+            return refusal
+        if form.get("grant_type") not in ("refresh_token", "client_credentials", *LOGIN_GRANTS):
+            return 400, {"error": "unsupported_grant_type"}
+        with self._lock:
+            error, refresh_token, nonce = self._grant(form)
+            if error is not None:
+                return 400, {"error": error, "error_description": "Token is not active"}
+            answer: dict[str, Any] = {"access_token": self.issue(), "token_type": "Bearer"}
+        if self.behaviour.expires_in:
+            answer["expires_in"] = self.behaviour.lifetime
+        if self.behaviour.refresh_expires_in is not None:
+            answer["refresh_expires_in"] = self.behaviour.refresh_expires_in
+        if refresh_token is not None and self.behaviour.refresh_tokens != "omit":
+            answer["refresh_token"] = refresh_token
+        if form["grant_type"] in LOGIN_GRANTS and self.behaviour.login.id_claims is not None:
+            claims = ({"nonce": nonce} if nonce is not None else {}) | self.behaviour.login.id_claims
+            answer["id_token"] = self.id_token(answer["access_token"], **claims)
+        return 200, answer
+
+    def answer_device_request(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for a POST to the device authorization endpoint."""
+        form = _form(body)
+        _, refusal = self._refuse_client(authorization, form)
+        return refusal or (200, self.logins.begin_by_device(self.behaviour.login, form))
+
+    def answer_revocation(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
+        """End the session of a refresh token (RFC 7009), and return status and JSON."""
+        form = _form(body)
+        _, refusal = self._refuse_client(authorization, form)
+        if refusal:
+            return refusal
+        with self._lock:
+            self.revoked.append(form.get("token", ""))
+            session = self._sessions.get(form.get("token", ""))
+            self._sessions = {t: s for t, s in self._sessions.items() if s != session}
+        return 200, {}
+
+    def _grant(self, form: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:
+        """Return the error of a token request, the refresh token to answer with, and the nonce of its login."""
+        if form["grant_type"] in LOGIN_GRANTS:
+            error, nonce = self.logins.finish(self.behaviour.login, form)
+            gives = error is None and self.behaviour.login.refresh_token
+            return error, self.new_session() if gives else None, nonce
+        if form["grant_type"] == "refresh_token":
+            refresh_token = self._use(form.get("refresh_token", ""))
+            return "invalid_grant" if refresh_token is None else None, refresh_token, None
+        return None, None, None
+
+    def _use(self, token: str) -> str | None:
+        """Take a refresh token and return the one that is valid from now on; None when this one is not."""
+        session = self._sessions.get(token)
+        if session is None:
+            if token in self._used:
+                # RFC 9700 §4.14.2: two parties have it, so neither may keep the session.
+                self.reuses += 1
+                self._sessions = {t: s for t, s in self._sessions.items() if s != self._used[token]}
+            return None
+        if self.behaviour.refresh_tokens != "rotate":
+            return token
+        del self._sessions[token]
+        self._used[token] = session
+        successor = secrets.token_urlsafe(24)
+        self._sessions[successor] = session
+        return successor
+
+    def _refuse_client(
+        self, authorization: str | None, form: Mapping[str, str]
+    ) -> tuple[str, tuple[int, dict[str, Any]] | None]:
+        """Return the client authentication method that was used, and the answer to a client that is not ours."""
+        method, authentic = self._authenticate(authorization, form)
+        if authentic and method in self.behaviour.auth_methods:
+            return method, None
+        why = "the client has to authenticate" if method == "none" else f"{method} was not accepted"
+        return method, (401, {"error": "invalid_client", "error_description": why})
+
+    def _authenticate(self, authorization: str | None, form: Mapping[str, str]) -> tuple[str, bool]:
+        """Return the client authentication method that was used, and whether it holds."""
+        if authorization is not None:
+            try:
+                pair = base64.b64decode(authorization.removeprefix("Basic "), validate=True).decode()
+            except ValueError:
+                return "client_secret_basic", False
+            client_id, _, secret = (unquote_plus(part) for part in pair.partition(":"))
+            return "client_secret_basic", (client_id, secret) == (self.client_id, self.client_secret)
+        known = form.get("client_id") == self.client_id
+        if "client_assertion" in form:
+            method, holds = self._check_assertion(form["client_assertion"])
+            return method, known and holds
+        if "client_secret" in form:
+            return "client_secret_post", known and form["client_secret"] == self.client_secret
+        return "none", known and self.client_secret is None and self.client_key is None
+
+    def _check_assertion(self, assertion: str) -> tuple[str, bool]:
+        """Check a client assertion (RFC 7523 §3) by hand: PyJWT warns of short secrets, and tests may have some."""
+        try:
+            head, payload, signature = assertion.split(".")
+            algorithm = jwt.get_unverified_header(assertion)["alg"]
+            symmetric = algorithm.startswith("HS")
+            credential = self.client_secret if symmetric else self.client_key
+            key: Any = credential.encode() if isinstance(credential, str) else credential and credential.public_key()
+            genuine = credential is not None and jwt.get_algorithm_by_name(algorithm).verify(
+                f"{head}.{payload}".encode(), key, jwt.utils.base64url_decode(signature)
+            )
+            claims = parse_object(jwt.utils.base64url_decode(payload))
+            holds = (
+                genuine
+                and claims["iss"] == claims["sub"] == self.client_id
+                and claims["aud"] == f"{self.url}/token"
+                and isinstance(claims["jti"], str)
+                and claims["iat"] - 10 <= self.now() < claims["exp"]
+            )
+        except Exception:  # noqa: BLE001  whatever is wrong with it, it does not hold
+            return "private_key_jwt", False
+        return ("client_secret_jwt" if symmetric else "private_key_jwt"), holds
+
+    def _handler(self) -> type[Handler]:
+        issuer = self
+        posts = {
+            "/token": self.answer_token_request,
+            "/auth/device": self.answer_device_request,
+            "/revoke": self.answer_revocation,
+        }
+
+        class IssuerHandler(Handler):
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                return super().date_time_string(issuer.now() if timestamp is None else timestamp)
+
+            def respond(self) -> None:
+                issuer.fetches[urlsplit(self.path).path.rpartition("/")[2]] += 1
+                if issuer.behaviour.down:
+                    self.close_connection = True
+                    return
+                if issuer.behaviour.fault is not None and issuer.behaviour.fault(self):
+                    return
+                base = urlsplit(issuer.url).path
+                authorization = self.headers.get("Authorization")
+                match self.command, urlsplit(self.path).path.removeprefix(base):
+                    case "GET", "/.well-known/openid-configuration":
+                        self.answer(200, issuer.discovery())
+                    case "GET", "/certs":
+                        self.answer(200, issuer.jwks())
+                    case "POST", path if path in posts:
+                        self.answer(*posts[path](authorization, self.read_body()))
+                    case "GET", "/auth":
+                        query = dict(parse_qsl(urlsplit(self.path).query))
+                        target = issuer.logins.begin_by_browser(issuer.behaviour.login, query)
+                        self.answer(303 if target else 400, {}, {"Location": target} if target else {})
+                    case _:
+                        self.answer(404, {"error": "not found"})
+
+        return IssuerHandler
+
+
+def _form(body: bytes) -> dict[str, str]:
+    return dict(parse_qsl(body.decode(), keep_blank_values=True))
