@@ -16,11 +16,11 @@ from typing import Any, Self
 
 import httpx
 import pytest
-from helpers_tls import write_certificate
 from xdist.scheduler import LoadScopeScheduling
 
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
+from tests.support.tls import write_certificate
 
 ROOT = Path(__file__).parent.parent
 STARTED = re.compile(r"listening at http://127\.0\.0\.1:(\d+) -> ")

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from docker_host import ENVIRONMENT, TAG, Outside, docker, has_engine, outside, readme_lines, unique
+
+from tests.conftest import ROOT
+from tests.container.docker_host import ENVIRONMENT, TAG, Outside, docker, has_engine, outside, readme_lines, unique
 
 
 @pytest.fixture(scope="session")

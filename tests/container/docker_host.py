@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
-from conftest import ROOT, Seen
-from helpers_tls import write_certificate
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
 from eoepca_security.testing.login import Logins
+from tests.conftest import ROOT, Seen
+from tests.support.tls import write_certificate
 
 SECONDS = 60.0
 TAG = "mitmproxy-oidc-test"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from docker_host import answers, docker, inspect, options, unique, until
+from tests.container.docker_host import answers, docker, inspect, options, unique, until
 
 BASE = "python:3.13-slim-bookworm"
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT
-from docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, readme_lines, unique, until
-from docker_pod import BASE, Cluster, Pod, claim
 
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour
+from tests.conftest import ROOT
+from tests.container.docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, readme_lines, unique, until
+from tests.container.docker_pod import BASE, Cluster, Pod, claim
 
 yaml = pytest.importorskip("yaml")
 validator = pytest.importorskip("kubernetes_validate")
 
 
-pytest_plugins = ["docker_fixtures"]
+pytest_plugins = ["tests.container.docker_fixtures"]
 pytestmark = [pytest.mark.container, pytest.mark.timeout(300)]
 
 FOLDER = ROOT / "deploy" / "kubernetes"

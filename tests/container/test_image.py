@@ -15,8 +15,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT
-from docker_host import (
+
+from eoepca_security.testing import Behaviour
+from tests.conftest import ROOT
+from tests.container.docker_host import (
     ENVIRONMENT,
     LOCKED,
     PUBLISH,
@@ -35,9 +37,7 @@ from docker_host import (
     wait_until_it_answers,
 )
 
-from eoepca_security.testing import Behaviour
-
-pytest_plugins = ["docker_fixtures"]
+pytest_plugins = ["tests.container.docker_fixtures"]
 pytestmark = [pytest.mark.container, pytest.mark.timeout(300)]
 
 STORE = "/home/oidc/.local/state/eoepca-security"

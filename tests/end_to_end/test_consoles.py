@@ -16,9 +16,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, ProxyProcess, Service, eventually, run_process, settings_for
 
 from eoepca_security.testing import FakeIssuer
+from tests.conftest import ROOT, ProxyProcess, Service, eventually, run_process, settings_for
 
 WEB = re.compile(r"Web server listening at (http://\S+)")
 

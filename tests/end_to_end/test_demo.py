@@ -5,7 +5,8 @@ import signal
 import sys
 
 import httpx
-from conftest import ROOT, ProxyProcess, run_process
+
+from tests.conftest import ROOT, ProxyProcess, run_process
 
 
 def start_demo(environment: dict[str, str], *arguments: str) -> ProxyProcess:

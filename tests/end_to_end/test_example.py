@@ -11,11 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT, ProxyProcess, Service, run_process
-from helpers_fastapi import bearer, get
 
 from eoepca_security import SettingsError
 from eoepca_security.testing import Behaviour, FakeIssuer
+from tests.conftest import ROOT, ProxyProcess, Service, run_process
+from tests.support.fastapi import bearer, get
 
 EXAMPLE = ROOT / "example" / "app.py"
 STARTED = re.compile(r"Uvicorn running on http://0\.0\.0\.0:(\d+)")

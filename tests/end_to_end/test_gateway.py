@@ -9,11 +9,11 @@ import fastapi
 import httpx
 import pytest
 import uvicorn
-from conftest import StartProxy, eventually, settings_for
 
 from eoepca_security import OIDCProxyScheme
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.conftest import StartProxy, eventually, settings_for
 
 
 class Issuer(FakeIssuer):

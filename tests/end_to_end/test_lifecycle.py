@@ -15,10 +15,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, settings_for
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, settings_for
 
 Answers = list[tuple[int, float]]
 

@@ -12,12 +12,12 @@ import httpx
 import pytest
 import wsproto
 import wsproto.events
-from conftest import ProxyProcess, StartProxy, eventually, settings_for
-from helpers_network import RawServer
-from helpers_network import http as response
-from helpers_service import Http2Service, Recorder, http2_continuations, http2_get
 
 from eoepca_security.testing import Behaviour, FakeIssuer
+from tests.conftest import ProxyProcess, StartProxy, eventually, settings_for
+from tests.support.network import RawServer
+from tests.support.network import http as response
+from tests.support.service import Http2Service, Recorder, http2_continuations, http2_get
 
 MIB = 1024 * 1024
 HEAD = 256 * 1024

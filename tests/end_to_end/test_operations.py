@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import ROOT, ProxyProcess, StartProxy, eventually, run_process, settings_for
 from cryptography import x509
-from helpers_service import Http2Service, Recorder, exchange, http2_get
-from test_surface import ADMIN
 
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.conftest import ROOT, ProxyProcess, StartProxy, eventually, run_process, settings_for
+from tests.end_to_end.test_surface import ADMIN
+from tests.support.service import Http2Service, Recorder, exchange, http2_get
 
 CLIENT_CANARY = "Basic Y2FuYXJ5LW9mLXRoZS1jbGllbnQ6eA=="
 SECRET_CANARY = "canary-of-the-client-secret"

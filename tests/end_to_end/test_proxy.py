@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, run_process, settings_for
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, run_process, settings_for
 
 AWKWARD_SECRET = "s: %+é&=~/?"
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, Service, StartProxy, eventually, settings_for
 
 from eoepca_security.testing import Behaviour, FakeIssuer
+from tests.conftest import ROOT, Service, StartProxy, eventually, settings_for
 
 LAUNCHER = [sys.executable, str(ROOT / "run-mitmproxy.py")]
 

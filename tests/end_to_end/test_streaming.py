@@ -14,15 +14,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ROOT, ProxyProcess, StartProxy, eventually, settings_for
-from helpers_network import RawServer, replies
-from helpers_network import http as response
-from helpers_service import http2_get
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
+from tests.conftest import ROOT, ProxyProcess, StartProxy, eventually, settings_for
+from tests.support.network import RawServer, replies
+from tests.support.network import http as response
+from tests.support.service import http2_get
 
-from test_operations import admin_of  # isort: skip
+from tests.end_to_end.test_operations import admin_of  # isort: skip
 
 DOWN = 96 * 1024 * 1024
 UP = 64 * 1024 * 1024

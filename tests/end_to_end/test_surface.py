@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import ProxyProcess, StartProxy, settings_for
-from helpers_service import Received, Recorder, exchange, http2_get, websocket_echo
 
 from eoepca_security.testing import FakeIssuer
+from tests.conftest import ProxyProcess, StartProxy, settings_for
+from tests.support.service import Received, Recorder, exchange, http2_get, websocket_echo
 
 ADMIN = re.compile(r"admin listener at (http://\S+)")
 APP = "https://app.example"

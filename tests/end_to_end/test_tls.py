@@ -6,10 +6,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import StartProxy, settings_for
 
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
+from tests.conftest import StartProxy, settings_for
 
 
 class Echo(Handler):

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import httpx
 import pytest
-from conftest import Service, StartProxy, settings_for
 
 from eoepca_security.testing import Behaviour, FakeIssuer
+from tests.conftest import Service, StartProxy, settings_for
 
 SHORT = Behaviour(lifetime=3)
 AWKWARD_SECRET = "s: %+ é&=~/?"

@@ -18,13 +18,13 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import ProxyProcess, StartProxy, eventually, settings_for
-from helpers_service import Recorder
 
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT
 from eoepca_security.testing import Behaviour, FakeIssuer
+from tests.conftest import ProxyProcess, StartProxy, eventually, settings_for
+from tests.support.service import Recorder
 
-from test_operations import accepts, admin_of  # isort: skip
+from tests.end_to_end.test_operations import accepts, admin_of  # isort: skip
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
 

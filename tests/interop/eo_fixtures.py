@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartProxy, settings_for
-from eo_service import SIZE, Setup, running_eo_service
 
 from eoepca_security.testing import FakeIssuer
+from tests.conftest import StartProxy, settings_for
+from tests.interop.eo_service import SIZE, Setup, running_eo_service
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kc_service import serving
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import HTTPConnection, Request
@@ -21,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from eoepca_security.testing import FakeIssuer
+from tests.interop.kc_service import serving
 
 SIZE = 8192  # pixels a side of the raster, a byte each: 64 MiB, and its overviews
 ITEMS = 5

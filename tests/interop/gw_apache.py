@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from kc_process import accepts, free_port, running
-from kc_server import GATEWAY
+
+from tests.interop.kc_process import accepts, free_port, running
+from tests.interop.kc_server import GATEWAY
 
 MODULES = Path("/usr/lib/apache2/modules")
 START_SECONDS = 30.0

@@ -14,9 +14,10 @@ from typing import Any
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
-from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
-from issuer_person import visit
-from kc_process import free_port, running
+
+from tests.interop.issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
+from tests.interop.issuer_person import visit
+from tests.interop.kc_process import free_port, running
 
 REQUIREMENTS = Path(__file__).with_name("canaille") / "requirements.txt"
 VERSION = next(line for line in REQUIREMENTS.read_text().splitlines() if line.startswith("canaille")).partition("==")[2]

@@ -15,8 +15,9 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
-from issuer import LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
-from kc_process import free_port, running
+
+from tests.interop.issuer import LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
+from tests.interop.kc_process import free_port, running
 
 VERSION = "2.7.5"
 DOWNLOAD_SECONDS = 180.0

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers, key_pair
-from issuer_person import visit
-from kc_process import Child, free_port, running
+from tests.interop.issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers, key_pair
+from tests.interop.issuer_person import visit
+from tests.interop.kc_process import Child, free_port, running
 
 FOLDER = Path(__file__).with_name("oidc_provider")
 VERSION = json.loads((FOLDER / "package.json").read_text())["dependencies"]["oidc-provider"]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from kc_process import Child, accepts, free_port, running
 
 from eoepca_security.testing.local_server import Handler, LocalServer
+from tests.interop.kc_process import Child, accepts, free_port, running
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 SECONDS = 60.0

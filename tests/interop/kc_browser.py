@@ -1,10 +1,11 @@
 """What a person does in a browser at Keycloak's pages."""
 
-from helpers_browser import PAGE_SECONDS
-from kc_server import PASSWORD, USERNAME
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
+
+from tests.interop.kc_server import PASSWORD, USERNAME
+from tests.support.browser import PAGE_SECONDS
 
 
 def log_in(driver: Chrome) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-from kc_server import AUDIENCE, REALM, Keycloak, running_keycloak
-from kc_service import Service, running_service
+
+from tests.interop.kc_server import AUDIENCE, REALM, Keycloak, running_keycloak
+from tests.interop.kc_service import Service, running_service
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from kc_process import free_port, running
+
+from tests.interop.kc_process import free_port, running
 
 VERSION = "26.7.3"
 JAVA_MAJORS = (25, 21, 17)  # in order of preference: the LTS releases this version runs on

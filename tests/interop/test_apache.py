@@ -21,14 +21,14 @@ import fastapi
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
-from gw_apache import running_apache
-from kc_process import accepts, free_port, running
-from kc_server import AUDIENCE, CONFIDENTIAL, GATEWAY, PASSWORD, REALM, USERNAME, Keycloak
-from kc_service import serving
 
 from eoepca_security import OIDCProxyScheme
+from tests.interop.gw_apache import running_apache
+from tests.interop.kc_process import accepts, free_port, running
+from tests.interop.kc_server import AUDIENCE, CONFIDENTIAL, GATEWAY, PASSWORD, REALM, USERNAME, Keycloak
+from tests.interop.kc_service import serving
 
-pytest_plugins = ["kc_fixtures"]
+pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 ROOT = Path(__file__).parents[2]

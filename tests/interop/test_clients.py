@@ -13,17 +13,19 @@ from typing import Any
 import httpx
 import pytest
 import requests
-from conftest import ROOT, StartProxy, settings_for
-from eo_service import ITEMS, SIZE, Setup
+
+from tests.conftest import ROOT, StartProxy, settings_for
+from tests.interop.eo_service import ITEMS, SIZE, Setup
 
 pytest.importorskip("pystac_client")
 
 import pystac_client
-from helpers_browser import chromium
-from kc_browser import wait_for_text
 from pystac.errors import STACError
 
-pytest_plugins = ["eo_fixtures"]
+from tests.interop.kc_browser import wait_for_text
+from tests.support.browser import chromium
+
+pytest_plugins = ["tests.interop.eo_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
 
 SECONDS = 30

@@ -12,17 +12,18 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import StartProxy, eventually, settings_for
-from helpers_service import echo_one_message
 
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
+from tests.conftest import StartProxy, eventually, settings_for
+from tests.support.service import echo_one_message
 
 pytest.importorskip("selenium")
 
-from helpers_browser import chromium
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
+
+from tests.support.browser import chromium
 
 pytestmark = pytest.mark.browser
 

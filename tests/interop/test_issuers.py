@@ -8,23 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
-import issuer_canaille
-import issuer_glewlwyd
-import issuer_keycloak
-import issuer_oidc_provider
 import jwt
-import kc_server
 import pytest
-from conftest import eventually
-from helpers_fastapi import bearer, get, make_app
-from issuer import LIFETIME, USERNAME, Issuer
-from issuer_user import Service, User, running_service
-from kc_process import Child
 
 from eoepca_security import OIDCProxyScheme
 from eoepca_security.oauth.verify import unverified_claims
+from tests.conftest import eventually
+from tests.interop import issuer_canaille, issuer_glewlwyd, issuer_keycloak, issuer_oidc_provider, kc_server
+from tests.interop.issuer import LIFETIME, USERNAME, Issuer
+from tests.interop.issuer_user import Service, User, running_service
+from tests.interop.kc_process import Child
+from tests.support.fastapi import bearer, get, make_app
 
-pytest_plugins = ["issuer_table"]
+pytest_plugins = ["tests.interop.issuer_table"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]
 
 ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {

@@ -12,10 +12,10 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import StartProxy, settings_for
-from kc_process import accepts, free_port, running
 
 from eoepca_security.testing import FakeIssuer
+from tests.conftest import StartProxy, settings_for
+from tests.interop.kc_process import accepts, free_port, running
 
 pytest.importorskip("jupyter_server")
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 from fastapi import Depends, FastAPI, Security
-from helpers_fastapi import bearer, make_app
-from helpers_fastapi import get as get_from
-from kc_process import Child, accepts, free_port, running
-from kc_server import (
+
+from eoepca_security import OIDCProxyScheme, require_roles
+from tests.interop.kc_process import Child, accepts, free_port, running
+from tests.interop.kc_server import (
     AUDIENCE,
     CONFIDENTIAL,
     PUBLIC,
@@ -29,12 +29,12 @@ from kc_server import (
     Keycloak,
     Tokens,
 )
-from kc_service import Seen, Service, running_service
-
-from eoepca_security import OIDCProxyScheme, require_roles
+from tests.interop.kc_service import Seen, Service, running_service
+from tests.support.fastapi import bearer, make_app
+from tests.support.fastapi import get as get_from
 
 # The first test waits for the download and the start of Keycloak too; each wait inside has a deadline of its own.
-pytest_plugins = ["kc_fixtures"]
+pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"

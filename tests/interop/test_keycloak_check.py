@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from kc_process import free_port
-from kc_server import AUDIENCE, CONFIDENTIAL, PUBLIC, REALM, Keycloak
-from kc_service import Service
 
-pytest_plugins = ["kc_fixtures"]
+from tests.interop.kc_process import free_port
+from tests.interop.kc_server import AUDIENCE, CONFIDENTIAL, PUBLIC, REALM, Keycloak
+from tests.interop.kc_service import Service
+
+pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"

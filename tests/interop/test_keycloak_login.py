@@ -13,16 +13,17 @@ from pathlib import Path
 
 import httpx
 import pytest
-from kc_process import Child, accepts, free_port, running
-from kc_server import AUDIENCE, INTERACTIVE, REALM, USERNAME, Keycloak
-from kc_service import Service
+
+from tests.interop.kc_process import Child, accepts, free_port, running
+from tests.interop.kc_server import AUDIENCE, INTERACTIVE, REALM, USERNAME, Keycloak
+from tests.interop.kc_service import Service
 
 pytest.importorskip("selenium")
 
-from helpers_browser import chromium
-from kc_browser import grant, log_in, wait_for_text
+from tests.interop.kc_browser import grant, log_in, wait_for_text
+from tests.support.browser import chromium
 
-pytest_plugins = ["kc_fixtures"]
+pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.browser,

@@ -4,11 +4,11 @@ from typing import Any
 
 import httpx
 import pytest
-from kc_server import AUDIENCE, PASSWORD, PUBLIC, REALM, USERNAME, Client, Keycloak
 
 from eoepca_security.oauth.verify import unverified_claims
+from tests.interop.kc_server import AUDIENCE, PASSWORD, PUBLIC, REALM, USERNAME, Client, Keycloak
 
-pytest_plugins = ["kc_fixtures"]
+pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 

@@ -10,17 +10,18 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ProxyProcess, Service, StartProxy, eventually, settings_for
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.conftest import ProxyProcess, Service, StartProxy, eventually, settings_for
 
 pytest.importorskip("selenium")
 
-from helpers_browser import chromium
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
+
+from tests.support.browser import chromium
 
 pytestmark = pytest.mark.browser
 

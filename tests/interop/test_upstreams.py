@@ -12,13 +12,13 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import requests
-from conftest import StartProxy, settings_for
-from eo_service import POLLS, SIZE, Setup
-from helpers_service import echo_one_message, websocket_echo
 
 from eoepca_security.testing.local_server import Handler, LocalServer
+from tests.conftest import StartProxy, settings_for
+from tests.interop.eo_service import POLLS, SIZE, Setup
+from tests.support.service import echo_one_message, websocket_echo
 
-pytest_plugins = ["eo_fixtures"]
+pytest_plugins = ["tests.interop.eo_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(120)]
 
 SECONDS = 30

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import settings_for
 
 from eoepca_security.proxy.cli.main import main
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour, FakeIssuer
+from tests.conftest import settings_for
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.security import SecurityScopes
-from helpers_fastapi import bearer, get, make_app, make_scheme, open_socket
 from starlette.requests import HTTPConnection
 
 import eoepca_security
@@ -21,6 +20,7 @@ from eoepca_security import Client, HttpTransport, OIDCProxyScheme, Provider, Se
 from eoepca_security.issuer.provider import FAILURE_PAUSE, KEYS_LIFETIME, KEYS_STALE, RETRY_INTERVAL
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.support.fastapi import bearer, get, make_app, make_scheme, open_socket
 
 LONG = 10**6  # seconds: longer than any test's clock goes
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import eventually
-from test_launcher import set_environment
 
 from eoepca_security.errors import CredentialsRejected
 from eoepca_security.oauth.protocol import Client
@@ -22,6 +20,8 @@ from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.session import Stored
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.conftest import eventually
+from tests.unit.cli.test_main import set_environment
 
 Run = Callable[..., tuple[int, str, str]]
 

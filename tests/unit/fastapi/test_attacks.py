@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from fastapi import FastAPI, HTTPException
 from fastapi.security import SecurityScopes
-from helpers_fastapi import bearer, get, make_app, make_scheme, open_socket
-from helpers_tokens import mutate
 from starlette.requests import HTTPConnection
 
 from eoepca_security.testing import FakeIssuer
+from tests.support.fastapi import bearer, get, make_app, make_scheme, open_socket
+from tests.support.tokens import mutate
 
 Forge = Callable[["Attacker"], str]
 

@@ -8,13 +8,13 @@ import pytest
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.exceptions import CommandError
 from mitmproxy.test import taddons
-from test_source import Clock, Issuer, settled
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.session.source import FORCED_INTERVAL, TokenSource
+from tests.unit.session.test_source import Clock, Issuer, settled
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import Metric
-from test_status import STATE
 
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.oauth.protocol import Client
@@ -18,6 +17,7 @@ from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.server import Admin, admin_guard
 from eoepca_security.proxy.admin.status import Subject, status
 from eoepca_security.proxy.config.settings import Address, Settings
+from tests.unit.admin.test_status import STATE
 
 SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
 

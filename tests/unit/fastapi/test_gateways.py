@@ -4,19 +4,18 @@ import base64
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
-from conftest import ROOT
 from cryptography.hazmat.primitives.asymmetric import ec
-from helpers_fastapi import get, make_app, make_scheme
 
 from eoepca_security.testing import FakeIssuer
+from tests.conftest import ROOT
+from tests.support.fastapi import get, make_app, make_scheme
 
 CASES: dict[str, dict[str, Any]] = {
-    file.stem: json.loads(file.read_text()) for file in (Path(__file__).parent / "gateways").glob("*.json")
+    file.stem: json.loads(file.read_text()) for file in (ROOT / "tests" / "gateways").glob("*.json")
 }
 
 

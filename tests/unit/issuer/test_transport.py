@@ -22,7 +22,6 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from helpers_network import PATIENCE, RawServer, drips, http, replies, says_nothing
 
 from eoepca_security.errors import IssuerUnavailable
 from eoepca_security.issuer.transport import (
@@ -35,6 +34,7 @@ from eoepca_security.issuer.transport import (
     explain,
     trust,
 )
+from tests.support.network import PATIENCE, RawServer, drips, http, replies, says_nothing
 
 SHORT = 0.2
 """A deadline that passes in these tests, in seconds."""

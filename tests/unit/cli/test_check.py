@@ -10,10 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Service
-from helpers_network import RawServer, http, replies, says_nothing
-from helpers_tls import write_certificate
-from test_launcher import set_environment
 
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.cli import check as check_module
@@ -25,6 +21,10 @@ from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.session import Stored
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
+from tests.conftest import Service
+from tests.support.network import RawServer, http, replies, says_nothing
+from tests.support.tls import write_certificate
+from tests.unit.cli.test_main import set_environment
 
 ORDER = ["settings", "store", "listener", "discovery", "clock", "client", "token", "audience", "upstream"]
 

@@ -13,7 +13,6 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from helpers_tokens import ALPHABET, mutate
 
 from eoepca_security.errors import TokenInvalid
 from eoepca_security.oauth.verify import (
@@ -32,6 +31,7 @@ from eoepca_security.oauth.verify import (
     select_key,
     unverified_claims,
 )
+from tests.support.tokens import ALPHABET, mutate
 
 NOW = 1_750_000_000.5
 ISSUER = "https://issuer.example/realms/test"

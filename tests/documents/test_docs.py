@@ -7,8 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from helpers_fastapi import bearer, get
 
 import eoepca_security
 from eoepca_security.proxy.admin.metrics import Metrics, exposition
@@ -18,6 +16,8 @@ from eoepca_security.proxy.config.settings import read_settings
 from eoepca_security.proxy.config.variables import VARIABLES, Variable
 from eoepca_security.proxy.policy.problem_details import ANSWERS
 from eoepca_security.testing import FakeIssuer
+from tests.conftest import ROOT
+from tests.support.fastapi import bearer, get
 
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "python-api.md").read_text()

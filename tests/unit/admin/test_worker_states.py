@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from prometheus_client import Metric
-from test_status import NOW, SETTINGS, STATE
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError
 from eoepca_security.proxy.admin import worker_states
@@ -19,6 +18,7 @@ from eoepca_security.proxy.admin.page import page
 from eoepca_security.proxy.admin.status import Mishap, Refresh, Subject, status
 from eoepca_security.proxy.admin.worker_states import Crew, Line, answer
 from eoepca_security.session.session import AccessToken
+from tests.unit.admin.test_status import NOW, SETTINGS, STATE
 
 
 class Process:
