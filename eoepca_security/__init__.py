@@ -16,8 +16,9 @@ from eoepca_security.errors import (
     TokenError,
     TokenInvalid,
 )
+from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import Provider
-from eoepca_security.issuer.transport import HttpTransport, trust
+from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource

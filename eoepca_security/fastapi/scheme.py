@@ -15,9 +15,11 @@ from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 
 from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvalid
+from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import RETRY_INTERVAL, Provider
-from eoepca_security.issuer.transport import HttpTransport, trust
-from eoepca_security.oauth.protocol import Client, discovery_url, url_problem
+from eoepca_security.issuer.transport import HttpTransport
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.oauth.urls import discovery_url, url_problem
 from eoepca_security.oauth.verify import MAX_TOKEN_SIZE, Policy, check_binding, id_token_problem, read_unsigned
 
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1

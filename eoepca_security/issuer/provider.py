@@ -34,13 +34,12 @@ from eoepca_security.oauth.protocol import (
     TokenRequest,
     TokenResponse,
     build_token_request,
-    discovery_url,
-    printable,
     read_metadata,
     read_token_response,
-    url_problem,
 )
 from eoepca_security.oauth.strict_json import parse_object
+from eoepca_security.oauth.text import printable
+from eoepca_security.oauth.urls import discovery_url, url_problem
 from eoepca_security.oauth.verify import Policy, TrustedKeys, Unverified, read_access_token, read_id_token, read_keys
 
 DISCOVERY_TIMEOUT: Final = 5.0

@@ -7,10 +7,8 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -21,7 +19,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.oauth.protocol import is_loopback
+from eoepca_security.issuer.threads import in_daemon_thread
+from eoepca_security.oauth.urls import is_loopback
 
 MAX_BODY: Final = 256 * 1024
 """Longest answer that is read, in bytes."""
@@ -47,60 +46,6 @@ class Transport(Protocol):
 
     def post(self, url: str, *, form: Mapping[str, str], headers: Mapping[str, str], timeout: float) -> Answer:
         """Return the answer to a form POST within `timeout` seconds."""
-
-
-def in_daemon_thread(function: Callable[[], T]) -> "Future[T]":
-    """Run a blocking function in a thread of its own, which does not hold up the end of the process."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            result = function()
-        except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
-            future.set_exception(error)
-        else:
-            future.set_result(result)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-_begun: dict[Path | None, "Future[ssl.SSLContext]"] = {}
-
-
-def begin_to_trust(ca_file: Path | None = None) -> None:
-    """Read the CAs in a thread already, for the next call of `trust` with the same `ca_file`."""
-    # No daemon: OpenSSL crashes when the process ends while it reads them.
-    executor = ThreadPoolExecutor(1)
-    _begun[ca_file] = executor.submit(_read_trust, ca_file)
-    executor.shutdown(wait=False)
-
-
-def trust(ca_file: Path | None = None) -> ssl.SSLContext:
-    """Return a client context that trusts the system's CAs, certifi's, and those in `ca_file`.
-
-    Raises OSError (ssl.SSLError is one) when `ca_file` cannot be used.
-    """
-    begun = _begun.pop(ca_file, None)
-    return begun.result() if begun is not None else _read_trust(ca_file)
-
-
-def usable_cas(ca_file: Path) -> Path:
-    """Return `ca_file`; raise OSError, as `trust` would but without reading all other CAs, when it cannot be used."""
-    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
-    return ca_file
-
-
-def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    # On from Python 3.13: it refuses the many private CAs without a key identifier, which older versions accept.
-    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
-    context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
-    if ca_file is not None:
-        context.load_verify_locations(ca_file)
-    return context
 
 
 class HttpTransport:
@@ -351,13 +296,3 @@ def _explain_one(cause: BaseException) -> tuple[str, str] | None:
     if refusal := re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)):
         return "proxy", f"the proxy answered {refusal[1]}"
     return None
-
-
-def ca_bundle(ca_file: Path) -> bytes:
-    """Return in PEM form what `trust(ca_file)` trusts, for programs that want a file; raises OSError.
-
-    The system's folder of CAs, where it has one beside its file, is not in it.
-    """
-    system = ssl.get_default_verify_paths().cafile
-    files = [Path(requests.utils.DEFAULT_CA_BUNDLE_PATH), ca_file, *([Path(system)] if system else [])]
-    return b"\n".join(file.read_bytes() for file in files)

@@ -24,14 +24,13 @@ from eoepca_security.oauth.protocol import (
     TokenRequest,
     TokenResponse,
     build_client_request,
-    printable,
     read_answer,
     read_seconds,
     read_text,
     read_token_response,
-    url_problem,
-    without_secrets,
 )
+from eoepca_security.oauth.text import printable, without_secrets
+from eoepca_security.oauth.urls import url_problem
 
 DEFAULT_SCOPE: Final = "openid offline_access"
 DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"

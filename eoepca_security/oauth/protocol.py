@@ -4,7 +4,6 @@ Each exchange is a pair: a function that builds the request and one that reads t
 """
 
 import base64
-import ipaddress
 import json
 import math
 import re
@@ -12,7 +11,7 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
-from urllib.parse import SplitResult, quote, quote_plus, urlsplit
+from urllib.parse import quote_plus
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -23,6 +22,8 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.strict_json import parse_object
+from eoepca_security.oauth.text import printable, without_secrets
+from eoepca_security.oauth.urls import WELL_KNOWN, url_problem
 
 PrivateKey = RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
 
@@ -36,7 +37,6 @@ CLIENT_AUTH_METHODS: Final = (
 )
 GRANTS: Final = ("refresh_token", "client_credentials")
 
-WELL_KNOWN: Final = "/.well-known/openid-configuration"
 
 ASSERTION_LIFETIME: Final = 60
 """How long a client assertion is valid, in seconds (RFC 7523 §3: it must expire)."""
@@ -130,54 +130,6 @@ class TokenResponse:
     refresh_expires_in: float | None = None
     """Keycloak's: how long the refresh token lives. None where there is no end, as for offline sessions."""
     id_token: str | None = field(default=None, repr=False)
-
-
-def is_loopback(host: str | None) -> bool:
-    """Tell whether `host`, a name or an address as `urlsplit().hostname` gives it, is this machine itself."""
-    if not host:
-        return False
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def split_url(url: str) -> SplitResult:
-    """Split an http(s) URL; raises ValueError where programs could differ about the host it names (RFC 3986 §3.2)."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    # Some versions of urlsplit() pass over what stands around the brackets of an address.
-    if parts.port == 0 or not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", host):
-        raise ValueError("no proper host and port")
-    if parts.scheme not in ("http", "https"):
-        raise ValueError("not http or https")
-    return parts
-
-
-def url_problem(url: str, *, allow_http: bool = False) -> str | None:
-    """Say why the issuer must not be spoken to at `url`, or return None when it may.
-
-    Tokens and secrets travel there, so it is https, or http on loopback (RFC 6749 §3.2, OpenID Connect Discovery §3).
-    """
-    if not re.fullmatch(r"[!-~]{0,2000}", url):
-        return "has spaces or characters outside ASCII, or is far too long"
-    try:
-        parts = split_url(url)
-    except ValueError:
-        return "is not a URL: it has to look like https://issuer.example/realms/name"
-    if parts.username is not None or parts.password is not None:
-        return "carries a user name or password: remove the part before the @"
-    if parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_http:
-        return "must use https:// (plain http is for localhost, or OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP)"
-    return None
-
-
-def discovery_url(issuer_or_document: str) -> str:
-    """Return the discovery document's URL for an issuer, or for that URL itself (OpenID Connect Discovery §4.1)."""
-    url = issuer_or_document.rstrip("/")
-    return url if url.endswith(WELL_KNOWN) else url + WELL_KNOWN
 
 
 def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = False) -> ProviderMetadata:
@@ -378,13 +330,6 @@ def load_private_key(pem: bytes) -> PrivateKey:
     return key
 
 
-def printable(value: object, limit: int = 200) -> str:
-    """Return text from a stranger so that it fits on a log line: printable, at most `limit` characters."""
-    text = value if isinstance(value, str) else repr(value)[: limit + 1]
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: limit + 1])
-    return text if len(text) <= limit else text[:limit] + "…"
-
-
 _EC_ALGORITHMS: Final = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}
 
 
@@ -434,18 +379,6 @@ def _raise_error(
     said = without_secrets(answer.get("error_description"), secrets)
     remedy = remedies.get(error, "check the client's settings at the issuer against yours")
     raise CredentialsRejected(f"the issuer answered {error}{said and ': '}{said}; {remedy}", error=error)
-
-
-def without_secrets(text: object, secrets: Collection[str]) -> str:
-    """Return an issuer's text for people; some repeat in their errors what they were sent, or part of it."""
-    if not isinstance(text, str):
-        return ""
-    for secret in secrets:
-        # Shorter ones are no secrets, and hiding them would garble the words.
-        if len(secret) >= 4:
-            for form in (secret, quote_plus(secret), quote(secret, safe="")):
-                text = re.sub(re.escape(form), "…", text, flags=re.IGNORECASE)
-    return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
 
 
 def _good_url(value: object, *, allow_http: bool) -> str | None:

@@ -19,8 +19,8 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from eoepca_security.errors import IssuerUnavailable, StoreError
-from eoepca_security.oauth.protocol import WELL_KNOWN, discovery_url
 from eoepca_security.oauth.strict_json import parse_object
+from eoepca_security.oauth.urls import WELL_KNOWN, discovery_url
 from eoepca_security.session.session import Stored
 
 VERSION: Final = 1

@@ -7,13 +7,13 @@ import asyncio
 import contextlib
 import logging
 import random
-import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.issuer.threads import in_thread
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.session.session import DEFAULT_LIFETIME, AccessToken, RefreshSession, Store, number
@@ -327,33 +327,3 @@ def _log(message: str) -> None:
     # A handler that raises, as mitmproxy's does where the terminal's encoding lacks a letter, must not cost a token.
     with contextlib.suppress(Exception):
         logger.warning("%s", message)
-
-
-async def in_thread(function: Callable[[], T]) -> T:
-    """Run a blocking function in a daemon thread of its own and return its result.
-
-    Unlike `asyncio.to_thread`, neither a full pool delays it nor does it delay the end of the process.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(cast("T", result))
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = function()
-        except BaseException as caught:  # noqa: BLE001  it is raised where the result is awaited
-            error = caught
-        # The loop may be gone by now, and nobody waits any more.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name="token-request", daemon=True).start()
-    return await future

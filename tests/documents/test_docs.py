@@ -12,7 +12,7 @@ import eoepca_security
 from eoepca_security.proxy.admin.metrics import Metrics, exposition
 from eoepca_security.proxy.cli.check import check
 from eoepca_security.proxy.config import variables
-from eoepca_security.proxy.config.settings import read_settings
+from eoepca_security.proxy.config.loading import read_settings
 from eoepca_security.proxy.config.variables import VARIABLES, Variable
 from eoepca_security.proxy.policy.problem_details import ANSWERS
 from eoepca_security.testing import FakeIssuer

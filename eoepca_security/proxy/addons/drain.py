@@ -4,12 +4,9 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Final
+from typing import Final
 
 from mitmproxy.addons.proxyserver import Proxyserver
-
-from eoepca_security.issuer.transport import in_daemon_thread
 
 DRAIN_TIMEOUT: Final = 8.0
 """Seconds that the end waits for requests that are being served; docker kills after 10."""
@@ -23,18 +20,6 @@ SAME_SIGNAL: Final = 1.0
 
 _CLOSING_TIMEOUT: Final = 1.0
 _INTERVAL: Final = 0.02
-
-
-class DaemonThreads(ThreadPoolExecutor):
-    """An executor that gives each call a thread of its own, which does not hold up the end of the process.
-
-    asyncio looks names up in its executor: a name server that is silent would fill the usual pool, so that nothing else
-    is looked up, and the process would wait for it before it ends.
-    """
-
-    def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
-        """Run the function in a new thread."""
-        return in_daemon_thread(lambda: function(*arguments, **options))
 
 
 def end_with_the_terminal(end: Callable[[], None]) -> None:

@@ -4,9 +4,10 @@ import logging
 from typing import Final
 
 from mitmproxy.optmanager import OptManager
-from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
+from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
 
 from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.policy.destination import is_protected
 
 # mitmproxy's own options that would undo what this add-on is for.
 _REFUSED: Final = {
@@ -38,13 +39,6 @@ def enforce(options: OptManager) -> None:
         if name in options and getattr(options, name) not in (value, options.default(name)):
             logger.warning("%s is %s with the OIDC add-on, whatever it is set to", name, value)
     options.update_known(**_REQUIRED)
-
-
-def is_protected(mode: ProxyMode, settings: Settings | None) -> bool:
-    """Tell whether the add-on knows in this mode where requests go."""
-    if isinstance(mode, RegularMode):
-        return settings is not None and bool(settings.inject_hosts)
-    return isinstance(mode, ReverseMode) and mode.scheme in ("http", "https")
 
 
 def problems(options: OptManager, settings: Settings | None) -> list[str]:

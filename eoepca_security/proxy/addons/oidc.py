@@ -11,10 +11,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -27,45 +25,45 @@ from mitmproxy.log import ALERT
 from mitmproxy.master import Master
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
-from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
+from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
-from eoepca_security.issuer.transport import ca_bundle
-from eoepca_security.oauth.protocol import is_loopback, printable
+from eoepca_security.issuer.ca_trust import ca_bundle
+from eoepca_security.issuer.threads import DaemonThreads
+from eoepca_security.oauth.text import identity, printable
+from eoepca_security.oauth.urls import LOOPBACK_NAMES, is_loopback
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.addons import mitmproxy_options
-from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, DaemonThreads, drain, end_quietly, end_with_the_terminal
+from eoepca_security.proxy.addons.configuration import _OPTION_NAMES, _TRUSTED_CA, _looks_like_ours, _own_hosts
+from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, end_with_the_terminal
+from eoepca_security.proxy.addons.lifecycle import STARTED, _exit_if_rejected, _shut_down
+from eoepca_security.proxy.addons.retry import _may_be_repeated
+from eoepca_security.proxy.addons.state import _addresses, _left, exposure
 from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.page import duration, lines
-from eoepca_security.proxy.admin.status import Answer, Mishaps, Refresh, State, Subject, status, unready
-from eoepca_security.proxy.cli.check import runs_in_container
+from eoepca_security.proxy.admin.recent_errors import Mishaps
+from eoepca_security.proxy.admin.status import Answer, Refresh, State, Subject, status, unready
 from eoepca_security.proxy.config.factory import make_source
-from eoepca_security.proxy.config.settings import NO_VERIFY, Settings, settings_in
-from eoepca_security.proxy.config.variables import ALLOWED_HOSTS, CA_FILE, OPTIONS
-from eoepca_security.proxy.identity import identity
+from eoepca_security.proxy.config.loading import settings_in
+from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
+from eoepca_security.proxy.config.variables import CA_FILE, OPTIONS
 from eoepca_security.proxy.patches import certificate_authority, header_lookup, http_clients, http_stream
 from eoepca_security.proxy.patches.hook_cache import cache_hooks
-from eoepca_security.proxy.patches.http_clients import Clearance, Target
 from eoepca_security.proxy.patches.lazy_imports import without_cas
+from eoepca_security.proxy.policy import apisix, buffering, clearance, destination, problem_details, rewrite
 from eoepca_security.proxy.policy import headers as forwarding
-from eoepca_security.proxy.policy import problem_details, rewrite
-from eoepca_security.proxy.policy.access import EVERYWHERE, LOOPBACK_NAMES, Guard, Refusal, may_get_token, parse_host
-from eoepca_security.proxy.policy.remedies import failure_remedy
-from eoepca_security.proxy.runtime.logs import STARTED
+from eoepca_security.proxy.policy.access import Guard, Refusal
+from eoepca_security.proxy.policy.clearance import Clearance
+from eoepca_security.proxy.policy.destination import Target, _is_elsewhere, _may_inject, _target
+from eoepca_security.proxy.policy.remedies import failure_remedy, runs_in_container
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource
 
 if TYPE_CHECKING:
     from eoepca_security.proxy.admin.server import Admin
 
-_TRUSTED_CA: Final = "ssl_verify_upstream_trusted_ca"
-
-_OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
-
-# What add-ons whose script was edited have left to those that take their place.
-_left: dict[tuple[str | None, ...], TokenSource] = {}
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
 
@@ -98,7 +96,7 @@ class OIDCAuthProxy:
         self._running = False
         self._ending = False
         self._guard = Guard(())
-        self._apisix: forwarding.ApisixHeaders | None = None
+        self._apisix: apisix.ApisixHeaders | None = None
         self._admin: Admin | None = None
         self._in_flight: WeakSet[HTTPFlow] = WeakSet()
         self._codes: WeakKeyDictionary[HTTPFlow, str] = WeakKeyDictionary()
@@ -166,7 +164,7 @@ class OIDCAuthProxy:
         # A new source would forget what is kept in memory only.
         goes_on = self._settings is None or self._settings.login == settings.login
         self._settings = settings
-        self._apisix = forwarding.ApisixHeaders() if settings.forward_as == "apisix" else None
+        self._apisix = apisix.ApisixHeaders() if settings.forward_as == "apisix" else None
         self._source = make_source(
             settings,
             continues=before if goes_on else None,
@@ -248,7 +246,7 @@ class OIDCAuthProxy:
         """Decide about the request before any of it leaves."""
         await self._decide(flow)
         if flow.response is None:
-            flow.request.stream = http_stream.streams_request(flow.request)
+            flow.request.stream = buffering.streams_request(flow.request)
         else:
             # Nobody is asked to go on with a body.
             flow.request.headers.pop("Expect", None)
@@ -264,7 +262,7 @@ class OIDCAuthProxy:
         # the connection open when it kills a request whose body is still arriving, and its client hangs.
         flow.response = problem_details.last_resort()
         if _is_elsewhere(flow, self._settings):
-            http_clients.clear(flow.request, Clearance(_target(flow)))
+            clearance.clear(flow.request, Clearance(_target(flow)))
             flow.response = None
             return
         forwarding.hide_credentials(flow.request.headers)
@@ -284,7 +282,7 @@ class OIDCAuthProxy:
         """Say who may read the answer, lead to the proxy, and say on kept connections when the proxy ends."""
         if flow.response is None or flow.response.status_code == 101 or _is_elsewhere(flow, self._settings):
             return
-        flow.response.stream = http_stream.streams_response(flow.response)
+        flow.response.stream = buffering.streams_response(flow.response)
         headers = flow.response.headers
         rewrite.share(headers, flow.metadata.get(rewrite.SHARING))
         if (proxy := flow.metadata.get(rewrite.ORIGIN)) is not None:
@@ -336,7 +334,7 @@ class OIDCAuthProxy:
         """Return the answer to a request that must not or need not be forwarded."""
         request = flow.request
         is_explicit = isinstance(flow.client_conn.proxy_mode, RegularMode) and flow.server_conn.address is None
-        if not forwarding.is_one_request(request) or (is_explicit and http_clients.is_origin_form(request)):
+        if not forwarding.is_one_request(request) or (is_explicit and destination.is_origin_form(request)):
             return self._refuse(flow, Refusal("bad_request", "no server would be certain what it asks for"))
         # A replay was let in before, or comes from whoever sits at mitmproxy's console.
         if flow.is_replay is None:
@@ -379,7 +377,7 @@ class OIDCAuthProxy:
         request = flow.request
         forwarding.drop_hop_by_hop(request)
         if self._apisix is not None:
-            forwarding.drop_gateway_headers(request.headers)
+            apisix.drop_gateway_headers(request.headers)
         target = _target(flow)
         if isinstance(flow.client_conn.proxy_mode, ReverseMode):
             scheme = "https" if flow.client_conn.tls else "http"
@@ -393,7 +391,7 @@ class OIDCAuthProxy:
 
     def _is_current(self, flow: HTTPFlow) -> bool:
         """Tell whether the request is to be sent with the token that is good now."""
-        token, sent = self._source.at_hand if self._source is not None else None, http_clients.clearance(flow.request)
+        token, sent = self._source.at_hand if self._source is not None else None, clearance.clearance(flow.request)
         return token is not None and sent is not None and sent.headers.get("Authorization") == f"Bearer {token.value}"
 
     async def _authorize(self, flow: HTTPFlow) -> None:
@@ -407,7 +405,7 @@ class OIDCAuthProxy:
             retry_after = self._source.retry_after() if self._source else 1.0
             flow.response = problem_details.answer(error, method=flow.request.method, retry_after=retry_after)
             return
-        http_clients.clear(flow.request, self._clearance(_target(flow), token))
+        clearance.clear(flow.request, self._clearance(_target(flow), token))
         flow.request.headers["Authorization"] = forwarding.SHOWN
         flow.response = None
 
@@ -424,7 +422,7 @@ class OIDCAuthProxy:
             raise IssuerUnavailable("the proxy is not configured")
         mode = flow.client_conn.proxy_mode
         # A flow that is replayed from a file brings a mode of its own.
-        if mode.full_spec not in ctx.options.mode or not mitmproxy_options.is_protected(mode, self._settings):
+        if mode.full_spec not in ctx.options.mode or not destination.is_protected(mode, self._settings):
             raise IssuerUnavailable("the proxy does not work in this mode")
         try:
             return await self._source.token()
@@ -435,13 +433,13 @@ class OIDCAuthProxy:
 
     async def token_refused(self, flow: HTTPFlow) -> None:
         """Get another token when the service refuses this one, and have it asked again, where that can be done."""
-        sent = http_clients.clearance(flow.request)
+        sent = clearance.clearance(flow.request)
         if sent is None or not sent.headers or self._source is None or flow.is_replay is not None:
             return
         try:
             token = await self._source.replace(sent.headers["Authorization"].removeprefix("Bearer "))
             if token is not None and _may_be_repeated(flow):
-                http_clients.clear(flow.request, self._clearance(_target(flow), token))
+                clearance.clear(flow.request, self._clearance(_target(flow), token))
                 flow.response = None
         except TokenError as error:
             logger.info("the service refused the token, and there is no other: %s", error)
@@ -451,12 +449,12 @@ class OIDCAuthProxy:
     def _ended(self, flow: HTTPFlow) -> None:
         if flow.is_replay is None:
             status = flow.response.status_code if flow.response is not None else None
-            code = self._codes.get(flow) or flow.metadata.get(http_stream.CODE, "")
+            code = self._codes.get(flow) or flow.metadata.get(problem_details.CODE, "")
             self._metrics.request_ended(status, code)
-            if status is not None and not code and http_clients.clearance(flow.request) is not None:
+            if status is not None and not code and clearance.clearance(flow.request) is not None:
                 self._last_answer = Answer(status, time.time())
-            elif http_stream.DETAIL in flow.metadata:
-                self._mishaps.add(code, flow.metadata[http_stream.DETAIL])
+            elif problem_details.DETAIL in flow.metadata:
+                self._mishaps.add(code, flow.metadata[problem_details.DETAIL])
             if not self._ending:
                 self._in_flight.discard(flow)
 
@@ -606,85 +604,7 @@ class OIDCAuthProxy:
         self._on_started(listener, failure)
 
 
-def _shut_down() -> None:
-    ctx.master.shutdown()
-
-
-def _exit_if_rejected(_listener: str, failure: TokenError | None) -> None:
-    if isinstance(failure, CredentialsRejected):
-        # The source has told it at length.
-        logger.error("ending, as there can be no token (%s): `run-mitmproxy.py check` says what to do", failure.code)
-
-
 def _exit_if_unprotected(master: Master) -> None:
     if not any(isinstance(addon, OIDCAuthProxy) for addon in traverse(master.addons.chain)):
         logger.error("the OIDC add-on was unloaded: ending, as requests would be forwarded without tokens")
         master.shutdown()
-
-
-def _target(flow: HTTPFlow) -> Target:
-    """Return where the request goes: what its mode says, and in forward mode where it is about to be connected to."""
-    mode = flow.client_conn.proxy_mode
-    if isinstance(mode, ReverseMode):
-        return _known_target(mode.scheme, mode.address[0], mode.address[1])
-    return _known_target(flow.request.scheme, flow.request.host, flow.request.port)
-
-
-@lru_cache(64)
-def _known_target(scheme: str, host: str, port: int) -> Target:
-    return Target(scheme, host.lower(), port)
-
-
-def _looks_like_ours(name: str) -> bool:
-    return name.startswith("oidc_") or bool(get_close_matches(name, _OPTION_NAMES, 1, 0.85))
-
-
-def _is_elsewhere(flow: HTTPFlow, settings: Settings | None) -> bool:
-    """Tell whether a request in forward mode is to a host that gets no token."""
-    mode = flow.client_conn.proxy_mode
-    if not isinstance(mode, RegularMode) or not mitmproxy_options.is_protected(mode, settings):
-        return False
-    target = _target(flow)
-    return not _may_inject(settings, target.scheme, (target.host, target.port))
-
-
-def _may_inject(settings: Settings | None, scheme: str, address: tuple[str, int]) -> bool:
-    hosts = [parse_host(host) for host in settings.inject_hosts] if settings is not None else []
-    return may_get_token(hosts, scheme, *address[:2])
-
-
-def _may_be_repeated(flow: HTTPFlow) -> bool:
-    """Tell whether all of the request is here, and none of its answer is there; mitmproxy replays no WebSockets."""
-    request, response = flow.request, flow.response
-    return (
-        response is not None
-        and request.raw_content is not None
-        and response.raw_content is not None
-        and len(request.raw_content) <= http_stream.MAX_HELD
-        and not forwarding.is_websocket(request)
-    )
-
-
-def _own_hosts() -> list[str]:
-    """Return the addresses listened on, as clients name them, where they are names at all."""
-    hosts = [ProxyMode.parse(mode).listen_host(ctx.options.listen_host) for mode in ctx.options.mode]
-    return [f"[{host}]" if ":" in host else host for host in hosts if host not in EVERYWHERE]
-
-
-def _addresses(settings: Settings | None) -> tuple[str, str]:
-    server = ctx.master.addons.get("proxyserver")
-    addresses = server.listen_addrs() if isinstance(server, Proxyserver) else []
-    host, port = addresses[0][:2] if addresses else ("nowhere", 0)
-    mode = ProxyMode.parse(ctx.options.mode[0])
-    upstream = mode.data
-    if settings is not None and isinstance(mode, RegularMode):
-        upstream = ", ".join(settings.inject_hosts)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
-
-
-def exposure(listener: str, settings: Settings) -> str:
-    """Say in one line what listening beyond this machine means."""
-    line = f"whatever can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
-    if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
-        line += f"; it answers to the names {', '.join(LOOPBACK_NAMES)} only, as {ALLOWED_HOSTS.env} is unset"
-    return line

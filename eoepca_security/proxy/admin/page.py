@@ -9,7 +9,7 @@ from datetime import datetime
 from importlib.resources import files
 from typing import Any, Final
 
-from eoepca_security.proxy.identity import identity
+from eoepca_security.oauth.text import identity
 
 _HEADLINES: Final = {
     "ready": ("Ready", "Requests get a token."),

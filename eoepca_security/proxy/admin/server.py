@@ -10,14 +10,14 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 
-from eoepca_security.oauth.protocol import is_loopback
+from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES, is_loopback
 from eoepca_security.proxy.admin.metrics import exposition
 from eoepca_security.proxy.admin.page import RESOURCES, page
 from eoepca_security.proxy.admin.status import Subject
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import ADMIN
 from eoepca_security.proxy.policy import problem_details
-from eoepca_security.proxy.policy.access import EVERYWHERE, LOOPBACK_NAMES, Guard
+from eoepca_security.proxy.policy.access import Guard
 
 MAX_SIZE: Final = 16 * 1024
 """Longest header block, and longest body, that is read, in bytes."""

@@ -2,16 +2,14 @@
 
 import asyncio
 import importlib.metadata
-import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from prometheus_client import Metric
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
-from eoepca_security.oauth.protocol import printable
+from eoepca_security.proxy.admin.recent_errors import Mishap
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.policy import problem_details
 from eoepca_security.proxy.policy.remedies import failure_remedy
@@ -20,12 +18,6 @@ from eoepca_security.session.source import TokenSource
 
 READY_WAIT: Final = 0.8
 """Seconds that a readiness probe waits for a token; probes usually give up after one."""
-
-MAX_RECENT: Final = 20
-"""How many different errors are remembered."""
-
-# Of processes that share a session, one that nobody has asked for a while says nothing about the others.
-_WORST_FIRST: Final = ("failing", "degraded", "ready", "starting", "idle")
 
 
 @dataclass(frozen=True)
@@ -36,40 +28,6 @@ class Subject:
     status: Callable[[], Awaitable[Mapping[str, Any]]]
     families: Callable[[], Awaitable[Sequence[Metric]]]
     quit: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Mishap:
-    """An error that occurred `count` times, last `at` (epoch seconds); `code` is of the public interface."""
-
-    code: str
-    detail: str
-    at: float
-    count: int = 1
-
-
-class Mishaps:
-    """The last errors of different kinds, newest first; `now` is epoch seconds."""
-
-    def __init__(self, now: Callable[[], float] = time.time) -> None:
-        self._now = now
-        self._latest: deque[Mishap] = deque(maxlen=MAX_RECENT)
-
-    def add(self, code: str, detail: str) -> None:
-        """Remember an error; one that is remembered already is counted."""
-        detail = printable(detail, 500)
-        new = Mishap(code, detail, self._now())
-        for old in self._latest:
-            if (old.code, old.detail) == (code, detail):
-                self._latest.remove(old)
-                new = replace(new, count=old.count + 1)
-                break
-        # A full one drops what is at its other end: the oldest.
-        self._latest.appendleft(new)
-
-    def latest(self) -> tuple[Mishap, ...]:
-        """Return what is remembered."""
-        return tuple(self._latest)
 
 
 @dataclass(frozen=True)
@@ -157,32 +115,6 @@ def status(state: State) -> dict[str, Any]:
         ],
         "uptime_seconds": round(state.at - state.started_at),
         "version": importlib.metadata.version("eoepca-security"),
-    }
-
-
-def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the states of one or more processes that share a session as one, but for what is counted elsewhere."""
-    # They take the token from each other, so one of them has the newest first.
-    ahead = max(states, key=lambda state: state["token"]["ends_at"] if state["token"] else 0)
-    worst = min(states, key=lambda state: _WORST_FIRST.index(state["state"]))
-    refreshes = [state["last_refresh"] for state in states if state["last_refresh"]]
-    problems = {problem["title"]: problem for state in states for problem in state["problems"]}
-    errors: dict[tuple[str, str], dict[str, Any]] = {}
-    for error in sorted((error for state in states for error in state["recent_errors"]), key=lambda error: error["at"]):
-        before = errors.pop((error["code"], error["detail"]), {"count": 0})
-        errors[error["code"], error["detail"]] = dict(error) | {"count": error["count"] + before["count"]}
-    return dict(ahead) | {
-        "at": max(state["at"] for state in states),
-        "state": worst["state"],
-        "ready": any(state["ready"] for state in states),
-        "code": worst["code"],
-        "detail": worst["detail"],
-        "problems": list(problems.values()),
-        "last_refresh": max(refreshes, key=lambda refresh: float(refresh["at"]), default=None),
-        "recent_errors": list(reversed(errors.values()))[:MAX_RECENT],
-        "uptime_seconds": max(state["uptime_seconds"] for state in states),
-        "requests_in_flight": sum(state["requests_in_flight"] for state in states),
-        "processes": len(states),
     }
 
 

@@ -14,7 +14,8 @@ from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.proxy.admin.metrics import counts, from_json, lasting, merged, to_json
-from eoepca_security.proxy.admin.status import READY_WAIT, State, Subject, status, together
+from eoepca_security.proxy.admin.recent_errors import MAX_RECENT
+from eoepca_security.proxy.admin.status import READY_WAIT, State, Subject, status
 from eoepca_security.proxy.config.settings import Address, Settings
 
 ANSWER_TIMEOUT: Final = READY_WAIT + 0.1
@@ -174,3 +175,33 @@ class Crew:
                     if answer["number"] == number:
                         return answer
         return None
+
+
+# Of processes that share a session, one that nobody has asked for a while says nothing about the others.
+_WORST_FIRST: Final = ("failing", "degraded", "ready", "starting", "idle")
+
+
+def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the states of one or more processes that share a session as one, but for what is counted elsewhere."""
+    # They take the token from each other, so one of them has the newest first.
+    ahead = max(states, key=lambda state: state["token"]["ends_at"] if state["token"] else 0)
+    worst = min(states, key=lambda state: _WORST_FIRST.index(state["state"]))
+    refreshes = [state["last_refresh"] for state in states if state["last_refresh"]]
+    problems = {problem["title"]: problem for state in states for problem in state["problems"]}
+    errors: dict[tuple[str, str], dict[str, Any]] = {}
+    for error in sorted((error for state in states for error in state["recent_errors"]), key=lambda error: error["at"]):
+        before = errors.pop((error["code"], error["detail"]), {"count": 0})
+        errors[error["code"], error["detail"]] = dict(error) | {"count": error["count"] + before["count"]}
+    return dict(ahead) | {
+        "at": max(state["at"] for state in states),
+        "state": worst["state"],
+        "ready": any(state["ready"] for state in states),
+        "code": worst["code"],
+        "detail": worst["detail"],
+        "problems": list(problems.values()),
+        "last_refresh": max(refreshes, key=lambda refresh: float(refresh["at"]), default=None),
+        "recent_errors": list(reversed(errors.values()))[:MAX_RECENT],
+        "uptime_seconds": max(state["uptime_seconds"] for state in states),
+        "requests_in_flight": sum(state["requests_in_flight"] for state in states),
+        "processes": len(states),
+    }

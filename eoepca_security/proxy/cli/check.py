@@ -1,22 +1,19 @@
 """Finding out what is wrong, and what to do about it: one step after the other, as the proxy would go."""
 
-import asyncio
 import http.client
-import os
-import ssl
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
-from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
-from urllib.parse import urlsplit
+from typing import Final, NoReturn, TypeVar
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, StoreError, TokenInvalid
-from eoepca_security.issuer.transport import Answer, HttpTransport, Transport, explain, trust
-from eoepca_security.oauth.protocol import Client, choose_auth_method, printable, without_secrets
+from eoepca_security.issuer.ca_trust import trust
+from eoepca_security.issuer.transport import HttpTransport, explain
+from eoepca_security.oauth.protocol import Client, choose_auth_method
+from eoepca_security.oauth.text import identity, printable, without_secrets
 from eoepca_security.oauth.verify import looks_like_jwt, unverified_claims
+from eoepca_security.proxy.cli.probes import UPSTREAM_TIMEOUT, _ask, _bounded, _is_our_proxy, _Recorder
 from eoepca_security.proxy.config.factory import make_provider, make_store
 from eoepca_security.proxy.config.port_check import cannot_listen
 from eoepca_security.proxy.config.settings import Address, Settings
@@ -34,14 +31,12 @@ from eoepca_security.proxy.config.variables import (
     UPSTREAM,
     Variable,
 )
-from eoepca_security.proxy.identity import identity
 from eoepca_security.proxy.policy.remedies import (
     BINDING_REMEDY,
     CLIENT_ERRORS,
     CLOCK,
     LOGIN,
     Place,
-    Reply,
     audience_remedy,
     client_remedy,
     issuer_remedy,
@@ -50,16 +45,10 @@ from eoepca_security.proxy.policy.remedies import (
     session_remedy,
 )
 from eoepca_security.session.session import AccessToken, RefreshSession, number
-from eoepca_security.session.source import in_thread
 
 MAX_SKEW: Final = 10.0
 """Difference to the issuer's clock in seconds from which tokens may seem to be expired, or from the future."""
 
-UPSTREAM_TIMEOUT: Final = 10.0
-"""Seconds that the protected service may take, as a whole."""
-
-PROBE_TIMEOUT: Final = 2.0
-"""Seconds that whatever has our port may take to say what it is."""
 
 T = TypeVar("T")
 
@@ -111,12 +100,6 @@ def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = 
         except _Fault as fault:
             failed.add(name)
             yield Step(name, "fault", fault.detail, fault.remedy)
-
-
-def runs_in_container() -> bool:
-    """Tell whether this machine is a container, as far as it shows."""
-    marks = ("/.dockerenv", "/run/.containerenv")
-    return any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ
 
 
 class _Run:
@@ -323,82 +306,6 @@ def _listens(address: Address, variable: Variable, other: str) -> str:
     if _is_our_proxy(*address):
         return f"{address} is in use, by an OIDC proxy that runs"
     raise _Fault(problem.partition(": ")[0], f"stop what uses it, or {other}")
-
-
-class _Recorder:
-    """A transport that remembers the last answer, and how far the issuer's clock was ahead of ours by its date."""
-
-    def __init__(self, transport: Transport, now: Callable[[], float]) -> None:
-        self._transport = transport
-        self._now = now
-        self.last: Reply | None = None
-        self.skew: float | None = None
-
-    def get(self, url: str, **options: Any) -> Answer:
-        return self._note(lambda: self._transport.get(url, **options))
-
-    def post(self, url: str, **options: Any) -> Answer:
-        return self._note(lambda: self._transport.post(url, **options))
-
-    def _note(self, exchange: Callable[[], Answer]) -> Answer:
-        self.last, sent_at = None, self._now()
-        answer = exchange()
-        headers = {name.lower(): value for name, value in answer.headers.items()}
-        self.last = Reply(answer.status, headers, answer.body[:4096])
-        try:
-            date = parsedate_to_datetime(headers.get("date", "")).timestamp()
-        except ValueError:
-            return answer
-        # It was made at some moment in between, and has lost its fraction of a second.
-        self.skew = max(date - self._now(), 0.0) + min(date + 1 - sent_at, 0.0)
-        return answer
-
-
-def _bounded(function: Callable[[], T], timeout: float) -> T:
-    """Call what has a bound for each of its steps only; raises TimeoutError after so many seconds."""
-
-    async def call() -> T:
-        async with asyncio.timeout(timeout):
-            return await in_thread(function)
-
-    return asyncio.run(call())
-
-
-def _ask(settings: Settings, token: str) -> Reply:
-    """Ask the protected service as the proxy does: directly, whatever HTTPS_PROXY says."""
-    parts = urlsplit(str(settings.upstream))
-    host, port = parts.hostname or "", parts.port
-    connection = http.client.HTTPConnection(host, port, timeout=UPSTREAM_TIMEOUT)
-    if parts.scheme == "https":
-        context = trust(settings.ca_file)
-        if settings.tls_no_verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(host, port, timeout=UPSTREAM_TIMEOUT, context=context)
-    try:
-        connection.request("GET", settings.endpoint, headers={"Authorization": f"Bearer {token}", "Accept": "*/*"})
-        response = connection.getresponse()
-        headers = {name.lower(): response.getheader(name, "") for name, _ in response.getheaders()}
-        return Reply(response.status, headers, response.read(4096) if response.status == 400 else b"")
-    finally:
-        connection.close()
-
-
-def _is_our_proxy(host: str, port: int) -> bool:
-    """Tell whether what listens there answers as our proxies do to a name that is not theirs."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared with, not bound to
-
-    def ask() -> bool:
-        connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT)
-        try:
-            connection.request("HEAD", "/", headers={"Host": "check.invalid"})
-            return connection.getresponse().getheader("X-OIDC-Proxy-Error") is not None
-        finally:
-            connection.close()
-
-    try:
-        return _bounded(ask, PROBE_TIMEOUT)
-    except (OSError, http.client.HTTPException):
-        return False
 
 
 def _audience(token: AccessToken) -> str:

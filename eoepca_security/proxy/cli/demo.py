@@ -10,8 +10,9 @@ import click
 from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import TokenError, TokenInvalid
+from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import Provider
-from eoepca_security.issuer.transport import HttpTransport, trust
+from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.runtime.serve import run as run_proxy

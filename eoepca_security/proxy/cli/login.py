@@ -26,12 +26,12 @@ from eoepca_security.oauth.authorization import (
     read_authorization_response,
 )
 from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.cli.redirect_server import Loopback
 from eoepca_security.proxy.config.factory import make_provider, make_store
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import GRANT, REFRESH_TOKEN, TOKEN_STORE
-from eoepca_security.proxy.identity import identity
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored
 

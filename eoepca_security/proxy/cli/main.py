@@ -15,9 +15,10 @@ from pathlib import Path
 import click
 
 from eoepca_security.errors import SettingsError, StoreError, TokenError
-from eoepca_security.issuer.transport import begin_to_trust
+from eoepca_security.issuer.ca_trust import begin_to_trust
 from eoepca_security.proxy.config.factory import make_source
-from eoepca_security.proxy.config.settings import Settings, settings_in
+from eoepca_security.proxy.config.loading import settings_in
+from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS, TOKEN_STORE
 from eoepca_security.proxy.patches.lazy_imports import light
 from eoepca_security.session.session import AccessToken
@@ -213,9 +214,10 @@ def logout(extra: Sequence[str]) -> int:
 @click.pass_obj
 def check(extra: Sequence[str], *, as_json: bool) -> int:
     """Find out what does not work, from the settings to the protected service, and what to do about it."""
-    from eoepca_security.proxy.cli.check import Step, runs_in_container  # noqa: PLC0415  as in serve
+    from eoepca_security.proxy.cli.check import Step  # noqa: PLC0415  as in serve
     from eoepca_security.proxy.cli.check import check as run  # noqa: PLC0415
     from eoepca_security.proxy.cli.check_report import report  # noqa: PLC0415
+    from eoepca_security.proxy.policy.remedies import runs_in_container  # noqa: PLC0415  as in serve
 
     _refuse(extra, "check")
     try:

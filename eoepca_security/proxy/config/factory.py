@@ -4,8 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
+from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import Provider
-from eoepca_security.issuer.transport import HttpTransport, Transport, trust
+from eoepca_security.issuer.transport import HttpTransport, Transport
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.verify import looks_like_jwt
 from eoepca_security.proxy.config.settings import Settings

@@ -6,11 +6,8 @@ to what they send, on the connection that the clearance is for and on no other.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
 
 from h11 import EndOfMessage, LocalProtocolError
 from h11._readers import ChunkedReader
@@ -18,7 +15,6 @@ from h11._receivebuffer import ReceiveBuffer, blank_line_regex
 from mitmproxy.connection import ConnectionState
 from mitmproxy.http import Request
 from mitmproxy.net.http import http1
-from mitmproxy.net.http.url import default_port
 from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy.commands import CloseConnection, CloseTcpConnection, RequestWakeup, SendData, StartHook
 from mitmproxy.proxy.context import Context
@@ -39,10 +35,11 @@ from mitmproxy.proxy.layers.http._http2 import Http2Client
 from mitmproxy.proxy.layers.http._http3 import Http3Client
 from mitmproxy.proxy.mode_specs import ReverseMode
 
-from eoepca_security.proxy.patches import header_lookup
+from eoepca_security.proxy.policy import headers, problem_details
 from eoepca_security.proxy.policy import headers as forwarding
-from eoepca_security.proxy.policy import problem_details
 from eoepca_security.proxy.policy.access import Refusal
+from eoepca_security.proxy.policy.clearance import outgoing
+from eoepca_security.proxy.policy.destination import Target, _origin_form
 
 MAX_HEAD: Final = 256 * 1024
 """Longest head of a request or an answer, in bytes; also longest line or trailers between and after chunks, and most
@@ -60,46 +57,6 @@ _INTERIM: Final = frozenset({100, *range(102, 200)})
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Target:
-    """Where a connection goes; the host in lower case."""
-
-    scheme: str
-    host: str
-    port: int
-
-    @cached_property
-    def authority(self) -> str:
-        """Host and port as they stand in a URL, without the scheme's own port (RFC 9110 §4.2.3)."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if default_port(self.scheme) == self.port else f"{host}:{self.port}"
-
-    @cached_property
-    def origin(self) -> str:
-        """Scheme and authority (RFC 6454 §6.2)."""
-        return f"{self.scheme}://{self.authority}"
-
-
-@dataclass(frozen=True)
-class Clearance:
-    """That a request may leave for `target`, with these headers in place of its own of the same names."""
-
-    target: Target
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def fields(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The headers as they are sent."""
-        return tuple((name.encode(), value.encode()) for name, value in self.headers.items())
-
-    @cached_property
-    def names(self) -> frozenset[bytes]:
-        """Their names, in lower case."""
-        return frozenset(name.lower() for name, _ in self.fields)
-
-
-_cleared: WeakKeyDictionary[Request, Clearance] = WeakKeyDictionary()
-_origin_form: WeakSet[Request] = WeakSet()
 _read_request_head = http1.read_request_head
 
 
@@ -109,21 +66,6 @@ class RequestRefusedHook(StartHook):
 
     refusal: Refusal
     blocking = False
-
-
-def clear(request: Request, clearance: Clearance) -> None:
-    """Let the request leave."""
-    _cleared[request] = clearance
-
-
-def clearance(request: Request) -> Clearance | None:
-    """Return what the request was given, if anything."""
-    return _cleared.get(request)
-
-
-def is_origin_form(request: Request) -> bool:
-    """Tell whether an HTTP/1 request came without an absolute target (RFC 9112 §3.2.1); mitmproxy forgets it."""
-    return request in _origin_form
 
 
 def install() -> None:
@@ -153,17 +95,6 @@ def read_request_head(lines: list[bytes]) -> Request:
 def _is_too_long(buffer: ReceiveBuffer) -> bool:
     """Tell whether the head that begins here is too long, empty lines before it included."""
     return len(buffer) > MAX_HEAD and blank_line_regex.search(bytes(buffer)[:MAX_HEAD].lstrip(b"\r\n")) is None
-
-
-def outgoing(request: Request, target: Target) -> Request | None:
-    """Return the request as it goes to `target`, or None when it must not."""
-    given = _cleared.get(request)
-    if given is None or given.target != target:
-        return None
-    if not given.headers:
-        return request
-    kept = [field for field in request.data.headers.fields if field[0].lower() not in given.names]
-    return header_lookup.with_headers(request, (*kept, *given.fields))
 
 
 _AnyEvent = TypeVar("_AnyEvent", bound=Event)
@@ -238,7 +169,7 @@ def _framed(request: Request, *, end_stream: bool) -> Request:
     """Return the request so that HTTP/1 tells where it ends: HTTP/2 has no need of a length (RFC 9112 §6.3)."""
     if end_stream or not (request.is_http2 or request.is_http3) or "Content-Length" in request.headers:
         return request
-    return header_lookup.with_headers(request, (*request.data.headers.fields, (b"transfer-encoding", b"chunked")))
+    return headers.with_headers(request, (*request.data.headers.fields, (b"transfer-encoding", b"chunked")))
 
 
 class _Http2Client(Http2Client):

@@ -31,23 +31,15 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 
 from eoepca_security.proxy.policy import problem_details
+from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.headers import is_websocket
-
-MAX_HELD: Final = 1024 * 1024
-"""Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL
 
 MAX_MESSAGE: Final = 16 * 1024 * 1024
 """Longest message of a WebSocket, in bytes, which is held until it is complete; each of its frames counts for some."""
 
 _FRAME: Final = 64
 
-_DIGITS: Final = 18  # of any length that there can be; Python does not read thousands
-
-CODE: Final = "oidc_proxy_error"
-"""In a flow's metadata, the code of the answer that was made here."""
-
-DETAIL: Final = "oidc_proxy_error_detail"
-"""There too, what it says."""
 
 MAX_DISCARDED: Final = 1024 * 1024 * 1024
 """Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
@@ -66,32 +58,6 @@ def install() -> None:
     """Put our streams in the place of mitmproxy's, for all connections of this process that are made from now on."""
     http.HttpStream = Stream  # type: ignore[misc]
     websocket.WebsocketLayer = _WebSocket  # type: ignore[misc]
-
-
-def streams_request(request: Request) -> bool:
-    """Tell whether a request's body is to pass through as it comes, rather than be held until it is complete.
-
-    One that is held can be sent again, so short ones are.
-    """
-    length = request.headers.get("Content-Length")
-    if length is None:
-        return "Transfer-Encoding" in request.headers or request.is_http2 or request.is_http3
-    return _is_long(length)
-
-
-def streams_response(response: Response) -> bool:
-    """Tell whether an answer's body is to pass through as it comes: events, and what may be large."""
-    if response.status_code == 101:
-        return False
-    length = response.headers.get("Content-Length")
-    if length is None:
-        # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
-        return response.status_code != 401
-    return _is_long(length)
-
-
-def _is_long(length: str) -> bool:
-    return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
 
 
 def _check(request: Request, answer: Response) -> None:

@@ -6,16 +6,12 @@ site made it send is refused.
 """
 
 import ipaddress
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import Final
 
-from eoepca_security.oauth.protocol import is_loopback, printable
-
-LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
-EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  compared with, not bound to
+from eoepca_security.oauth.text import printable
+from eoepca_security.oauth.urls import Host, _origin, parse_host, parse_origin
 
 _PORTS: Final = {"http": 80, "https": 443}
 _PREFLIGHT_LIFETIME: Final = "600"
@@ -23,48 +19,6 @@ _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
 
 Values = Callable[[str], Sequence[str]]
 """Gives all the values of a header, one for each time that it was sent."""
-
-
-class Host(NamedTuple):
-    """A host in lower case, an IPv6 address in brackets, and the port where one is named."""
-
-    name: str
-    port: int | None
-
-    def __str__(self) -> str:
-        return self.name if self.port is None else f"{self.name}:{self.port}"
-
-
-@lru_cache(64)
-def parse_host(text: str) -> Host:
-    """Read a `Host` header (RFC 9110 §7.2); raises ValueError for what is none, or is one only to some."""
-    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?", text)
-    if match is None or int(match[2] or 0) > 65535:
-        raise ValueError("no host")
-    name = match[1].lower()
-    if name.startswith("["):
-        name = f"[{ipaddress.IPv6Address(name[1:-1])}]"
-    return Host(name, int(match[2]) if match[2] else None)
-
-
-def parse_origin(text: str) -> str:
-    """Return a web origin (RFC 6454 §6.2) in the form in which two can be compared; raises ValueError for `null`."""
-    scheme, separator, rest = text.partition("://")
-    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
-        raise ValueError("no origin")
-    return _origin(scheme.lower(), parse_host(rest))
-
-
-def _origin(scheme: str, host: Host) -> str:
-    return f"{scheme}://{host.name if host.port == _PORTS.get(scheme) else host}"
-
-
-def may_get_token(inject_hosts: Collection[Host], scheme: str, host: str, port: int) -> bool:
-    """Tell whether a connection in forward mode is to one of these hosts, and cannot be read on the way."""
-    return (scheme == "https" or (scheme == "http" and is_loopback(host))) and any(
-        allowed.name.strip("[]") == host.lower() and (allowed.port or _PORTS[scheme]) == port
-        for allowed in inject_hosts
-    )
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from mitmproxy.http import Response
 from mitmproxy.net.http import http1
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
-from eoepca_security.oauth.protocol import printable
-from eoepca_security.proxy.patches import header_lookup
+from eoepca_security.oauth.text import printable
+from eoepca_security.proxy.policy import headers
 from eoepca_security.proxy.policy.access import Refusal
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
@@ -39,7 +39,7 @@ _LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUn
 
 def last_resort() -> Response:
     """Return the answer for the time in which there is no better one, and for when making a better one fails."""
-    return header_lookup.with_headers(_LAST_RESORT, _LAST_RESORT.data.headers.fields)
+    return headers.with_headers(_LAST_RESORT, _LAST_RESORT.data.headers.fields)
 
 
 def title(code: str) -> str:
@@ -104,3 +104,10 @@ def answer(error: TokenError | Refusal | UpstreamFault, *, method: str, retry_af
     status, headers, body = parts(error, retry_after=retry_after)
     # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
     return Response.make(status, b"" if method == "HEAD" else body, headers)
+
+
+CODE: Final = "oidc_proxy_error"
+"""In a flow's metadata, the code of the answer that was made here."""
+
+DETAIL: Final = "oidc_proxy_error_detail"
+"""There too, what it says."""

@@ -1,14 +1,17 @@
 """What to do about a fault: from what was seen of it to the remedy. Pure."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
-from eoepca_security.oauth.protocol import is_loopback, printable
+from eoepca_security.oauth.text import printable
+from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import (
@@ -219,3 +222,9 @@ def _ask_for_tls(place: Place, reply: Reply) -> str:
 
 def _is_login_page(location: str) -> bool:
     return re.search(r"response_type=|/auth\?|/login|/oauth2/", location) is not None
+
+
+def runs_in_container() -> bool:
+    """Tell whether this machine is a container, as far as it shows."""
+    marks = ("/.dockerenv", "/run/.containerenv")
+    return any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ

@@ -11,7 +11,7 @@ from typing import Final
 
 from mitmproxy.http import Headers
 
-from eoepca_security.proxy.policy.access import parse_origin
+from eoepca_security.oauth.urls import parse_origin
 
 ORIGIN: Final = "oidc_proxy_origin"
 """In a flow's metadata, the proxy's origin as the client knows it."""

@@ -14,10 +14,10 @@ from mitmproxy.addons.termlog import TermLog
 from mitmproxy.log import ALERT, MitmFormatter
 from mitmproxy.master import Master
 
+from eoepca_security.proxy.addons.lifecycle import STARTED
+
 FORMATS: Final = ("text", "json")
 
-STARTED: Final = "OIDC proxy listening at %s -> %s as %s; access tokens live %d s"
-"""The line that says that the proxy works: its URL, the service, whose token it is, seconds."""
 
 QUIET: Final = 60.0
 """Seconds without it after which a message that was repeated counts as news."""

@@ -4,19 +4,15 @@ They are forked from a process that has imported everything and listens already:
 until any of them takes it, so none is lost when one of them dies before that.
 """
 
-import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
-
-from mitmproxy.proxy.mode_servers import AsyncioServerInstance
+from typing import Final
 
 from eoepca_security.proxy.addons.drain import SAME_SIGNAL
 
@@ -29,7 +25,6 @@ MAX_DELAY: Final = 5.0
 QUIT: Final = signal.SIGUSR1
 """Tells the supervisor to end; unlike others a second one does not mean haste."""
 
-_BACKLOG: Final = 128
 _SETTLED_AFTER: Final = 30.0
 _CRASHED: Final = 70  # sysexits.h: an internal software error
 
@@ -64,26 +59,6 @@ def supervise(
     `on_end` is called when the end begins, `mourn` with the number and the fate of each part that died.
     """
     return _Supervisor(parts, on_end, mourn, now).run()
-
-
-def share_listeners(address: tuple[str, int], listeners: Sequence[socket.socket]) -> None:
-    """Let mitmproxy's servers in this process use `listeners` where they are to listen on `address`.
-
-    They take TCP connections only, not QUIC, which has no such queue.
-    """
-    listen = AsyncioServerInstance.listen
-
-    async def listen_together(instance: AsyncioServerInstance[Any], host: str, port: int) -> list[Any]:
-        if (host, port) != address:
-            return await listen(instance, host, port)
-        servers = []
-        for listener in listeners:
-            # asyncio would take as many connections as its backlog at once, and leave the other processes idle.
-            servers.append(await asyncio.start_server(instance.handle_stream, sock=listener, backlog=1))
-            listener.listen(_BACKLOG)
-        return servers
-
-    AsyncioServerInstance.listen = listen_together  # type: ignore[method-assign,assignment]
 
 
 class _Supervisor:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from mitmproxy.addons.proxyserver import Proxyserver
 
+from eoepca_security.issuer.threads import DaemonThreads
 from eoepca_security.proxy.addons import drain as lifecycle
-from eoepca_security.proxy.addons.drain import DaemonThreads, drain
+from eoepca_security.proxy.addons.drain import drain
 
 
 class Instance:

@@ -18,13 +18,15 @@ from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.proxy.addons.oidc import OIDCAuthProxy, exposure
+from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
+from eoepca_security.proxy.addons.state import exposure
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
-from eoepca_security.proxy.patches import http_clients
-from eoepca_security.proxy.patches.http_clients import Clearance, Target
-from eoepca_security.proxy.patches.http_stream import MAX_HELD
+from eoepca_security.proxy.policy import clearance
 from eoepca_security.proxy.policy.access import Guard
+from eoepca_security.proxy.policy.buffering import MAX_HELD
+from eoepca_security.proxy.policy.clearance import Clearance
+from eoepca_security.proxy.policy.destination import Target
 from eoepca_security.session.session import AccessToken
 
 SERVICE = Target("https", "service.example", 443)
@@ -80,7 +82,7 @@ def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
 
 def sent(flow: HTTPFlow, target: Target = SERVICE) -> Request:
     """Return the request as it leaves."""
-    request = http_clients.outgoing(flow.request, target)
+    request = clearance.outgoing(flow.request, target)
     assert request is not None
     return request
 
@@ -146,7 +148,7 @@ async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
     await addon_with(StubSource(), context).requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 503
-    assert http_clients.clearance(flow.request) is None
+    assert clearance.clearance(flow.request) is None
     assert "Authorization" not in flow.request.headers
 
 
@@ -183,10 +185,10 @@ async def test_a_request_that_is_being_decided_about_has_an_answer_already(conte
 async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(context: Any) -> None:
     flow = flow_for()
     addon = addon_with(StubSource(), context)
-    http_clients.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
+    clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer the-token"
-    http_clients.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
+    clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
     flow.request.data.content = None  # streamed
     await addon.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer sent already"

@@ -10,7 +10,8 @@ import pytest
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.admin.page import duration, lines, page, relative
-from eoepca_security.proxy.admin.status import MAX_RECENT, Answer, Mishap, Mishaps, Refresh, State, status
+from eoepca_security.proxy.admin.recent_errors import MAX_RECENT, Mishap, Mishaps
+from eoepca_security.proxy.admin.status import Answer, Refresh, State, status
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.session.session import AccessToken
 

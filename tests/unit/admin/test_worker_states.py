@@ -15,7 +15,8 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Token
 from eoepca_security.proxy.admin import worker_states
 from eoepca_security.proxy.admin.metrics import Metrics, counts, exposition, from_json, merged, to_json
 from eoepca_security.proxy.admin.page import page
-from eoepca_security.proxy.admin.status import Mishap, Refresh, Subject, status
+from eoepca_security.proxy.admin.recent_errors import Mishap
+from eoepca_security.proxy.admin.status import Refresh, Subject, status
 from eoepca_security.proxy.admin.worker_states import Crew, Line, answer
 from eoepca_security.session.session import AccessToken
 from tests.unit.admin.test_status import NOW, SETTINGS, STATE

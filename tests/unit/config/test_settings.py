@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from mitmproxy.options import Options
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.proxy.config.settings import read_dotenv, read_settings, settings_in
+from eoepca_security.proxy.config.loading import read_dotenv, read_settings, settings_in
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored

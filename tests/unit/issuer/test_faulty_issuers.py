@@ -9,7 +9,7 @@ import pytest
 
 from eoepca_security.errors import TokenError, TokenInvalid
 from eoepca_security.proxy.config.factory import make_source
-from eoepca_security.proxy.config.settings import read_settings
+from eoepca_security.proxy.config.loading import read_settings
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
 from tests.conftest import settings_for

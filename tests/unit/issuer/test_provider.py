@@ -10,8 +10,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError, TokenInvalid
+from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import KEYS_LIFETIME, METADATA_LIFETIME, RETRY_INTERVAL, Provider
-from eoepca_security.issuer.transport import Answer, HttpTransport, trust
+from eoepca_security.issuer.transport import Answer, HttpTransport
 from eoepca_security.oauth.protocol import Client, ProviderMetadata
 from eoepca_security.session.file_store import LOCK_TIMEOUT
 from eoepca_security.session.source import _GIVE_UP

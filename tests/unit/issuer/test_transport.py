@@ -24,16 +24,8 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.issuer.transport import (
-    MAX_BODY,
-    Answer,
-    HttpTransport,
-    _DeadlineAdapter,
-    begin_to_trust,
-    ca_bundle,
-    explain,
-    trust,
-)
+from eoepca_security.issuer.ca_trust import begin_to_trust, ca_bundle, trust
+from eoepca_security.issuer.transport import MAX_BODY, Answer, HttpTransport, _DeadlineAdapter, explain
 from tests.support.network import PATIENCE, RawServer, drips, http, replies, says_nothing
 
 SHORT = 0.2

@@ -27,15 +27,12 @@ from eoepca_security.oauth.protocol import (
     TokenResponse,
     build_token_request,
     choose_auth_method,
-    discovery_url,
-    is_loopback,
     load_private_key,
-    printable,
     read_metadata,
     read_token_response,
-    split_url,
-    url_problem,
 )
+from eoepca_security.oauth.text import printable
+from eoepca_security.oauth.urls import discovery_url, is_loopback, split_url, url_problem
 
 ISSUER = "https://issuer.example/realms/test"
 DOCUMENT_URL = ISSUER + "/.well-known/openid-configuration"

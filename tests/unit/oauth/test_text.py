@@ -2,7 +2,7 @@
 
 import pytest
 
-from eoepca_security.proxy.identity import identity
+from eoepca_security.oauth.text import identity
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from mitmproxy.proxy.layers.http._events import RequestData, RequestEndOfMessage
 from mitmproxy.test import tflow
 
 from eoepca_security.proxy.patches import http_clients
-from eoepca_security.proxy.patches.http_clients import Clearance, Target
+from eoepca_security.proxy.policy import clearance
+from eoepca_security.proxy.policy.clearance import Clearance
+from eoepca_security.proxy.policy.destination import Target
 
 SERVICE = Target("http", "service.example", 80)
 
@@ -55,7 +57,7 @@ def post() -> Request:
 @pytest.mark.parametrize("kind", ["Http1Client", "Http2Client"])
 def test_credentials_are_added_to_what_leaves_and_to_nothing_else(kind: str) -> None:
     request = post()
-    http_clients.clear(request, Clearance(SERVICE, {"Authorization": "Bearer real"}))
+    clearance.clear(request, Clearance(SERVICE, {"Authorization": "Bearer real"}))
     commands = send(layer(kind), request)
     assert sent(commands)
     assert not [command for command in commands if isinstance(command, CloseConnection)]
@@ -63,7 +65,7 @@ def test_credentials_are_added_to_what_leaves_and_to_nothing_else(kind: str) -> 
         assert sent(commands).count(b"Authorization: Bearer real\r\n") == 1
         assert b"shown" not in sent(commands)
     assert request.headers["Authorization"] == "shown"
-    assert "real" not in repr(http_clients.clearance(request))
+    assert "real" not in repr(clearance.clearance(request))
 
 
 @pytest.mark.parametrize("kind", ["Http1Client", "Http2Client"])
@@ -83,7 +85,7 @@ def test_without_a_clearance_for_this_connection_nothing_leaves(
     caplog.set_level(logging.ERROR)
     request = post()
     if target is not None:
-        http_clients.clear(request, Clearance(target, {"Authorization": "Bearer real"}))
+        clearance.clear(request, Clearance(target, {"Authorization": "Bearer real"}))
     made = layer(kind, **connection)  # type: ignore[arg-type]
     commands = send(made, request)
     assert sent(commands) == b""
@@ -95,15 +97,15 @@ def test_without_a_clearance_for_this_connection_nothing_leaves(
 
 def test_what_is_cleared_without_credentials_leaves_as_it_is() -> None:
     request = post()
-    http_clients.clear(request, Clearance(SERVICE))
+    clearance.clear(request, Clearance(SERVICE))
     assert b"Authorization: shown\r\n" in sent(send(layer("Http1Client"), request))
 
 
 def test_a_copy_of_a_request_needs_a_clearance_of_its_own() -> None:
     request = post()
-    http_clients.clear(request, Clearance(SERVICE))
-    assert http_clients.outgoing(request, SERVICE) is request
-    assert http_clients.outgoing(request.copy(), SERVICE) is None
+    clearance.clear(request, Clearance(SERVICE))
+    assert clearance.outgoing(request, SERVICE) is request
+    assert clearance.outgoing(request.copy(), SERVICE) is None
 
 
 def test_the_authority_is_as_in_a_url() -> None:

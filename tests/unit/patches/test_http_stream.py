@@ -4,7 +4,7 @@ import pytest
 from mitmproxy.http import Response
 from mitmproxy.test import tutils
 
-from eoepca_security.proxy.patches.http_stream import MAX_HELD, streams_request, streams_response
+from eoepca_security.proxy.policy.buffering import MAX_HELD, streams_request, streams_response
 
 
 @pytest.mark.parametrize(

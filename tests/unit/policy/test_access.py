@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from eoepca_security.proxy.policy.access import LOOPBACK_NAMES, Guard, Host, may_get_token, parse_host, parse_origin
+from eoepca_security.oauth.urls import LOOPBACK_NAMES, Host, parse_host, parse_origin
+from eoepca_security.proxy.policy.access import Guard
+from eoepca_security.proxy.policy.destination import may_get_token
 
 GUARD = Guard((*LOOPBACK_NAMES, "proxy.test", "[2001:db8::1]", "pinned.test:9000"), ["https://app.example"])
 

@@ -9,13 +9,8 @@ import pytest
 from mitmproxy.http import Headers, Request
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.proxy.policy.headers import (
-    ApisixHeaders,
-    drop_gateway_headers,
-    drop_hop_by_hop,
-    hide_credentials,
-    is_one_request,
-)
+from eoepca_security.proxy.policy.apisix import ApisixHeaders, drop_gateway_headers
+from eoepca_security.proxy.policy.headers import drop_hop_by_hop, hide_credentials, is_one_request
 from eoepca_security.session.session import AccessToken
 
 

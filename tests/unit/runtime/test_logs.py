@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from eoepca_security.proxy.runtime.logs import QUIET, STARTED, JsonFormatter, NoRepeats, SummaryFormatter, complain
+from eoepca_security.proxy.addons.lifecycle import STARTED
+from eoepca_security.proxy.runtime.logs import QUIET, JsonFormatter, NoRepeats, SummaryFormatter, complain
 
 
 def record(message: str, *args: object, level: int = logging.WARNING, name: str = "x") -> logging.LogRecord:

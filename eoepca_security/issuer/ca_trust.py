@@ -1,0 +1,52 @@
+"""Which CAs are trusted: the system's, certifi's, and those in a file."""
+
+import ssl
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import requests
+
+_begun: dict[Path | None, "Future[ssl.SSLContext]"] = {}
+
+
+def begin_to_trust(ca_file: Path | None = None) -> None:
+    """Read the CAs in a thread already, for the next call of `trust` with the same `ca_file`."""
+    # No daemon: OpenSSL crashes when the process ends while it reads them.
+    executor = ThreadPoolExecutor(1)
+    _begun[ca_file] = executor.submit(_read_trust, ca_file)
+    executor.shutdown(wait=False)
+
+
+def trust(ca_file: Path | None = None) -> ssl.SSLContext:
+    """Return a client context that trusts the system's CAs, certifi's, and those in `ca_file`.
+
+    Raises OSError (ssl.SSLError is one) when `ca_file` cannot be used.
+    """
+    begun = _begun.pop(ca_file, None)
+    return begun.result() if begun is not None else _read_trust(ca_file)
+
+
+def usable_cas(ca_file: Path) -> Path:
+    """Return `ca_file`; raise OSError, as `trust` would but without reading all other CAs, when it cannot be used."""
+    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
+    return ca_file
+
+
+def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    # On from Python 3.13: it refuses the many private CAs without a key identifier, which older versions accept.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
+    if ca_file is not None:
+        context.load_verify_locations(ca_file)
+    return context
+
+
+def ca_bundle(ca_file: Path) -> bytes:
+    """Return in PEM form what `trust(ca_file)` trusts, for programs that want a file; raises OSError.
+
+    The system's folder of CAs, where it has one beside its file, is not in it.
+    """
+    system = ssl.get_default_verify_paths().cafile
+    files = [Path(requests.utils.DEFAULT_CA_BUNDLE_PATH), ca_file, *([Path(system)] if system else [])]
+    return b"\n".join(file.read_bytes() for file in files)

@@ -1,0 +1,98 @@
+"""Addresses: which URLs, hosts and web origins there are, and which of them are this machine."""
+
+import ipaddress
+import re
+from functools import lru_cache
+from typing import Final, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+WELL_KNOWN: Final = "/.well-known/openid-configuration"
+
+
+def is_loopback(host: str | None) -> bool:
+    """Tell whether `host`, a name or an address as `urlsplit().hostname` gives it, is this machine itself."""
+    if not host:
+        return False
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def split_url(url: str) -> SplitResult:
+    """Split an http(s) URL; raises ValueError where programs could differ about the host it names (RFC 3986 §3.2)."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    # Some versions of urlsplit() pass over what stands around the brackets of an address.
+    if parts.port == 0 or not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", host):
+        raise ValueError("no proper host and port")
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("not http or https")
+    return parts
+
+
+def url_problem(url: str, *, allow_http: bool = False) -> str | None:
+    """Say why the issuer must not be spoken to at `url`, or return None when it may.
+
+    Tokens and secrets travel there, so it is https, or http on loopback (RFC 6749 §3.2, OpenID Connect Discovery §3).
+    """
+    if not re.fullmatch(r"[!-~]{0,2000}", url):
+        return "has spaces or characters outside ASCII, or is far too long"
+    try:
+        parts = split_url(url)
+    except ValueError:
+        return "is not a URL: it has to look like https://issuer.example/realms/name"
+    if parts.username is not None or parts.password is not None:
+        return "carries a user name or password: remove the part before the @"
+    if parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_http:
+        return "must use https:// (plain http is for localhost, or OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP)"
+    return None
+
+
+def discovery_url(issuer_or_document: str) -> str:
+    """Return the discovery document's URL for an issuer, or for that URL itself (OpenID Connect Discovery §4.1)."""
+    url = issuer_or_document.rstrip("/")
+    return url if url.endswith(WELL_KNOWN) else url + WELL_KNOWN
+
+
+LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
+
+EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  compared with, not bound to
+
+_PORTS: Final = {"http": 80, "https": 443}
+
+
+class Host(NamedTuple):
+    """A host in lower case, an IPv6 address in brackets, and the port where one is named."""
+
+    name: str
+    port: int | None
+
+    def __str__(self) -> str:
+        return self.name if self.port is None else f"{self.name}:{self.port}"
+
+
+@lru_cache(64)
+def parse_host(text: str) -> Host:
+    """Read a `Host` header (RFC 9110 §7.2); raises ValueError for what is none, or is one only to some."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?", text)
+    if match is None or int(match[2] or 0) > 65535:
+        raise ValueError("no host")
+    name = match[1].lower()
+    if name.startswith("["):
+        name = f"[{ipaddress.IPv6Address(name[1:-1])}]"
+    return Host(name, int(match[2]) if match[2] else None)
+
+
+def parse_origin(text: str) -> str:
+    """Return a web origin (RFC 6454 §6.2) in the form in which two can be compared; raises ValueError for `null`."""
+    scheme, separator, rest = text.partition("://")
+    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        raise ValueError("no origin")
+    return _origin(scheme.lower(), parse_host(rest))
+
+
+def _origin(scheme: str, host: Host) -> str:
+    return f"{scheme}://{host.name if host.port == _PORTS.get(scheme) else host}"

@@ -1,0 +1,34 @@
+"""What the add-ons of one proxy share."""
+
+from urllib.parse import urlsplit
+
+from mitmproxy import ctx
+from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
+
+from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import ALLOWED_HOSTS
+from eoepca_security.session.source import TokenSource
+
+# What add-ons whose script was edited have left to those that take their place.
+_left: dict[tuple[str | None, ...], TokenSource] = {}
+
+
+def _addresses(settings: Settings | None) -> tuple[str, str]:
+    server = ctx.master.addons.get("proxyserver")
+    addresses = server.listen_addrs() if isinstance(server, Proxyserver) else []
+    host, port = addresses[0][:2] if addresses else ("nowhere", 0)
+    mode = ProxyMode.parse(ctx.options.mode[0])
+    upstream = mode.data
+    if settings is not None and isinstance(mode, RegularMode):
+        upstream = ", ".join(settings.inject_hosts)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
+
+
+def exposure(listener: str, settings: Settings) -> str:
+    """Say in one line what listening beyond this machine means."""
+    line = f"whatever can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
+    if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
+        line += f"; it answers to the names {', '.join(LOOPBACK_NAMES)} only, as {ALLOWED_HOSTS.env} is unset"
+    return line

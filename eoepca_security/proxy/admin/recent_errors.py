@@ -1,0 +1,46 @@
+"""The errors of the last while, each kind once."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from eoepca_security.oauth.text import printable
+
+MAX_RECENT: Final = 20
+"""How many different errors are remembered."""
+
+
+@dataclass(frozen=True)
+class Mishap:
+    """An error that occurred `count` times, last `at` (epoch seconds); `code` is of the public interface."""
+
+    code: str
+    detail: str
+    at: float
+    count: int = 1
+
+
+class Mishaps:
+    """The last errors of different kinds, newest first; `now` is epoch seconds."""
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._latest: deque[Mishap] = deque(maxlen=MAX_RECENT)
+
+    def add(self, code: str, detail: str) -> None:
+        """Remember an error; one that is remembered already is counted."""
+        detail = printable(detail, 500)
+        new = Mishap(code, detail, self._now())
+        for old in self._latest:
+            if (old.code, old.detail) == (code, detail):
+                self._latest.remove(old)
+                new = replace(new, count=old.count + 1)
+                break
+        # A full one drops what is at its other end: the oldest.
+        self._latest.appendleft(new)
+
+    def latest(self) -> tuple[Mishap, ...]:
+        """Return what is remembered."""
+        return tuple(self._latest)

@@ -1,0 +1,153 @@
+"""Where settings come from: add-on options, the environment, `.env`."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dotenv.parser import parse_stream
+
+from eoepca_security.errors import SettingsError
+from eoepca_security.oauth.protocol import GRANTS
+from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
+from eoepca_security.proxy.config.validation import _Reader, _reason
+from eoepca_security.proxy.config.variables import (
+    ACCESS_TOKEN,
+    ADMIN,
+    ALLOW_HTTP,
+    ALLOWED_HOSTS,
+    AUDIENCE,
+    CLIENT_KEY_FILE,
+    CLIENT_SECRET,
+    FORWARD_AS,
+    FORWARD_AS_CHOICES,
+    GRANT,
+    INJECT_HOSTS,
+    REFRESH_TOKEN,
+    SCOPE,
+    TLS_NO_VERIFY,
+    UPSTREAM,
+)
+from eoepca_security.session.file_store import TokenStore
+
+
+def read_dotenv(folder: Path) -> Mapping[str, str]:
+    """Return the variables of `.env` in `folder`, as they stand there; raises SettingsError when it cannot be read."""
+    path = folder / ".env"
+    try:
+        if path.is_fifo():
+            raise SettingsError(f".env: {path} is a pipe, which may never end: make it a file, or remove it")
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f".env: cannot be read ({_reason(error)}); mend or remove {path}") from None
+    # Parsed only: without the interpolation that would follow, as a secret may have a ${ in it.
+    bindings = list(parse_stream(io.StringIO(text)))
+    if faults := [binding.original.line for binding in bindings if binding.error]:
+        raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: mend or remove it" for line in faults))
+    return {binding.key: binding.value for binding in bindings if binding.key and binding.value is not None}
+
+
+def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settings:
+    """As `read_settings`, with the variables of `.env` in `folder`; says so where that is missing and may be why."""
+    try:
+        return read_settings(environ, dotenv=read_dotenv(folder), **more)
+    except SettingsError as error:
+        is_missing = any(": is required: " in problem for problem in error.problems)
+        if not is_missing or (folder / ".env").exists():
+            raise
+        raise SettingsError(*error.problems, f".env: there is none in {folder}, where it is looked for") from None
+
+
+def read_settings(
+    environ: Mapping[str, str],
+    *,
+    dotenv: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
+    need_upstream: bool = True,
+    need_session: bool = True,
+) -> Settings:
+    """Read and check all settings; options come before the environment, and that before `dotenv`.
+
+    Without `need_session` there may be none yet. Raises SettingsError with a line for every problem, which names the
+    variable and what to do.
+    """
+    reader = _Reader(options or {}, environ, dotenv or {})
+    allow_http = reader.boolean(ALLOW_HTTP)
+    issuer_url = reader.issuer(allow_http=allow_http)
+    client = reader.client()
+    grant = reader.choice(GRANT, GRANTS)
+    refresh_token = reader.token(REFRESH_TOKEN)
+    access_token = reader.token(ACCESS_TOKEN)
+    token_store = reader.token_store()
+    if grant == "client_credentials":
+        if client.secret is None and client.key is None:
+            reader.problem(GRANT, f"client_credentials needs {CLIENT_SECRET.env} or {CLIENT_KEY_FILE.env}")
+        if refresh_token is not None:
+            reader.warnings.append(f"{REFRESH_TOKEN.env} is not used: {GRANT.env} is client_credentials")
+            refresh_token = None
+    elif (
+        need_session
+        and refresh_token is None
+        and access_token is None
+        and reader.is_unset(REFRESH_TOKEN, ACCESS_TOKEN)
+        and not _has_session(token_store, issuer_url, client.client_id)
+    ):
+        reader.problem(
+            REFRESH_TOKEN,
+            "is required unless there was a `run-mitmproxy.py login`: run that, or set this to the refresh token of a "
+            f"login, or {GRANT.env}=client_credentials with a secret",
+        )
+    ca_file = reader.ca_file()
+    if grant == "refresh_token" and refresh_token is None and access_token is not None and token_store is None:
+        reader.warnings.append(f"{REFRESH_TOKEN.env} is not set: this works until {ACCESS_TOKEN.env} ends, no longer")
+    tls_no_verify = reader.boolean(TLS_NO_VERIFY)
+    if tls_no_verify:
+        reader.warnings.append(NO_VERIFY.format(TLS_NO_VERIFY.env))
+    host, port = reader.host(), reader.port()
+    upstream = reader.upstream(host, port) if need_upstream else None
+    admin, admin_is_set = reader.admin(is_on=need_upstream)
+    if admin_is_set and admin is not None and admin.port and (admin.host, admin.port) == (host, port):
+        reader.problem(ADMIN, f"{admin} is where the proxy itself listens: choose another port")
+    inject_hosts = reader.hosts(INJECT_HOSTS)
+    if need_upstream and inject_hosts:
+        reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher forwards to {UPSTREAM.env} only")
+    unknown = reader.unknown_names()
+    reader.warnings += unknown
+    settings = Settings(
+        issuer_url=issuer_url,
+        client=client,
+        grant=grant,
+        refresh_token=refresh_token,
+        access_token=access_token,
+        audience=reader.text(AUDIENCE),
+        scope=reader.text(SCOPE),
+        allow_http=allow_http,
+        ca_file=ca_file,
+        token_store=token_store,
+        upstream=upstream,
+        endpoint=reader.endpoint(),
+        tls_no_verify=tls_no_verify,
+        host=host,
+        port=port,
+        admin=admin,
+        admin_is_set=admin_is_set,
+        allowed_hosts=reader.hosts(ALLOWED_HOSTS, wildcard=True),
+        allowed_origins=reader.origins(),
+        termination_endpoint=reader.termination_endpoint(),
+        forward_as=reader.choice(FORWARD_AS, FORWARD_AS_CHOICES),
+        workers=reader.workers(),
+        inject_hosts=inject_hosts,
+        warnings=tuple(reader.warnings),
+    )
+    if reader.problems:
+        # Which may be why another is missing.
+        raise SettingsError(*unknown, *reader.problems)
+    return settings
+
+
+def _has_session(folder: Path | None, issuer_url: str, client_id: str) -> bool:
+    if folder is None:
+        return False
+    return TokenStore(folder, issuer_url=issuer_url, client_id=client_id, origin=None).changed_at() != 0

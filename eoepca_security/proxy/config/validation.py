@@ -1,0 +1,329 @@
+"""Reads one setting at a time, and collects everything that is wrong with them."""
+
+import difflib
+import ipaddress
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from eoepca_security.issuer.ca_trust import usable_cas
+from eoepca_security.oauth.protocol import CLIENT_AUTH_METHODS, Client, PrivateKey, load_private_key
+from eoepca_security.oauth.urls import EVERYWHERE, is_loopback, parse_host, parse_origin, split_url, url_problem
+from eoepca_security.proxy.config.settings import _PORTS, MAX_WORKERS, Address
+from eoepca_security.proxy.config.variables import (
+    ADMIN,
+    ALLOWED_ORIGINS,
+    CA_FILE,
+    CLIENT_AUTH,
+    CLIENT_ID,
+    CLIENT_KEY_FILE,
+    CLIENT_SECRET,
+    ENDPOINT,
+    HOST,
+    ISSUER,
+    PORT,
+    TERMINATION_ENDPOINT,
+    TOKEN_STORE,
+    UPSTREAM,
+    VARIABLES,
+    WORKERS,
+    Variable,
+)
+
+_MAX_FILE: Final = 64 * 1024
+
+_TYPO: Final = 0.86  # how similar a name in the environment is to one of ours when it is a typing error
+
+T = TypeVar("T")
+
+
+class _Reader:
+    """Reads one setting at a time and collects what is wrong instead of raising it."""
+
+    def __init__(self, options: Mapping[str, str], environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
+        self._options = options
+        self._layers = (environ, dotenv)
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self._unreadable: set[Variable] = set()
+
+    def problem(self, variable: Variable, text: str) -> None:
+        self.problems.append(f"{variable.env}: {text}")
+
+    def raw(self, variable: Variable) -> str | None:
+        """Return the value of the first source that has one; an empty one counts as none."""
+        if variable.option and (value := self._options.get(variable.option)):
+            return value
+        for layer in self._layers:
+            value, file = layer.get(variable.env), layer.get(variable.env + "_FILE") if variable.secret else None
+            if value and file:
+                self._unreadable.add(variable)
+                self.problem(variable, f"is set, and so is {variable.env}_FILE: unset one of the two")
+                return None
+            if value:
+                return value
+            if file:
+                return self._from_file(variable, Path(file))
+        return None
+
+    def _from_file(self, variable: Variable, path: Path) -> str | None:
+        value, fault = None, "is empty"
+        try:
+            with path.open("rb") as stream:
+                data = stream.read(_MAX_FILE + 1)
+            value = data.decode().removesuffix("\n").removesuffix("\r")
+            if len(data) > _MAX_FILE:
+                value, fault = None, "is longer than 64 KiB"
+        except (OSError, ValueError) as error:
+            fault = f"cannot be read ({_reason(error)})"
+        if not value:
+            self._unreadable.add(variable)
+            self.problems.append(
+                f"{variable.env}_FILE: {_shown(path)} {fault}: put the secret there, readable for this user"
+            )
+            return None
+        return value
+
+    def unknown_names(self) -> list[str]:
+        """Tell of names that look like ours but are not: a setting that is misspelt is silently not in force."""
+        known = {variable.env for variable in VARIABLES} | {f"{v.env}_FILE" for v in VARIABLES if v.secret}
+        environ, dotenv = self._layers
+        ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_")
+        names = {name for name in environ if name.startswith(ours[:2])} | {n for n in dotenv if n.startswith(ours)}
+        # Other programs' variables begin like that, too, in an environment that all share.
+        names |= {n for n in environ if n.startswith(ours) and difflib.get_close_matches(n, known, 1, _TYPO)}
+        lines = []
+        for name in sorted(names - known):
+            close = difflib.get_close_matches(name, known, 1)
+            lines.append(f"{name} is not a setting" + (f": is {close[0]} meant?" if close else " of this program"))
+        return lines
+
+    def is_unset(self, *variables: Variable) -> bool:
+        """Tell whether none of these was even tried, so that `is required` is said only then."""
+        return self._unreadable.isdisjoint(variables)
+
+    def text(self, variable: Variable) -> str | None:
+        value = self.raw(variable)
+        if value is not None and not value.isprintable():
+            self.problem(variable, "has control characters: a line break may have been copied with it")
+            return None
+        return value.strip() or None if value else None
+
+    def secret(self, variable: Variable) -> str | None:
+        """As `text`, but spaces at the ends belong to the value."""
+        value = self.raw(variable)
+        if value is not None and not value.isprintable():
+            self._unreadable.add(variable)
+            self.problem(variable, "has control characters: a line break may have been copied with it")
+            return None
+        return value
+
+    def token(self, variable: Variable) -> str | None:
+        value = self.secret(variable)
+        if value is not None and not re.fullmatch(r"[!-~]+", value.strip("'\"")):
+            self._unreadable.add(variable)
+            self.problem(variable, "has spaces or characters outside ASCII: copy the token alone, without quotes")
+            return None
+        if value is not None and value[0] in "'\"":
+            # Docker's --env-file and Kubernetes take them literally.
+            self._unreadable.add(variable)
+            self.problem(variable, "begins with a quotation mark: copy the token alone, without quotes")
+            return None
+        return value
+
+    def boolean(self, variable: Variable) -> bool:
+        value = (self.text(variable) or variable.default).lower()
+        if value not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
+            self.problem(variable, f"{value!r} is neither true nor false: use true or false")
+        return value in ("true", "1", "yes", "on")
+
+    def choice(self, variable: Variable, choices: Sequence[str]) -> str:
+        value = self.text(variable) or variable.default
+        if value not in choices:
+            self.problem(variable, f"{value!r} is unknown: use one of {', '.join(choices)}")
+        return value
+
+    def required(self, variable: Variable, hint: str) -> str:
+        problems = len(self.problems)
+        value = self.text(variable)
+        if value is None and len(self.problems) == problems:
+            self.problem(variable, f"is required: {hint}")
+        return value or ""
+
+    def issuer(self, *, allow_http: bool) -> str:
+        url = self.required(ISSUER, "the issuer's URL, e.g. https://keycloak.example/realms/eoepca")
+        if not url:
+            return url
+        problem = url_problem(url, allow_http=allow_http)
+        if problem is None and re.search(r"[?#]", url):
+            problem = "has a ? or # part: an issuer has neither"
+        if problem:
+            self.problem(ISSUER, problem)
+        return url
+
+    def client(self) -> Client:
+        client_id = self.required(CLIENT_ID, "the client's ID as it is registered at the issuer")
+        secret, key = self.secret(CLIENT_SECRET), self._client_key()
+        method = self.choice(CLIENT_AUTH, CLIENT_AUTH_METHODS)
+        if method.startswith("client_secret") and secret is None and self.is_unset(CLIENT_SECRET):
+            self.problem(CLIENT_AUTH, f"{method} needs {CLIENT_SECRET.env}")
+        if method == "private_key_jwt" and key is None and self.is_unset(CLIENT_KEY_FILE):
+            self.problem(CLIENT_AUTH, f"{method} needs {CLIENT_KEY_FILE.env}")
+        if method == "none" and (secret is not None or key is not None):
+            given = CLIENT_SECRET.env if secret is not None else CLIENT_KEY_FILE.env
+            self.problem(CLIENT_AUTH, f"none contradicts {given}: unset one of the two")
+        return Client(client_id, secret, method, key)
+
+    def _client_key(self) -> PrivateKey | None:
+        path = self.text(CLIENT_KEY_FILE)
+        return self._load(CLIENT_KEY_FILE, path, lambda file: load_private_key(file.read_bytes())) if path else None
+
+    def ca_file(self) -> Path | None:
+        path = self.text(CA_FILE)
+        return self._load(CA_FILE, path, usable_cas) if path else None
+
+    def _load(self, variable: Variable, path: str, load: Callable[[Path], T]) -> T | None:
+        try:
+            return load(Path(path))
+        except (OSError, ValueError) as error:
+            self._unreadable.add(variable)
+            self.problem(variable, f"{_shown(path)} cannot be used: {_reason(error)}")
+            return None
+
+    def token_store(self) -> Path | None:
+        """Return the folder, by default where programs keep their state (XDG Base Directory Specification)."""
+        environ = self._layers[0]
+        home = environ.get("HOME")
+        value = self.text(TOKEN_STORE)
+        if value == "none":
+            return None
+        if value is not None:
+            return Path(value.replace("~", home, 1) if home and value.startswith("~/") else value)
+        if state := environ.get("XDG_STATE_HOME"):
+            return Path(state, "eoepca-security")
+        if home:
+            return Path(home, ".local", "state", "eoepca-security")
+        self.warnings.append(f"{TOKEN_STORE.env} is unset and there is no HOME: the session is kept in memory only")
+        return None
+
+    def host(self) -> str:
+        value = (self.text(HOST) or HOST.default).removeprefix("[").removesuffix("]")
+        try:
+            ipaddress.ip_address(value)
+        except ValueError:
+            if not re.fullmatch(r"(?!-)[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\.?", value) or re.fullmatch(r"[0-9.]+", value):
+                self.problem(HOST, f"{value!r} is no address: use 127.0.0.1, or 0.0.0.0 inside a container")
+        return value
+
+    def port(self) -> int:
+        value = self.text(PORT) or PORT.default
+        if not _is_port(value):
+            self.problem(PORT, f"{value!r} is no port: use a number from 1 to 65535, or 0 for a free one")
+            return int(PORT.default)
+        return int(value)
+
+    def admin(self, *, is_on: bool) -> tuple[Address | None, bool]:
+        """Return the admin listener's address, if it is to be on, and whether that was set; `is_on` without that."""
+        given = self.text(ADMIN)
+        value = given or (ADMIN.default if is_on else "off")
+        if value == "off":
+            return None, given is not None
+        host, _, port = value.rpartition(":")
+        if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", host) or not _is_port(port):
+            self.problem(ADMIN, f"{value!r} is no address: use host:port, e.g. {ADMIN.default}, or off")
+            return None, True
+        return Address(host.strip("[]"), int(port)), given is not None
+
+    def items(self, variable: Variable) -> tuple[str, ...]:
+        """Return a comma-separated list."""
+        return tuple(item.strip() for item in (self.text(variable) or "").split(",") if item.strip())
+
+    def hosts(self, variable: Variable, *, wildcard: bool = False) -> tuple[str, ...]:
+        hosts = []
+        for item in self.items(variable):
+            if wildcard and item == "*":
+                hosts.append(item)
+                continue
+            try:
+                # An IPv6 address may come without its brackets.
+                hosts.append(str(parse_host(f"[{item}]" if item.count(":") > 1 and "[" not in item else item)))
+            except ValueError:
+                self.problem(variable, f"{item!r} is no host: use names like service.example, with :port where needed")
+        return tuple(hosts)
+
+    def origins(self) -> tuple[str, ...]:
+        origins = []
+        for item in self.items(ALLOWED_ORIGINS):
+            try:
+                origins.append(parse_origin(item))
+            except ValueError:
+                self.problem(
+                    ALLOWED_ORIGINS, f"{item!r} is no origin: use scheme://host:port, e.g. https://app.example"
+                )
+        return tuple(origins)
+
+    def termination_endpoint(self) -> str | None:
+        path = self.text(TERMINATION_ENDPOINT)
+        if path is not None and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", path):
+            self.problem(TERMINATION_ENDPOINT, f"{path!r} is no path: use one like /quitquitquit")
+        return path
+
+    def upstream(self, host: str, port: int) -> str:
+        url = self.required(UPSTREAM, "the protected service, e.g. https://service.example:9200")
+        if not url:
+            return url
+        try:
+            parts = split_url(url)
+        except ValueError:
+            self.problem(UPSTREAM, "is not a URL: it has to look like https://service.example:9200")
+            return url
+        if parts.username is not None or parts.path.strip("/") or parts.query or parts.fragment:
+            self.problem(
+                UPSTREAM, "takes scheme, host and port only: requests bring their own path, so put it into those"
+            )
+        elif (
+            is_loopback(parts.hostname)
+            and (parts.port or _PORTS[parts.scheme]) == port
+            and (is_loopback(host) or host in EVERYWHERE)
+        ):
+            self.problem(UPSTREAM, f"is the address that the proxy itself listens on: change it or {PORT.env}")
+        elif parts.scheme == "http" and not is_loopback(parts.hostname):
+            self.warnings.append(
+                f"{UPSTREAM.env} is plain http: everyone on the way to {parts.hostname} sees the token"
+            )
+        return f"{parts.scheme}://{parts.netloc.lower()}"
+
+    def workers(self) -> int:
+        value = self.text(WORKERS) or WORKERS.default
+        if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
+            self.problem(WORKERS, f"{value!r} is no number of processes: use 1 to {MAX_WORKERS}")
+            return 1
+        if int(value) > 1 and not hasattr(os, "fork"):
+            self.problem(WORKERS, "this system cannot fork: use 1")
+        return int(value)
+
+    def endpoint(self) -> str:
+        """Return path and query of what the service is asked for; the host of a URL does not count."""
+        value = self.text(ENDPOINT) or ENDPOINT.default
+        path = re.sub(r"^https?://[^/?#]*", "", value).partition("#")[0] or "/"
+        if not re.fullmatch(r"/[!-~]*", path):
+            self.problem(ENDPOINT, "is no path: use one like /collections")
+        return path
+
+
+def _is_port(text: str) -> bool:
+    return re.fullmatch(r"[0-9]{1,5}", text) is not None and int(text) <= 65535
+
+
+def _shown(path: Path | str) -> str:
+    """Return a path for a message, unless it may be a secret that was put where its file's name belongs."""
+    text = str(path)
+    return text if re.match(r"[~./]", text) and len(text) < 200 else "the file that it names"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)

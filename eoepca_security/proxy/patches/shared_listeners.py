@@ -1,0 +1,30 @@
+"""Listening on sockets that other processes listen on, too."""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from typing import Any, Final
+
+from mitmproxy.proxy.mode_servers import AsyncioServerInstance
+
+_BACKLOG: Final = 128
+
+
+def share_listeners(address: tuple[str, int], listeners: Sequence[socket.socket]) -> None:
+    """Let mitmproxy's servers in this process use `listeners` where they are to listen on `address`.
+
+    They take TCP connections only, not QUIC, which has no such queue.
+    """
+    listen = AsyncioServerInstance.listen
+
+    async def listen_together(instance: AsyncioServerInstance[Any], host: str, port: int) -> list[Any]:
+        if (host, port) != address:
+            return await listen(instance, host, port)
+        servers = []
+        for listener in listeners:
+            # asyncio would take as many connections as its backlog at once, and leave the other processes idle.
+            servers.append(await asyncio.start_server(instance.handle_stream, sock=listener, backlog=1))
+            listener.listen(_BACKLOG)
+        return servers
+
+    AsyncioServerInstance.listen = listen_together  # type: ignore[method-assign,assignment]

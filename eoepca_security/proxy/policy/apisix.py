@@ -1,0 +1,57 @@
+"""The headers that APISIX's openid-connect plugin sends to the services behind it."""
+
+import base64
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from mitmproxy.http import Headers
+
+from eoepca_security.errors import TokenError
+from eoepca_security.issuer.provider import Provider
+from eoepca_security.oauth.verify import unverified_claims
+from eoepca_security.session.session import AccessToken
+
+# What APISIX's openid-connect plugin sets, and so what a service behind it believes.
+_APISIX: Final = frozenset({"x-access-token", "x-id-token", "x-raw-id-token", "x-refresh-token", "x-userinfo"})
+
+logger = logging.getLogger(__name__)
+
+
+def drop_gateway_headers(headers: Headers) -> None:
+    """Remove a client's copies of what only a gateway may say, also as CGI and WSGI would mistake them."""
+    for name in tuple(headers.keys()):
+        if name.lower().replace("_", "-") in _APISIX:
+            headers.pop(name, None)
+
+
+class ApisixHeaders:
+    """What APISIX's openid-connect plugin sends besides the token: claims, as padded base64 of JSON."""
+
+    def __init__(self) -> None:
+        self._userinfo: tuple[str, Mapping[str, Any] | None] = ("", None)
+        self._trouble = ""
+
+    def learn(self, provider: Provider, token: str) -> None:
+        """Ask the issuer about the user to whom `token` belongs; blocks. That it fails is no reason to stop."""
+        claims = None
+        try:
+            claims = provider.userinfo(token)
+        except TokenError as error:
+            if str(error) != self._trouble:
+                logger.warning("no X-Userinfo from the issuer, so it is what the access token says: %s", error)
+            self._trouble = str(error)
+        self._userinfo = (token, claims)
+
+    def of(self, token: AccessToken) -> dict[str, str]:
+        """Return the headers, without those for which there is nothing to say."""
+        known_token, userinfo = self._userinfo
+        if known_token != token.value or userinfo is None:
+            userinfo = unverified_claims(token.value)
+        claims = {"X-ID-Token": unverified_claims(token.id_token or ""), "X-Userinfo": userinfo}
+        return {"X-Access-Token": token.value} | {name: _encoded(value) for name, value in claims.items() if value}
+
+
+def _encoded(claims: Mapping[str, Any]) -> str:
+    return base64.b64encode(json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()).decode()

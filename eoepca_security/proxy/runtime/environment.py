@@ -1,0 +1,111 @@
+"""What a start needs of the machine: CAs in a file, folders that can be written to, free ports."""
+
+import contextlib
+import os
+import ssl
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from mitmproxy.options import CONF_DIR
+
+from eoepca_security.errors import SettingsError
+from eoepca_security.issuer.ca_trust import ca_bundle
+from eoepca_security.proxy.config.port_check import cannot_listen
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import ADMIN, CA_FILE, PORT, TOKEN_STORE, WORKERS
+from eoepca_security.proxy.patches import certificate_authority
+from eoepca_security.proxy.runtime.private_folder import FolderForNow
+
+MEMORY: Final = Path("/dev/shm")  # noqa: S108  in it, a folder that only we can read
+"""Where processes share what is to be kept in memory only."""
+
+
+@contextlib.contextmanager
+def _shared_session(settings: Settings) -> Iterator[tuple[Settings, FolderForNow | None]]:
+    """Let processes share the session also where it is to be kept in memory only: in a folder for now, in memory."""
+    if settings.grant != "refresh_token":
+        yield settings, None
+        return
+    if settings.token_store is not None:
+        # Processes that go on in memory, each for itself, would use the same refresh token twice.
+        try:
+            settings.token_store.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.NamedTemporaryFile(dir=settings.token_store) as probe:
+                probe.write(bytes(8192))
+                probe.flush()
+        except OSError as error:
+            raise SettingsError(
+                f"{TOKEN_STORE.env}: {settings.token_store} cannot be written to ({error.strerror}), and several "
+                f"processes share the session there: mend that, or set {WORKERS.env} to 1"
+            ) from None
+        yield settings, None
+        return
+    try:
+        folder = FolderForNow(MEMORY)
+    except OSError as error:
+        raise SettingsError(
+            f"{WORKERS.env}: several processes share the session through the token store, and there is no place in "
+            f"memory for one ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
+        ) from None
+    try:
+        yield replace(settings, token_store=folder.path), folder
+    finally:
+        folder.leave()
+
+
+def _taken_address(settings: Settings) -> str | None:
+    if problem := cannot_listen(settings.host, settings.port):
+        return f"{PORT.env}: {problem}"
+    admin = settings.admin if settings.admin_is_set else None
+    if admin is not None and (problem := cannot_listen(admin.host, admin.port, ADMIN)):
+        return f"{ADMIN.env}: {problem}"
+    return None
+
+
+@contextlib.contextmanager
+def _writable_confdir() -> Iterator[str]:
+    """Give the folder in which mitmproxy keeps the CA that it makes: its usual one, or one for now in its place."""
+    usual = Path(CONF_DIR).expanduser()
+    try:
+        usual.mkdir(parents=True, exist_ok=True)
+        writable = os.access(usual, os.W_OK)
+    except (OSError, RuntimeError):
+        writable = False
+    if writable:
+        certificate_authority.make(usual)
+        yield CONF_DIR
+        return
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="mitmproxy-")
+    except OSError:
+        raise SettingsError(
+            f"TMPDIR: mitmproxy needs a folder for its own CA, and neither this nor {usual} can be written to: set it "
+            "to one that can, or mount one at /tmp"
+        ) from None
+    with temporary as folder:
+        yield folder
+
+
+@contextlib.contextmanager
+def _upstream_trust(settings: Settings) -> Iterator[list[str]]:
+    """Give the arguments with which mitmproxy trusts the system's CAs and `TLS_CA_FILE`; alone it trusts certifi's."""
+    paths = ssl.get_default_verify_paths()
+    folder = ["--set", f"ssl_verify_upstream_trusted_confdir={paths.capath}"] if paths.capath else []
+    if settings.ca_file is None:
+        yield [*folder, "--set", f"ssl_verify_upstream_trusted_ca={paths.cafile}"] if paths.cafile else []
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            # mitmproxy wants a file that holds all.
+            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pem"))
+            file.write(ca_bundle(settings.ca_file))
+            file.flush()
+        except OSError as error:
+            raise SettingsError(
+                f"{CA_FILE.env}: cannot be joined with the system's CAs ({error.strerror}): set TMPDIR to a folder "
+                "that can be written to"
+            ) from None
+        yield [*folder, "--set", f"ssl_verify_upstream_trusted_ca={file.name}"]

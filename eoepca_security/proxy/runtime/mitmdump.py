@@ -1,0 +1,118 @@
+"""One process: mitmdump, with our add-on as an instance in it."""
+
+import argparse
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mitmproxy.options import Options
+from mitmproxy.tools import cmdline
+from mitmproxy.tools import main as mitmproxy_main
+from mitmproxy.tools.dump import DumpMaster
+
+from eoepca_security.errors import CredentialsRejected, TokenError
+from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
+from eoepca_security.proxy.admin.worker_states import Line, answer
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.patches import certificate_authority, connection_pool
+from eoepca_security.proxy.patches.hook_cache import settle_memory
+from eoepca_security.proxy.patches.shared_listeners import share_listeners
+from eoepca_security.proxy.runtime.logs import complain, set_format
+
+OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
+
+
+@dataclass(frozen=True)
+class Worker:
+    """What one of several processes is given: the sockets to listen on, and how it is asked about its state.
+
+    `lifeline` is a file descriptor that ends when the process that started this one is gone. `end` ends them all. Only
+    one, and only once, `leads`: it tells of the start, and ends the proxy where the credentials are rejected then.
+    """
+
+    listeners: Sequence[socket.socket]
+    line: Line
+    lifeline: int
+    end: Callable[[], None]
+    leads: bool
+
+
+def _run(
+    settings: Settings,
+    arguments: Sequence[str],
+    confdir: str,
+    on_started: OnStarted | None,
+    log_format: str,
+    worker: Worker | None = None,
+) -> int:
+    exit_code, starting = 0, True
+    leads = worker is None or worker.leads
+
+    def is_told_elsewhere(record: logging.LogRecord) -> bool:
+        is_rejection = f"({CredentialsRejected.code})" in record.getMessage()
+        return starting and (is_rejection or (not leads and record.levelno < logging.ERROR))
+
+    class Master(DumpMaster):
+        def __init__(self, options: Options) -> None:
+            super().__init__(options)
+            # Ours rather than mitmproxy's defaults, which arguments and its config file may change: our start-up line
+            # and what goes wrong, not a line for every connection and request.
+            options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
+            set_format(self, log_format, without=is_told_elsewhere)
+            self.event_loop.set_exception_handler(_ignore_cancelled)
+            addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
+            self.addons.add(addon)
+            addon.begin()
+            # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
+            chain = self.addons.chain
+            chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
+            connection_pool.install(connection_pool.Pool())
+            if worker is not None:
+                share_listeners((settings.host, settings.port), worker.listeners)
+                answer(worker.line, addon.subject())
+                self.event_loop.add_reader(worker.lifeline, self._orphaned, worker.lifeline)
+
+        def _orphaned(self, lifeline: int) -> None:
+            self.event_loop.remove_reader(lifeline)
+            self.shutdown()  # type: ignore[no-untyped-call]
+
+        def _started(self, listener: str, failure: TokenError | None) -> None:
+            nonlocal exit_code, starting
+            starting = False
+            settle_memory()
+            if isinstance(failure, CredentialsRejected) and leads:
+                exit_code = 1
+                complain(f"{failure.code}: {failure}", log_format)
+                super().shutdown()  # type: ignore[no-untyped-call]
+            elif on_started is not None:
+                on_started(self, listener, failure)
+
+    own = [
+        *("--mode", f"reverse:{settings.upstream}"),
+        *("--listen-host", settings.host, "--listen-port", str(settings.port)),
+        *(["--ssl-insecure"] if settings.tls_no_verify else []),
+    ]
+    certificate_authority.read_quickly()
+    try:
+        mitmproxy_main.run(Master, cmdline.mitmdump, [*own, *arguments], _filters)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 1
+    except KeyboardInterrupt:
+        return 0
+    return exit_code
+
+
+def _ignore_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Keep early patch releases of Python 3.11 and 3.12 from reporting connections that end with the program."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
+
+
+def _filters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Apply mitmdump's filter expression, as mitmdump itself does."""
+    expression = " ".join(arguments.filter_args)
+    names = ("save_stream_filter", "readfile_filter", "dumper_filter")
+    return dict.fromkeys(names, expression) if expression else {}

@@ -1,0 +1,87 @@
+"""Several processes: the workers, and the one with the admin listener."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from eoepca_security.proxy.admin.worker_states import Crew, Line
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.patches.hook_cache import settle_memory
+from eoepca_security.proxy.patches.lazy_imports import without_cas
+from eoepca_security.proxy.runtime.logs import complain, log_plainly
+from eoepca_security.proxy.runtime.mitmdump import Worker, _run
+from eoepca_security.proxy.runtime.private_folder import FolderForNow
+from eoepca_security.proxy.runtime.supervisor import QUIT, Part, supervise
+
+if TYPE_CHECKING:
+    from eoepca_security.proxy.admin.server import Admin
+
+
+def _run_workers(
+    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, folder: FolderForNow | None
+) -> int:
+    """Run several processes that listen on the same sockets, and one for the admin listener.
+
+    When the supervisor is killed, the last process that is left removes the folder.
+    """
+    with without_cas():
+        from tornado.netutil import bind_sockets  # noqa: PLC0415
+
+        from eoepca_security.proxy.admin.server import Admin  # noqa: PLC0415  before the processes part
+
+    listeners = bind_sockets(settings.port, settings.host)
+    supervisor = os.getpid()
+    # Which one of the others could not have, but all know.
+    settings = replace(settings, port=listeners[0].getsockname()[1])
+    lines = [Line.make() for _ in range(settings.workers)]
+
+    def end_all() -> None:
+        if os.getppid() == supervisor:
+            os.kill(supervisor, QUIT)
+
+    def close_listeners() -> None:
+        for listener in listeners:
+            listener.close()
+
+    def work(number: int, is_first: bool, lifeline: int) -> int:
+        worker = Worker(listeners, lines[number], lifeline, end_all, leads=is_first and number == 0)
+        code = _run(replace(settings, admin=None), arguments, confdir, None, log_format, worker)
+        _leave_orphaned(folder, supervisor)
+        return code
+
+    def tell(is_first: bool, lifeline: int) -> int:
+        close_listeners()
+        log_plainly(log_format)
+        admin = Admin(settings, Crew(settings, lines, end_all).subject())
+        asyncio.run(_serve_admin(admin, lifeline))
+        _leave_orphaned(folder, supervisor)
+        return 0
+
+    def mourn(number: int, fate: str) -> None:
+        what = f"worker {number + 1} of {settings.workers}" if number < settings.workers else "the admin listener"
+        complain(f"{what} {fate}; another takes its place", log_format)
+
+    parts = [Part(partial(work, number)) for number in range(settings.workers)]
+    if settings.admin is not None:
+        parts.append(Part(tell, is_worker=False))
+    # What is there already is neither looked through nor, so, copied by each of them.
+    settle_memory()
+    return supervise(parts, on_end=close_listeners, mourn=mourn)
+
+
+def _leave_orphaned(folder: FolderForNow | None, supervisor: int) -> None:
+    if folder is not None and os.getppid() != supervisor:
+        folder.leave()
+
+
+async def _serve_admin(admin: "Admin", lifeline: int) -> None:
+    """Run the admin listener until this process is told to end, or is on its own."""
+    end, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, end.set)
+    loop.add_reader(lifeline, end.set)
+    admin.start()
+    await end.wait()
