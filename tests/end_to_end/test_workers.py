@@ -249,7 +249,7 @@ def test_what_fails_again_and_again_is_tried_ever_later(tmp_path: Path) -> None:
         "def mourn(*what):\n"
         "    print(*what, flush=True)\n"
         "    raise BrokenPipeError\n"
-        "sys.exit(supervise([Part(run)], on_end=lambda: print('ends'), mourn=mourn))\n"
+        "sys.exit(supervise([Part(run)], on_end=lambda: print('ends'), on_worker_exit=mourn))\n"
     )
     log = tmp_path / "log"
     result = subprocess.run([sys.executable, script, log], capture_output=True, text=True, timeout=30, check=False)

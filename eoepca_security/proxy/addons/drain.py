@@ -11,7 +11,7 @@ from mitmproxy.addons.proxyserver import Proxyserver
 DRAIN_TIMEOUT: Final = 8.0
 """Seconds that the end waits for requests that are being served; docker kills after 10."""
 
-HASTE: Final = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 """What ends the proxy, and when it comes a second time, at once."""
 
 SAME_SIGNAL: Final = 1.0
@@ -31,7 +31,7 @@ def end_with_the_terminal(end: Callable[[], None]) -> None:
 
 def end_quietly() -> None:
     """Take no notice of signals that still come: asyncio and Python restore what they do by default as they end."""
-    for number in HASTE:
+    for number in STOP_SIGNALS:
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
@@ -53,7 +53,7 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
     for instance in server.servers:
         if instance.is_running:
             await instance.stop()
-    for number in HASTE:
+    for number in STOP_SIGNALS:
         # Not everywhere, and not outside the main thread.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, signalled)

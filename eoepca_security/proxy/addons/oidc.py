@@ -43,8 +43,8 @@ from eoepca_security.proxy.addons.retry import _may_be_repeated
 from eoepca_security.proxy.addons.state import _addresses, _left, exposure
 from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.page import duration, lines
-from eoepca_security.proxy.admin.recent_errors import Mishaps
-from eoepca_security.proxy.admin.status import Answer, Refresh, State, Subject, status, unready
+from eoepca_security.proxy.admin.recent_errors import RecentErrors
+from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, State, status, unready
 from eoepca_security.proxy.config.factory import make_source
 from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
@@ -106,7 +106,7 @@ class OIDCAuthProxy:
         self._last_refresh: Refresh | None = None
         self._last_answer: Answer | None = None
         self._claims: Mapping[str, Any] = {}
-        self._mishaps = Mishaps()
+        self._mishaps = RecentErrors()
         self._in_container = runs_in_container()
         self._asked: asyncio.Task[None] | None = None
 
@@ -406,7 +406,7 @@ class OIDCAuthProxy:
             flow.response = problem_details.answer(error, method=flow.request.method, retry_after=retry_after)
             return
         clearance.clear(flow.request, self._clearance(_target(flow), token))
-        flow.request.headers["Authorization"] = forwarding.SHOWN
+        flow.request.headers["Authorization"] = forwarding.PLACEHOLDER
         flow.response = None
 
     def _clearance(self, target: Target, token: AccessToken) -> Clearance:
@@ -470,9 +470,9 @@ class OIDCAuthProxy:
         elif token is not None:
             self._claims = unverified_claims(token.value)
 
-    def subject(self) -> Subject:
+    def subject(self) -> AdminSource:
         """Return what can be told of the proxy, and how to end it."""
-        return Subject(self._ready, self._told, self._families, self._end_all)
+        return AdminSource(self._ready, self._told, self._families, self._end_all)
 
     async def _ready(self) -> TokenError | None:
         return await unready(self._source)
@@ -499,7 +499,7 @@ class OIDCAuthProxy:
                 failure=source.failure if source is not None else None,
                 last_refresh=self._last_refresh,
                 last_answer=self._last_answer,
-                mishaps=self._mishaps.latest(),
+                recent_errors=self._mishaps.latest(),
                 counts=counts(self._metrics.families()),
                 in_flight=len(self._in_flight),
             )

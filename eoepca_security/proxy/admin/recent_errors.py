@@ -13,7 +13,7 @@ MAX_RECENT: Final = 20
 
 
 @dataclass(frozen=True)
-class Mishap:
+class RecentError:
     """An error that occurred `count` times, last `at` (epoch seconds); `code` is of the public interface."""
 
     code: str
@@ -22,17 +22,17 @@ class Mishap:
     count: int = 1
 
 
-class Mishaps:
+class RecentErrors:
     """The last errors of different kinds, newest first; `now` is epoch seconds."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
-        self._latest: deque[Mishap] = deque(maxlen=MAX_RECENT)
+        self._latest: deque[RecentError] = deque(maxlen=MAX_RECENT)
 
     def add(self, code: str, detail: str) -> None:
         """Remember an error; one that is remembered already is counted."""
         detail = printable(detail, 500)
-        new = Mishap(code, detail, self._now())
+        new = RecentError(code, detail, self._now())
         for old in self._latest:
             if (old.code, old.detail) == (code, detail):
                 self._latest.remove(old)
@@ -41,6 +41,6 @@ class Mishaps:
         # A full one drops what is at its other end: the oldest.
         self._latest.appendleft(new)
 
-    def latest(self) -> tuple[Mishap, ...]:
+    def latest(self) -> tuple[RecentError, ...]:
         """Return what is remembered."""
         return tuple(self._latest)

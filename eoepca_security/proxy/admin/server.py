@@ -13,7 +13,7 @@ from tornado.web import Application, HTTPError, RequestHandler
 from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES, is_loopback
 from eoepca_security.proxy.admin.metrics import exposition
 from eoepca_security.proxy.admin.page import RESOURCES, page
-from eoepca_security.proxy.admin.status import Subject
+from eoepca_security.proxy.admin.status import AdminSource
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import ADMIN
 from eoepca_security.proxy.policy import problem_details
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Admin:
     """The server; it runs in the event loop of the proxy."""
 
-    def __init__(self, settings: Settings, subject: Subject) -> None:
+    def __init__(self, settings: Settings, subject: AdminSource) -> None:
         if settings.admin is None:
             raise ValueError("there is to be no admin listener")
         self._address = settings.admin
@@ -101,7 +101,7 @@ def admin_guard(settings: Settings, address: Address) -> Guard:
 class _Page(RequestHandler):
     allow = "GET, HEAD"
 
-    def initialize(self, guard: Guard, subject: Subject) -> None:
+    def initialize(self, guard: Guard, subject: AdminSource) -> None:
         self.guard = guard
         self.subject = subject
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from prometheus_client import Metric
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
-from eoepca_security.proxy.admin.recent_errors import Mishap
+from eoepca_security.proxy.admin.recent_errors import RecentError
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.policy import problem_details
 from eoepca_security.proxy.policy.remedies import failure_remedy
@@ -21,7 +21,7 @@ READY_WAIT: Final = 0.8
 
 
 @dataclass(frozen=True)
-class Subject:
+class AdminSource:
     """What the admin listener tells of: `ready` gives None or why there is no token, `quit` ends the proxy."""
 
     ready: Callable[[], Awaitable[TokenError | None]]
@@ -65,7 +65,7 @@ class State:
     failure: TokenError | None
     last_refresh: Refresh | None
     last_answer: Answer | None
-    mishaps: tuple[Mishap, ...]
+    recent_errors: tuple[RecentError, ...]
     counts: Mapping[str, Mapping[str, int]]
     in_flight: int
 
@@ -111,7 +111,7 @@ def status(state: State) -> dict[str, Any]:
         "requests_in_flight": state.in_flight,
         "recent_errors": [
             {"at": round(one.at, 3), "code": one.code, "detail": one.detail, "count": one.count}
-            for one in state.mishaps
+            for one in state.recent_errors
         ],
         "uptime_seconds": round(state.at - state.started_at),
         "version": importlib.metadata.version("eoepca-security"),
@@ -137,7 +137,7 @@ def _problems(state: State) -> list[dict[str, str]]:
         remedy = failure_remedy(state.failure, state.settings, in_container=state.in_container)
         found.append(_problem(problem_details.title(state.failure.code), detail, remedy))
     last = state.last_answer
-    fault = next((one for one in state.mishaps if one.code.startswith("upstream_")), None)
+    fault = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
     if fault is not None and (last is None or last.at < fault.at):
         detail, _, remedy = fault.detail.rpartition("; ")
         found.append(_problem(problem_details.title(fault.code), detail, remedy))

@@ -15,7 +15,7 @@ from prometheus_client import Metric
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.proxy.admin.metrics import counts, from_json, lasting, merged, to_json
 from eoepca_security.proxy.admin.recent_errors import MAX_RECENT
-from eoepca_security.proxy.admin.status import READY_WAIT, State, Subject, status
+from eoepca_security.proxy.admin.status import READY_WAIT, AdminSource, State, status
 from eoepca_security.proxy.config.settings import Address, Settings
 
 ANSWER_TIMEOUT: Final = READY_WAIT + 0.1
@@ -31,7 +31,7 @@ _ERRORS: Final = {error.code: error for error in (IssuerUnavailable, Credentials
 
 
 @dataclass(frozen=True)
-class Line:
+class Channel:
     """Connects the process that asks with one that answers, and with those that take the latter's place.
 
     Both ends are open in all processes, so a question may be older than the process that gets it: answers bear its
@@ -42,7 +42,7 @@ class Line:
     answering: socket.socket
 
     @classmethod
-    def make(cls) -> "Line":
+    def make(cls) -> "Channel":
         """Make one; before the processes part."""
         # Datagrams, so that a process that dies leaves no half of an answer.
         asking, answering = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -51,7 +51,7 @@ class Line:
         return cls(asking, answering)
 
 
-def answer(line: Line, subject: Subject) -> None:
+def answer(line: Channel, subject: AdminSource) -> None:
     """Answer all questions that come, in the running event loop, until that ends."""
     loop = asyncio.get_running_loop()
     answering: set[asyncio.Task[None]] = set()
@@ -66,7 +66,7 @@ def answer(line: Line, subject: Subject) -> None:
     loop.add_reader(line.answering, asked)
 
 
-async def _answer(line: Line, subject: Subject, number: int, about: str) -> None:
+async def _answer(line: Channel, subject: AdminSource, number: int, about: str) -> None:
     content: Any
     if about == "readiness":
         error = await subject.ready()
@@ -79,22 +79,22 @@ async def _answer(line: Line, subject: Subject, number: int, about: str) -> None
 
 
 @dataclass
-class Crew:
+class Workers:
     """All processes that serve requests, as one."""
 
     settings: Settings
-    lines: Sequence[Line]
+    lines: Sequence[Channel]
     quit: Callable[[], None]
     _number: int = field(default=0, init=False)
-    _last: dict[Line, tuple[int, list[Metric]]] = field(default_factory=dict, init=False)
+    _last: dict[Channel, tuple[int, list[Metric]]] = field(default_factory=dict, init=False)
     _past: list[Metric] = field(default_factory=list, init=False)
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
-    _asking: dict[str, "asyncio.Task[dict[Line, Any]]"] = field(default_factory=dict, init=False)
-    _silent_lines: set[Line] = field(default_factory=set, init=False)
+    _asking: dict[str, "asyncio.Task[dict[Channel, Any]]"] = field(default_factory=dict, init=False)
+    _silent_lines: set[Channel] = field(default_factory=set, init=False)
 
-    def subject(self) -> Subject:
+    def subject(self) -> AdminSource:
         """Return what the admin listener tells of."""
-        return Subject(self.ready, self.status, self.families, self.quit)
+        return AdminSource(self.ready, self.status, self.families, self.quit)
 
     async def ready(self) -> TokenError | None:
         """Return why not everyone who answers has a token, or None when they do."""
@@ -108,7 +108,7 @@ class Crew:
         """Return the state as JSON has it."""
         answers = await self._tell()
         states = [answer["content"]["status"] for answer in answers.values()] or [self._silent()]
-        return together(states) | {"processes": len(answers)} | counts(self._counted(answers))
+        return merged_states(states) | {"processes": len(answers)} | counts(self._counted(answers))
 
     async def families(self) -> Sequence[Metric]:
         """Return the metrics, with what those that are gone have counted."""
@@ -129,13 +129,13 @@ class Crew:
                 failure=_SILENCE,
                 last_refresh=None,
                 last_answer=None,
-                mishaps=(),
+                recent_errors=(),
                 counts={},
                 in_flight=0,
             )
         )
 
-    async def _tell(self) -> dict[Line, Any]:
+    async def _tell(self) -> dict[Channel, Any]:
         answers = await self._ask("state")
         for line, answer in answers.items():
             pid, families = self._last.get(line, (answer["pid"], []))
@@ -144,18 +144,18 @@ class Crew:
             self._last[line] = answer["pid"], from_json(answer["content"]["families"])
         return answers
 
-    def _counted(self, answers: Mapping[Line, Any]) -> list[Metric]:
+    def _counted(self, answers: Mapping[Channel, Any]) -> list[Metric]:
         silent = [lasting(families) for line, (_, families) in self._last.items() if line not in answers]
         return merged([*(self._last[line][1] for line in answers), *silent, self._past])
 
-    async def _ask(self, about: str) -> dict[Line, Any]:
+    async def _ask(self, about: str) -> dict[Channel, Any]:
         """Ask all, together with whoever asks the same meanwhile."""
         asking = self._asking.get(about)
         if asking is None or asking.done():
             asking = self._asking[about] = asyncio.get_running_loop().create_task(self._ask_all(about))
         return await asyncio.shield(asking)
 
-    async def _ask_all(self, about: str) -> dict[Line, Any]:
+    async def _ask_all(self, about: str) -> dict[Channel, Any]:
         # One question at a time: whoever reads takes what is there, and it may be another's.
         async with self._turn:
             self._number += 1
@@ -164,7 +164,7 @@ class Crew:
         self._silent_lines = set(self.lines) - set(heard)
         return heard
 
-    async def _ask_one(self, line: Line, number: int, about: str) -> Any:
+    async def _ask_one(self, line: Channel, number: int, about: str) -> Any:
         loop = asyncio.get_running_loop()
         # BlockingIOError: it has not read the questions before. TimeoutError is an OSError, too. ValueError: no JSON.
         with contextlib.suppress(OSError, ValueError):
@@ -181,7 +181,7 @@ class Crew:
 _WORST_FIRST: Final = ("failing", "degraded", "ready", "starting", "idle")
 
 
-def together(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merged_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the states of one or more processes that share a session as one, but for what is counted elsewhere."""
     # They take the token from each other, so one of them has the newest first.
     ahead = max(states, key=lambda state: state["token"]["ends_at"] if state["token"] else 0)

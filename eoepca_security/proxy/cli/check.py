@@ -13,7 +13,7 @@ from eoepca_security.issuer.transport import HttpTransport, explain
 from eoepca_security.oauth.protocol import Client, choose_auth_method
 from eoepca_security.oauth.text import identity, printable, without_secrets
 from eoepca_security.oauth.verify import looks_like_jwt, unverified_claims
-from eoepca_security.proxy.cli.probes import UPSTREAM_TIMEOUT, _ask, _bounded, _is_our_proxy, _Recorder
+from eoepca_security.proxy.cli.probes import UPSTREAM_TIMEOUT, Recorder, ask, bounded, is_our_proxy
 from eoepca_security.proxy.config.factory import make_provider, make_store
 from eoepca_security.proxy.config.port_check import cannot_listen
 from eoepca_security.proxy.config.settings import Address, Settings
@@ -107,7 +107,7 @@ class _Run:
         self._settings = settings
         self._now = now
         self._in_container = in_container
-        self._transport = _Recorder(HttpTransport(trust(settings.ca_file)), now)
+        self._transport = Recorder(HttpTransport(trust(settings.ca_file)), now)
         self._provider = make_provider(settings, self._transport)
         self._store = make_store(settings)
         self._issuer = Place(ISSUER, settings.issuer_url, in_container)
@@ -223,7 +223,7 @@ class _Run:
         url = str(settings.upstream)
         place = Place(UPSTREAM, url, self._in_container)
         try:
-            reply = _bounded(lambda: _ask(settings, self._token.value), UPSTREAM_TIMEOUT)
+            reply = bounded(lambda: ask(settings, self._token.value), UPSTREAM_TIMEOUT)
         except (OSError, http.client.HTTPException, ValueError) as error:
             cause, reason = explain(error)
             raise _Fault(f"{url} cannot be reached: {reason}", network_remedy(place, cause, by_proxy=False)) from None
@@ -303,7 +303,7 @@ def _listens(address: Address, variable: Variable, other: str) -> str:
         raise _Fault(problem, f"change {name}") from None
     if problem is None:
         return f"{address} is free"
-    if _is_our_proxy(*address):
+    if is_our_proxy(*address):
         return f"{address} is in use, by an OIDC proxy that runs"
     raise _Fault(problem.partition(": ")[0], f"stop what uses it, or {other}")
 

@@ -28,7 +28,7 @@ from eoepca_security.oauth.authorization import (
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.verify import unverified_claims
-from eoepca_security.proxy.cli.redirect_server import Loopback
+from eoepca_security.proxy.cli.redirect_server import RedirectServer
 from eoepca_security.proxy.config.factory import make_provider, make_store
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import GRANT, REFRESH_TOKEN, TOKEN_STORE
@@ -155,7 +155,7 @@ def by_browser(
     """
     metadata = provider.metadata()
     try:
-        server = Loopback(port)
+        server = RedirectServer(port)
     except OSError as error:
         raise SettingsError(f"--port: cannot listen on 127.0.0.1:{port}: {error.strerror}") from None
     with server as loopback:

@@ -20,7 +20,7 @@ from eoepca_security.proxy.config.factory import make_source
 from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS, TOKEN_STORE
-from eoepca_security.proxy.patches.lazy_imports import light
+from eoepca_security.proxy.patches.lazy_imports import lazy_imports
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource
 
@@ -141,7 +141,7 @@ def serve(extra: Sequence[str], *, log_format: str | None) -> int:
     # mitmproxy takes half a second to import, which the other commands need not spend.
     try:
         settings = _settings(extra)
-        with light():
+        with lazy_imports():
             if settings.workers == 1:  # several are forked, which takes no threads along
                 begin_to_trust(settings.ca_file)
             from eoepca_security.proxy.runtime.serve import run  # noqa: PLC0415

@@ -23,7 +23,7 @@ PROBE_TIMEOUT: Final = 2.0
 T = TypeVar("T")
 
 
-class _Recorder:
+class Recorder:
     """A transport that remembers the last answer, and how far the issuer's clock was ahead of ours by its date."""
 
     def __init__(self, transport: Transport, now: Callable[[], float]) -> None:
@@ -33,9 +33,11 @@ class _Recorder:
         self.skew: float | None = None
 
     def get(self, url: str, **options: Any) -> Answer:
+        """Do as the transport does."""
         return self._note(lambda: self._transport.get(url, **options))
 
     def post(self, url: str, **options: Any) -> Answer:
+        """Do as the transport does."""
         return self._note(lambda: self._transport.post(url, **options))
 
     def _note(self, exchange: Callable[[], Answer]) -> Answer:
@@ -52,7 +54,7 @@ class _Recorder:
         return answer
 
 
-def _bounded(function: Callable[[], T], timeout: float) -> T:
+def bounded(function: Callable[[], T], timeout: float) -> T:
     """Call what has a bound for each of its steps only; raises TimeoutError after so many seconds."""
 
     async def call() -> T:
@@ -62,7 +64,7 @@ def _bounded(function: Callable[[], T], timeout: float) -> T:
     return asyncio.run(call())
 
 
-def _ask(settings: Settings, token: str) -> Reply:
+def ask(settings: Settings, token: str) -> Reply:
     """Ask the protected service as the proxy does: directly, whatever HTTPS_PROXY says."""
     parts = urlsplit(str(settings.upstream))
     host, port = parts.hostname or "", parts.port
@@ -81,7 +83,7 @@ def _ask(settings: Settings, token: str) -> Reply:
         connection.close()
 
 
-def _is_our_proxy(host: str, port: int) -> bool:
+def is_our_proxy(host: str, port: int) -> bool:
     """Tell whether what listens there answers as our proxies do to a name that is not theirs."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared with, not bound to
 
@@ -94,6 +96,6 @@ def _is_our_proxy(host: str, port: int) -> bool:
             connection.close()
 
     try:
-        return _bounded(ask, PROBE_TIMEOUT)
+        return bounded(ask, PROBE_TIMEOUT)
     except (OSError, http.client.HTTPException):
         return False

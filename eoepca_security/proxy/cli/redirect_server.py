@@ -38,7 +38,7 @@ _HEADERS: Final = {
 Parameters = Sequence[tuple[str, str]]
 
 
-class Loopback:
+class RedirectServer:
     """A server on a loopback port, 0 for a free one, that takes one redirect, while its `with` block lasts.
 
     `is_expected` tells the right one by its query; whatever else comes is refused and changes nothing. Raises OSError

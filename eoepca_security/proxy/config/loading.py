@@ -10,7 +10,7 @@ from dotenv.parser import parse_stream
 from eoepca_security.errors import SettingsError
 from eoepca_security.oauth.protocol import GRANTS
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
-from eoepca_security.proxy.config.validation import _Reader, _reason
+from eoepca_security.proxy.config.validation import Reader, _reason
 from eoepca_security.proxy.config.variables import (
     ACCESS_TOKEN,
     ADMIN,
@@ -73,7 +73,7 @@ def read_settings(
     Without `need_session` there may be none yet. Raises SettingsError with a line for every problem, which names the
     variable and what to do.
     """
-    reader = _Reader(options or {}, environ, dotenv or {})
+    reader = Reader(options or {}, environ, dotenv or {})
     allow_http = reader.boolean(ALLOW_HTTP)
     issuer_url = reader.issuer(allow_http=allow_http)
     client = reader.client()

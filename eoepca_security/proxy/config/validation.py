@@ -39,7 +39,7 @@ _TYPO: Final = 0.86  # how similar a name in the environment is to one of ours w
 T = TypeVar("T")
 
 
-class _Reader:
+class Reader:
     """Reads one setting at a time and collects what is wrong instead of raising it."""
 
     def __init__(self, options: Mapping[str, str], environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:

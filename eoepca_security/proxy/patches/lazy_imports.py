@@ -18,7 +18,7 @@ _ONBOARDING: Final = "mitmproxy.addons.onboardingapp"
 
 
 @contextmanager
-def light() -> Iterator[None]:
+def lazy_imports() -> Iterator[None]:
     """Import what stands in the `with` block without what takes long and is not needed.
 
     There must be no other threads yet that import.

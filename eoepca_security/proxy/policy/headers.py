@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 from mitmproxy.http import Headers, Request, Response
 
-SHOWN: Final = "Bearer (added by the proxy)"
+PLACEHOLDER: Final = "Bearer (added by the proxy)"
 """What stands in a flow, and so in mitmproxy's console and files, in the place of the token."""
 
 # RFC 9110 §7.6.1 and what preceded it. Transfer-Encoding is mitmproxy's to handle.
@@ -87,7 +87,7 @@ def hide_credentials(headers: Headers) -> None:
     if any(b"authorization" in name.lower() for name, _ in headers.fields):
         for name in tuple(headers):
             if name.strip().lower() in ("authorization", "proxy-authorization"):
-                headers[name] = SHOWN
+                headers[name] = PLACEHOLDER
 
 
 def _connection_options(headers: Headers) -> frozenset[bytes]:

@@ -17,14 +17,14 @@ from eoepca_security.proxy.config.port_check import cannot_listen
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import ADMIN, CA_FILE, PORT, TOKEN_STORE, WORKERS
 from eoepca_security.proxy.patches import certificate_authority
-from eoepca_security.proxy.runtime.private_folder import FolderForNow
+from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 
 MEMORY: Final = Path("/dev/shm")  # noqa: S108  in it, a folder that only we can read
 """Where processes share what is to be kept in memory only."""
 
 
 @contextlib.contextmanager
-def _shared_session(settings: Settings) -> Iterator[tuple[Settings, FolderForNow | None]]:
+def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder | None]]:
     """Let processes share the session also where it is to be kept in memory only: in a folder for now, in memory."""
     if settings.grant != "refresh_token":
         yield settings, None
@@ -44,7 +44,7 @@ def _shared_session(settings: Settings) -> Iterator[tuple[Settings, FolderForNow
         yield settings, None
         return
     try:
-        folder = FolderForNow(MEMORY)
+        folder = PrivateFolder(MEMORY)
     except OSError as error:
         raise SettingsError(
             f"{WORKERS.env}: several processes share the session through the token store, and there is no place in "
@@ -56,7 +56,8 @@ def _shared_session(settings: Settings) -> Iterator[tuple[Settings, FolderForNow
         folder.leave()
 
 
-def _taken_address(settings: Settings) -> str | None:
+def taken_address(settings: Settings) -> str | None:
+    """Return a line about the first address that is in use, or None."""
     if problem := cannot_listen(settings.host, settings.port):
         return f"{PORT.env}: {problem}"
     admin = settings.admin if settings.admin_is_set else None
@@ -66,7 +67,7 @@ def _taken_address(settings: Settings) -> str | None:
 
 
 @contextlib.contextmanager
-def _writable_confdir() -> Iterator[str]:
+def writable_confdir() -> Iterator[str]:
     """Give the folder in which mitmproxy keeps the CA that it makes: its usual one, or one for now in its place."""
     usual = Path(CONF_DIR).expanduser()
     try:
@@ -90,7 +91,7 @@ def _writable_confdir() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _upstream_trust(settings: Settings) -> Iterator[list[str]]:
+def upstream_trust(settings: Settings) -> Iterator[list[str]]:
     """Give the arguments with which mitmproxy trusts the system's CAs and `TLS_CA_FILE`; alone it trusts certifi's."""
     paths = ssl.get_default_verify_paths()
     folder = ["--set", f"ssl_verify_upstream_trusted_confdir={paths.capath}"] if paths.capath else []

@@ -15,7 +15,7 @@ from mitmproxy.tools.dump import DumpMaster
 
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
-from eoepca_security.proxy.admin.worker_states import Line, answer
+from eoepca_security.proxy.admin.worker_states import Channel, answer
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.patches import certificate_authority, connection_pool
 from eoepca_security.proxy.patches.hook_cache import settle_memory
@@ -34,7 +34,7 @@ class Worker:
     """
 
     listeners: Sequence[socket.socket]
-    line: Line
+    line: Channel
     lifeline: int
     end: Callable[[], None]
     leads: bool

@@ -12,7 +12,7 @@ _PREFIX: Final = "oidc-proxy-"
 _IN_USE: Final = "in-use"
 
 
-class FolderForNow:
+class PrivateFolder:
     """A new folder in `place`, readable for this user alone. Processes that are forked from this one use it, too.
 
     Folders that nobody uses any more are removed before. Raises OSError when there can be none.

@@ -8,21 +8,21 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from eoepca_security.proxy.admin.worker_states import Crew, Line
+from eoepca_security.proxy.admin.worker_states import Channel, Workers
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.patches.hook_cache import settle_memory
 from eoepca_security.proxy.patches.lazy_imports import without_cas
 from eoepca_security.proxy.runtime.logs import complain, log_plainly
 from eoepca_security.proxy.runtime.mitmdump import Worker, _run
-from eoepca_security.proxy.runtime.private_folder import FolderForNow
+from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 from eoepca_security.proxy.runtime.supervisor import QUIT, Part, supervise
 
 if TYPE_CHECKING:
     from eoepca_security.proxy.admin.server import Admin
 
 
-def _run_workers(
-    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, folder: FolderForNow | None
+def run_workers(
+    settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, folder: PrivateFolder | None
 ) -> int:
     """Run several processes that listen on the same sockets, and one for the admin listener.
 
@@ -37,7 +37,7 @@ def _run_workers(
     supervisor = os.getpid()
     # Which one of the others could not have, but all know.
     settings = replace(settings, port=listeners[0].getsockname()[1])
-    lines = [Line.make() for _ in range(settings.workers)]
+    lines = [Channel.make() for _ in range(settings.workers)]
 
     def end_all() -> None:
         if os.getppid() == supervisor:
@@ -56,12 +56,12 @@ def _run_workers(
     def tell(is_first: bool, lifeline: int) -> int:
         close_listeners()
         log_plainly(log_format)
-        admin = Admin(settings, Crew(settings, lines, end_all).subject())
+        admin = Admin(settings, Workers(settings, lines, end_all).subject())
         asyncio.run(_serve_admin(admin, lifeline))
         _leave_orphaned(folder, supervisor)
         return 0
 
-    def mourn(number: int, fate: str) -> None:
+    def on_worker_exit(number: int, fate: str) -> None:
         what = f"worker {number + 1} of {settings.workers}" if number < settings.workers else "the admin listener"
         complain(f"{what} {fate}; another takes its place", log_format)
 
@@ -70,10 +70,10 @@ def _run_workers(
         parts.append(Part(tell, is_worker=False))
     # What is there already is neither looked through nor, so, copied by each of them.
     settle_memory()
-    return supervise(parts, on_end=close_listeners, mourn=mourn)
+    return supervise(parts, on_end=close_listeners, on_worker_exit=on_worker_exit)
 
 
-def _leave_orphaned(folder: FolderForNow | None, supervisor: int) -> None:
+def _leave_orphaned(folder: PrivateFolder | None, supervisor: int) -> None:
     if folder is not None and os.getppid() != supervisor:
         folder.leave()
 

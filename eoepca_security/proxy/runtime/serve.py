@@ -7,14 +7,14 @@ from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import UPSTREAM
 from eoepca_security.proxy.runtime.environment import (
-    _shared_session,
-    _taken_address,
-    _upstream_trust,
-    _writable_confdir,
+    shared_session,
+    taken_address,
+    upstream_trust,
+    writable_confdir,
 )
 from eoepca_security.proxy.runtime.logs import complain
 from eoepca_security.proxy.runtime.mitmdump import OnStarted, _run
-from eoepca_security.proxy.runtime.processes import _run_workers
+from eoepca_security.proxy.runtime.processes import run_workers
 
 if TYPE_CHECKING:
     pass
@@ -31,12 +31,12 @@ def run(
     """
     if settings.upstream is None:
         raise SettingsError(f"{UPSTREAM.env}: is required")
-    if problem := _taken_address(settings):
+    if problem := taken_address(settings):
         complain(problem, log_format)
         return 1
-    with _upstream_trust(settings) as trust_arguments, _writable_confdir() as confdir:
+    with upstream_trust(settings) as trust_arguments, writable_confdir() as confdir:
         arguments = [*trust_arguments, *extra]
         if settings.workers == 1:
             return _run(settings, arguments, confdir, on_started, log_format)
-        with _shared_session(settings) as (shared, folder):
-            return _run_workers(shared, arguments, confdir, log_format, folder)
+        with shared_session(settings) as (shared, folder):
+            return run_workers(shared, arguments, confdir, log_format, folder)

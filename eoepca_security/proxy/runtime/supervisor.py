@@ -51,14 +51,14 @@ def supervise(
     parts: Sequence[Part],
     *,
     on_end: Callable[[], None],
-    mourn: Callable[[int, str], None],
+    on_worker_exit: Callable[[int, str], None],
     now: Callable[[], float] = time.monotonic,
 ) -> int:
     """Run all parts, each in a process of its own, until one of them or a signal ends them; return the exit code.
 
     `on_end` is called when the end begins, `mourn` with the number and the fate of each part that died.
     """
-    return _Supervisor(parts, on_end, mourn, now).run()
+    return _Supervisor(parts, on_end, on_worker_exit, now).run()
 
 
 class _Supervisor:
@@ -66,12 +66,12 @@ class _Supervisor:
         self,
         parts: Sequence[Part],
         on_end: Callable[[], None],
-        mourn: Callable[[int, str], None],
+        on_worker_exit: Callable[[int, str], None],
         now: Callable[[], float],
     ) -> None:
         self._parts = parts
         self._on_end = on_end
-        self._mourn = mourn
+        self._on_worker_exit = on_worker_exit
         self._now = now
         self._running: dict[int, Part] = {}
         self._due: dict[float, Part] = {}
@@ -165,7 +165,7 @@ class _Supervisor:
         self._due[self._now() + delay] = part
         # Nobody may be there to read it.
         with contextlib.suppress(Exception):
-            self._mourn(self._parts.index(part), fate)
+            self._on_worker_exit(self._parts.index(part), fate)
 
     def _start_due(self) -> None:
         for at in [at for at in self._due if at <= self._now()]:

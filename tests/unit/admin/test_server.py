@@ -15,7 +15,7 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.admin import server as admin
 from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.server import Admin, admin_guard
-from eoepca_security.proxy.admin.status import Subject, status
+from eoepca_security.proxy.admin.status import AdminSource, status
 from eoepca_security.proxy.config.settings import Address, Settings
 from tests.unit.admin.test_status import STATE
 
@@ -48,7 +48,7 @@ def proxy() -> Proxy:
 
 @pytest.fixture
 async def address(proxy: Proxy) -> AsyncIterator[Address]:
-    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
+    server = Admin(SETTINGS, AdminSource(proxy.ready, proxy.status, proxy.families, proxy.quit))
     address = server.start()
     assert address is not None
     yield address
@@ -158,7 +158,7 @@ async def test_the_page_may_load_what_is_here_and_nothing_else(client: httpx.Asy
 
 async def test_sizes_and_times_are_bounded(address: Address, monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> None:
     monkeypatch.setattr(admin, "TIMEOUT", 0.2)
-    server = Admin(SETTINGS, Subject(proxy.ready, proxy.status, proxy.families, proxy.quit))
+    server = Admin(SETTINGS, AdminSource(proxy.ready, proxy.status, proxy.families, proxy.quit))
     bounded = server.start()
     assert bounded is not None
     try:

@@ -10,7 +10,7 @@ import pytest
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.admin.page import duration, lines, page, relative
-from eoepca_security.proxy.admin.recent_errors import MAX_RECENT, Mishap, Mishaps
+from eoepca_security.proxy.admin.recent_errors import MAX_RECENT, RecentError, RecentErrors
 from eoepca_security.proxy.admin.status import Answer, Refresh, State, status
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.session.session import AccessToken
@@ -38,7 +38,7 @@ STATE = State(
     failure=None,
     last_refresh=Refresh(NOW - 19, 0.031, None),
     last_answer=Answer(200, NOW - 3),
-    mishaps=(),
+    recent_errors=(),
     counts={
         "refreshes": {"success": 3, "issuer_unavailable": 1},
         "requests": {"2xx": 5, "5xx": 1},
@@ -84,7 +84,7 @@ def test_all_of_it_is_told_and_no_secret() -> None:
 
 
 def test_the_page_shows_no_epoch_seconds() -> None:
-    telling = replace(STATE, mishaps=(Mishap("host_not_allowed", "no", NOW - 90_000),))
+    telling = replace(STATE, recent_errors=(RecentError("host_not_allowed", "no", NOW - 90_000),))
     shown = re.sub(r"<[^>]*>", "", page(status(telling)))
     assert not re.search(r"\d{9}", shown)
     assert re.search(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S+ \(1 d 1 h ago\)", shown)
@@ -140,8 +140,8 @@ def test_in_a_container_localhost_is_the_container() -> None:
 
 
 def test_a_service_that_fails_is_a_problem_until_it_answers() -> None:
-    fault = Mishap("upstream_unavailable", "service.example:443: Connection refused; check that it is up", NOW - 5)
-    failing = replace(STATE, mishaps=(fault,), last_answer=Answer(200, NOW - 9))
+    fault = RecentError("upstream_unavailable", "service.example:443: Connection refused; check that it is up", NOW - 5)
+    failing = replace(STATE, recent_errors=(fault,), last_answer=Answer(200, NOW - 9))
     assert status(failing)["problems"] == [
         {
             "title": "The protected service does not answer",
@@ -163,7 +163,7 @@ def test_whatever_comes_from_elsewhere_is_escaped() -> None:
         listener=evil,
         upstream=evil,
         settings=replace(SETTINGS, issuer_url=evil, client=Client(evil)),
-        mishaps=(Mishap(evil, evil, NOW),),
+        recent_errors=(RecentError(evil, evil, NOW),),
         counts={name: {evil: 1} for name in ("refreshes", "requests", "errors")},
     )
     shown = page(status(state))
@@ -173,16 +173,19 @@ def test_whatever_comes_from_elsewhere_is_escaped() -> None:
 
 def test_errors_are_counted_and_the_oldest_forgotten() -> None:
     times = iter(range(100))
-    mishaps = Mishaps(lambda: next(times))
+    recent_errors = RecentErrors(lambda: next(times))
     for detail in ("a", "b", "a"):
-        mishaps.add("host_not_allowed", detail)
-    assert mishaps.latest() == (Mishap("host_not_allowed", "a", 2, 2), Mishap("host_not_allowed", "b", 1))
+        recent_errors.add("host_not_allowed", detail)
+    assert recent_errors.latest() == (
+        RecentError("host_not_allowed", "a", 2, 2),
+        RecentError("host_not_allowed", "b", 1),
+    )
     for number in range(MAX_RECENT - 1):
-        mishaps.add("host_not_allowed", f"{number}")
-    assert [one.detail for one in mishaps.latest()][-1] == "a"
-    assert len(mishaps.latest()) == MAX_RECENT
-    mishaps.add("host_not_allowed", "\n" * 1000)
-    assert len(mishaps.latest()[0].detail) == 501
+        recent_errors.add("host_not_allowed", f"{number}")
+    assert [one.detail for one in recent_errors.latest()][-1] == "a"
+    assert len(recent_errors.latest()) == MAX_RECENT
+    recent_errors.add("host_not_allowed", "\n" * 1000)
+    assert len(recent_errors.latest()[0].detail) == 501
 
 
 def test_durations_have_at_most_two_units() -> None:

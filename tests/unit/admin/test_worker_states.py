@@ -15,9 +15,9 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Token
 from eoepca_security.proxy.admin import worker_states
 from eoepca_security.proxy.admin.metrics import Metrics, counts, exposition, from_json, merged, to_json
 from eoepca_security.proxy.admin.page import page
-from eoepca_security.proxy.admin.recent_errors import Mishap
-from eoepca_security.proxy.admin.status import Refresh, Subject, status
-from eoepca_security.proxy.admin.worker_states import Crew, Line, answer
+from eoepca_security.proxy.admin.recent_errors import RecentError
+from eoepca_security.proxy.admin.status import AdminSource, Refresh, status
+from eoepca_security.proxy.admin.worker_states import Channel, Workers, answer
 from eoepca_security.session.session import AccessToken
 from tests.unit.admin.test_status import NOW, SETTINGS, STATE
 
@@ -36,8 +36,8 @@ class Process:
             last_refresh=Refresh(ends_at - 60, 0.1, None),
         )
 
-    def subject(self) -> Subject:
-        return Subject(self._ready, self._status, self._families, lambda: None)
+    def subject(self) -> AdminSource:
+        return AdminSource(self._ready, self._status, self._families, lambda: None)
 
     async def _ready(self) -> TokenError | None:
         return self.failure
@@ -50,26 +50,26 @@ class Process:
 
 
 @pytest.fixture
-def lines() -> Iterator[list[Line]]:
-    lines = [Line.make() for _ in range(2)]
+def lines() -> Iterator[list[Channel]]:
+    lines = [Channel.make() for _ in range(2)]
     yield lines
     for line in lines:
         line.asking.close()
         line.answering.close()
 
 
-async def test_processes_are_told_of_as_one(lines: list[Line]) -> None:
+async def test_processes_are_told_of_as_one(lines: list[Channel]) -> None:
     processes = [Process("one", 1000.0), Process("other", 2000.0)]
     for line, process in zip(lines, processes, strict=True):
         answer(line, process.subject())
         process.metrics.request_ended(200)
         process.metrics.refreshed(None, 0.3)
     processes[0].metrics.request_ended(502, "credentials_rejected")
-    mishap = Mishap("issuer_unavailable", "it is down", NOW - 60, 3)
+    mishap = RecentError("issuer_unavailable", "it is down", NOW - 60, 3)
     for process, at in zip(processes, (NOW - 60, NOW - 30), strict=True):
-        process.state = replace(process.state, mishaps=(replace(mishap, at=at),))
+        process.state = replace(process.state, recent_errors=(replace(mishap, at=at),))
     processes[0].state = replace(processes[0].state, token=None, failure=CredentialsRejected("log in"))
-    crew = Crew(SETTINGS, lines, lambda: None)
+    crew = Workers(SETTINGS, lines, lambda: None)
 
     told = await crew.status()
     assert (told["processes"], told["requests_in_flight"], told["listener"]) == (2, 4, "http://127.0.0.1:8080")
@@ -96,9 +96,9 @@ async def test_processes_are_told_of_as_one(lines: list[Line]) -> None:
     assert created in {s.value for family in await crew.families() for s in family.samples}
 
 
-async def test_they_are_ready_when_all_that_answer_are(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_they_are_ready_when_all_that_answer_are(lines: list[Channel], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_states, "ANSWER_TIMEOUT", 0.1)
-    crew, processes = Crew(SETTINGS, lines, lambda: None), [Process("a", 1.0), Process("b", 1.0)]
+    crew, processes = Workers(SETTINGS, lines, lambda: None), [Process("a", 1.0), Process("b", 1.0)]
     silent = await crew.ready()
     assert isinstance(silent, IssuerUnavailable)
     told = await crew.status()
@@ -114,24 +114,24 @@ async def test_they_are_ready_when_all_that_answer_are(lines: list[Line], monkey
     assert str(failure) == "log in again"
 
 
-async def test_questions_at_the_same_time_get_their_own_answers(lines: list[Line]) -> None:
+async def test_questions_at_the_same_time_get_their_own_answers(lines: list[Channel]) -> None:
     for line, process in zip(lines, (Process("a", 1.0), Process("b", 1.0)), strict=True):
         answer(line, process.subject())
-    crew = Crew(SETTINGS, lines, lambda: None)
+    crew = Workers(SETTINGS, lines, lambda: None)
     answers = await asyncio.gather(*(crew.status() if i % 2 else crew.ready() for i in range(10)))
     assert all(a is None for a in answers[::2])
     assert all(isinstance(a, Mapping) and a["processes"] == 2 for a in answers[1::2])
 
 
-async def test_a_process_that_reads_nothing_holds_nobody_up(lines: list[Line]) -> None:
+async def test_a_process_that_reads_nothing_holds_nobody_up(lines: list[Channel]) -> None:
     with contextlib.suppress(BlockingIOError):
         while True:
             lines[1].asking.send(b"unread")
     answer(lines[0], Process("a", 1.0).subject())
-    assert await Crew(SETTINGS, lines, lambda: None).ready() is None
+    assert await Workers(SETTINGS, lines, lambda: None).ready() is None
 
 
-async def test_whoever_asks_the_same_shares_the_answer(lines: list[Line]) -> None:
+async def test_whoever_asks_the_same_shares_the_answer(lines: list[Channel]) -> None:
     process, asked = Process("a", 1.0), 0
 
     async def count() -> TokenError | None:
@@ -140,24 +140,24 @@ async def test_whoever_asks_the_same_shares_the_answer(lines: list[Line]) -> Non
         return None
 
     answer(lines[0], replace(process.subject(), ready=count))
-    crew = Crew(SETTINGS, lines[:1], lambda: None)
+    crew = Workers(SETTINGS, lines[:1], lambda: None)
     assert await asyncio.gather(*(crew.ready() for _ in range(15))) == [None] * 15
     assert asked == 1
 
 
-async def test_what_is_no_answer_is_passed_over(lines: list[Line]) -> None:
+async def test_what_is_no_answer_is_passed_over(lines: list[Channel]) -> None:
     lines[0].answering.send(b'{"number": 1, "cut')
-    assert isinstance(await Crew(SETTINGS, lines[:1], lambda: None).ready(), IssuerUnavailable)
+    assert isinstance(await Workers(SETTINGS, lines[:1], lambda: None).ready(), IssuerUnavailable)
 
 
-async def test_what_is_no_question_is_passed_over(lines: list[Line]) -> None:
+async def test_what_is_no_question_is_passed_over(lines: list[Channel]) -> None:
     answer(lines[0], Process("a", 1.0).subject())
     lines[0].asking.send(b"what?")
-    assert await Crew(SETTINGS, lines[:1], lambda: None).ready() is None
+    assert await Workers(SETTINGS, lines[:1], lambda: None).ready() is None
 
 
-async def test_the_counts_of_a_process_that_is_gone_stay(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
-    crew, before, after = Crew(SETTINGS, lines[:1], lambda: None), Process("a", 1.0), Process("a", 2.0)
+async def test_the_counts_of_a_process_that_is_gone_stay(lines: list[Channel], monkeypatch: pytest.MonkeyPatch) -> None:
+    crew, before, after = Workers(SETTINGS, lines[:1], lambda: None), Process("a", 1.0), Process("a", 2.0)
     for _ in range(3):
         before.metrics.request_ended(200)
     answer(lines[0], before.subject())

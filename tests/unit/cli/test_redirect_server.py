@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from eoepca_security.proxy.cli.redirect_server import Loopback, Parameters
+from eoepca_security.proxy.cli.redirect_server import Parameters, RedirectServer
 
 
 @pytest.fixture
-def loopback() -> Iterator[Loopback]:
-    with Loopback() as loopback:
+def loopback() -> Iterator[RedirectServer]:
+    with RedirectServer() as loopback:
         loopback.is_expected = lambda parameters: ("state", "right") in parameters
         yield loopback
 
@@ -23,7 +23,7 @@ def browser() -> Iterator[httpx.Client]:
         yield client
 
 
-def come_back(loopback: Loopback, browser: httpx.Client, *, ok: bool = True) -> tuple[Parameters, httpx.Response]:
+def come_back(loopback: RedirectServer, browser: httpx.Client, *, ok: bool = True) -> tuple[Parameters, httpx.Response]:
     with ThreadPoolExecutor(1) as pool:
         response = pool.submit(browser.get, f"{loopback.redirect_uri}?code=x%26y&state=right&empty=")
         parameters = loopback.wait(10)
@@ -32,7 +32,7 @@ def come_back(loopback: Loopback, browser: httpx.Client, *, ok: bool = True) -> 
 
 
 def test_the_right_redirect_is_taken_and_answered_with_what_became_of_it(
-    loopback: Loopback, browser: httpx.Client
+    loopback: RedirectServer, browser: httpx.Client
 ) -> None:
     parameters, response = come_back(loopback, browser)
     assert list(parameters) == [("code", "x&y"), ("state", "right"), ("empty", "")]
@@ -43,11 +43,11 @@ def test_the_right_redirect_is_taken_and_answered_with_what_became_of_it(
     assert response.headers["Connection"] == "close"
 
 
-def test_a_failed_login_has_another_status(loopback: Loopback, browser: httpx.Client) -> None:
+def test_a_failed_login_has_another_status(loopback: RedirectServer, browser: httpx.Client) -> None:
     assert come_back(loopback, browser, ok=False)[1].status_code == 400
 
 
-def test_the_page_may_load_nothing_and_keeps_its_address_to_itself(loopback: Loopback, browser: httpx.Client) -> None:
+def test_the_page_may_load_nothing_and_keeps_its_address(loopback: RedirectServer, browser: httpx.Client) -> None:
     _, response = come_back(loopback, browser)
     policy = response.headers["Content-Security-Policy"]
     assert policy.startswith("default-src 'none'; style-src 'sha256-")
@@ -72,7 +72,7 @@ def test_the_page_may_load_nothing_and_keeps_its_address_to_itself(loopback: Loo
     ],
 )
 def test_whatever_else_comes_is_refused_and_changes_nothing(
-    method: str, path: str, headers: dict[str, str], status: int, loopback: Loopback, browser: httpx.Client
+    method: str, path: str, headers: dict[str, str], status: int, loopback: RedirectServer, browser: httpx.Client
 ) -> None:
     url = loopback.redirect_uri.removesuffix("/callback")
     response = browser.request(method, url + path, headers=headers)
@@ -84,13 +84,13 @@ def test_whatever_else_comes_is_refused_and_changes_nothing(
     assert come_back(loopback, browser)[1].status_code == 200
 
 
-def test_only_the_first_of_several_is_taken(loopback: Loopback, browser: httpx.Client) -> None:
+def test_only_the_first_of_several_is_taken(loopback: RedirectServer, browser: httpx.Client) -> None:
     come_back(loopback, browser)
     assert browser.get(f"{loopback.redirect_uri}?state=right").status_code == 410
 
 
 def test_it_listens_on_loopback_only_and_not_after_its_time() -> None:
-    with Loopback() as loopback:
+    with RedirectServer() as loopback:
         uri = loopback.redirect_uri
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/callback", uri)
         assert loopback._server._server.server_address[0] == "127.0.0.1"
@@ -100,7 +100,7 @@ def test_it_listens_on_loopback_only_and_not_after_its_time() -> None:
 
 def test_the_browser_is_answered_before_the_server_ends(browser: httpx.Client) -> None:
     with ThreadPoolExecutor(1) as pool:
-        with Loopback() as loopback:
+        with RedirectServer() as loopback:
             loopback.is_expected = lambda _parameters: True
             answer = pool.submit(browser.get, f"{loopback.redirect_uri}?state=s")
             loopback.wait(10)

@@ -5,8 +5,8 @@ import sys
 
 SCRIPT = """
 import gc, sys
-from eoepca_security.proxy.patches.lazy_imports import light
-with light():
+from eoepca_security.proxy.patches.lazy_imports import lazy_imports
+with lazy_imports():
     from eoepca_security.proxy.runtime import serve
 assert gc.isenabled()
 put_off = {"flask", "ldap3.core", "service_identity.cryptography", "pyparsing.core", "werkzeug", "tornado"}
@@ -51,9 +51,9 @@ assert png.Png.__name__ == "Png"
 
 CHECKS = """
 import sys
-from eoepca_security.proxy.patches.lazy_imports import light
+from eoepca_security.proxy.patches.lazy_imports import lazy_imports
 if sys.argv[1] == "light":
-    with light():
+    with lazy_imports():
         from eoepca_security.proxy.runtime import serve
 from mitmproxy.http import ResponseData
 from mitmproxy.proxy import layers, utils
