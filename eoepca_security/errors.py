@@ -10,10 +10,43 @@
         ├── CredentialsRejected    the issuer answered "no"; a person has to act
         └── TokenInvalid           the issuer gave a token that must not be used
 
-Messages name the remedy and never contain a token or a secret.
+A message says what happened, without a token or a secret. What to do about it depends on who uses the package, so the
+attributes have what is needed to say that; none has to be read out of a message.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Cause = Literal[
+    # The network kept us from the issuer, as `eoepca_security.issuer.transport.explain` finds.
+    "certificate",
+    "ended",
+    "no_tls",
+    "proxy",
+    "refused",
+    "timeout",
+    "unknown_ca",
+    "unknown_host",
+    # The issuer is not where, or not what, it was said to be.
+    "not_there",
+    "other_issuer",
+    "plain_http",
+    "redirect",
+    # It answered 400, 401 or 403 without saying whether that refuses the client, the session, or neither.
+    "unclear_refusal",
+    # Something that is needed is missing: here,
+    "no_session",
+    "not_configured",
+    # and at the issuer, in the order of a login.
+    "no_auth_method",
+    "no_device_login",
+    "no_browser_login",
+    "no_refresh_token",
+    # The browser came back from an issuer that it was not sent to.
+    "mix_up",
+    # The token's times do not fit this machine's clock.
+    "clock",
+]
+"""What happened, where something particular can be done about it."""
 
 
 class SecurityError(Exception):
@@ -21,11 +54,15 @@ class SecurityError(Exception):
 
 
 class SettingsError(SecurityError, ValueError):
-    """One or more settings are wrong; `problems` has a line for each."""
+    """One or more settings are wrong; `problems` has a line for each.
 
-    def __init__(self, *problems: str) -> None:
+    `is_missing` says that a required one is unset.
+    """
+
+    def __init__(self, *problems: str, is_missing: bool = False) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+        self.is_missing = is_missing
 
 
 class StoreError(SecurityError):
@@ -33,17 +70,21 @@ class StoreError(SecurityError):
 
 
 class TokenError(SecurityError):
-    """There is no usable access token, for the reason that the subclass names."""
+    """There is no usable access token, for the reason that the subclass names; `cause` is more exact, or None."""
 
     code: ClassVar[str]
+
+    def __init__(self, message: str, *, cause: Cause | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class IssuerUnavailable(TokenError):
     """The issuer is unreachable, slow, failing, or not speaking its protocol.
 
     `retry_after` is what the issuer asked for, in seconds, or None. `was_sent` says that the request had left and no
-    sensible answer came, so that it may have been served all the same. `cause` names what kept the network from it, as
-    `eoepca_security.issuer.transport.explain` does, or is None; `by_proxy` says that the way led through a proxy.
+    sensible answer came, so that it may have been served all the same. `url` is what was asked, where that is known;
+    `by_proxy` says that the way led through a proxy.
     """
 
     code = "issuer_unavailable"
@@ -54,24 +95,37 @@ class IssuerUnavailable(TokenError):
         *,
         retry_after: float | None = None,
         was_sent: bool = False,
-        cause: str | None = None,
+        cause: Cause | None = None,
+        url: str | None = None,
         by_proxy: bool = False,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, cause=cause)
         self.retry_after = retry_after
         self.was_sent = was_sent
-        self.cause = cause
+        self.url = url
         self.by_proxy = by_proxy
 
 
 class CredentialsRejected(TokenError):
-    """The issuer refused the refresh token or the client (RFC 6749 §5.2); `error` is its error code, or None."""
+    """The issuer refused the refresh token or the client, or there is none.
+
+    `issuer_error` is the issuer's error code (RFC 6749 §5.2), `description` what it says to people; None where it said
+    nothing.
+    """
 
     code = "credentials_rejected"
 
-    def __init__(self, message: str, *, error: str | None = None) -> None:
-        super().__init__(message)
-        self.error = error
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: Cause | None = None,
+        issuer_error: str | None = None,
+        description: str | None = None,
+    ) -> None:
+        super().__init__(message, cause=cause)
+        self.issuer_error = issuer_error
+        self.description = description
 
 
 class TokenInvalid(TokenError):
@@ -84,6 +138,6 @@ class TokenInvalid(TokenError):
     code = "token_invalid"
     refresh_token: str | None = None
 
-    def __init__(self, message: str, *, claim: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, cause: Cause | None = None, claim: str | None = None) -> None:
+        super().__init__(message, cause=cause)
         self.claim = claim

@@ -261,7 +261,7 @@ def _problems(url: Any, audience: Any, leeway: Any, parties: Any) -> list[str]:
     problems = []
     url_fault = url_problem(url) if isinstance(url, str) else "has to be a URL"
     if url_fault:
-        problems.append(f"openIdConnectUrl {url_fault.partition(' (')[0]}")  # what is in brackets is for the proxy
+        problems.append(f"openIdConnectUrl {url_fault}")
     if not isinstance(audience, str) or not audience.strip():
         problems.append(
             "audience has to be a text that is not empty: the `aud` of tokens that are meant for the service"

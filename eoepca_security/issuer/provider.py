@@ -89,7 +89,7 @@ class Provider:
         now: Callable[[], float] = time.time,
     ) -> None:
         if problem := url_problem(issuer_url, allow_http=allow_http):
-            raise SettingsError(f"the issuer's URL {problem}")
+            raise SettingsError(f"issuer_url {problem}")
         self._discovery_url = discovery_url(issuer_url)
         self._client = client
         self._transport = transport
@@ -112,7 +112,7 @@ class Provider:
         metadata = self._metadata.get(anew=self._in_doubt)
         self._in_doubt = False
         if not metadata.token_endpoint:
-            raise IssuerUnavailable(f"{self._discovery_url} names no token_endpoint")
+            raise IssuerUnavailable(f"{self._discovery_url} names no token_endpoint", url=self._discovery_url)
         request = build_token_request(
             self._client, metadata, now=self.now(), refresh_token=refresh_token, scope=self._scope
         )
@@ -170,7 +170,9 @@ class Provider:
         except ValueError:
             claims = {}
         if answer.status != 200 or not claims:
-            raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with claims about the user")
+            raise IssuerUnavailable(
+                f"{printable(url)} answered {answer.status}, not with claims about the user", url=url
+            )
         return claims
 
     def verify(self, token: str, audience: str) -> dict[str, Any]:
@@ -230,7 +232,7 @@ class Provider:
         except ValueError:
             document = {}
         if answer.status != 200 or "keys" not in document:
-            raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with a set of keys")
+            raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with a set of keys", url=url)
         return TrustedKeys(metadata.issuer, read_keys(document))
 
 

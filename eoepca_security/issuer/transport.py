@@ -18,7 +18,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from eoepca_security.errors import IssuerUnavailable
+from eoepca_security.errors import Cause, IssuerUnavailable
 from eoepca_security.issuer.threads import in_daemon_thread
 from eoepca_security.oauth.urls import is_loopback
 
@@ -75,7 +75,9 @@ class HttpTransport:
         try:
             adapter = _DeadlineAdapter(self._context(), timeout)
         except OSError as error:
-            raise IssuerUnavailable(f"{request.url} cannot be reached: the CAs cannot be read ({error})") from None
+            raise IssuerUnavailable(
+                f"{request.url} cannot be reached: the CAs cannot be read ({error})", url=request.url
+            ) from None
         watchdog = threading.Timer(timeout, adapter.cut)
         watchdog.daemon = True
         watchdog.start()
@@ -89,14 +91,12 @@ class HttpTransport:
                 answer = self._send(session, request, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             cause, reason = explain(error)
-            # Not at the token endpoint: by then the issuer has answered.
-            if cause == "ended" and request.method == "GET" and request.url.startswith("http://"):
-                reason += "; is it https:// rather than http://?"  # this is what servers do that want TLS
             if not (adapter.was_cut or cause == "timeout"):
                 raise IssuerUnavailable(
                     f"{request.url} cannot be reached{_by_proxy(adapter)}: {reason}",
                     was_sent=adapter.was_connected,
                     cause=cause,
+                    url=request.url,
                     by_proxy=adapter.used_proxy,
                 ) from None
         finally:
@@ -111,6 +111,7 @@ class HttpTransport:
                 f"{request.url} did not answer within {timeout:g} s{_by_proxy(adapter)}",
                 was_sent=adapter.was_connected,
                 cause="timeout",
+                url=request.url,
                 by_proxy=adapter.used_proxy,
             )
         return answer
@@ -126,9 +127,9 @@ class HttpTransport:
         with session.send(prepared, timeout=timeout, allow_redirects=False, **settings) as response:
             if response.is_redirect or 300 <= response.status_code < 400:
                 raise IssuerUnavailable(
-                    f"{request.url} answered with a redirect ({response.status_code}), which is not followed: "
-                    "set OPEN_ID_CONNECT_URL to the final address",
+                    f"{request.url} answered with a redirect ({response.status_code}), which is not followed",
                     cause="redirect",
+                    url=request.url,
                 )
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
                 raise IssuerUnavailable(f"{request.url} answered in an encoding that was not asked for", was_sent=True)
@@ -262,10 +263,10 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _by_proxy(adapter: _DeadlineAdapter) -> str:
-    return " (through the proxy that HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names)" if adapter.used_proxy else ""
+    return " (through the proxy that the environment names)" if adapter.used_proxy else ""
 
 
-def explain(error: BaseException) -> tuple[str, str]:
+def explain(error: BaseException) -> tuple[Cause, str]:
     """Return what kind of trouble the network had, and in a few words what: the libraries' messages are nests of reprs.
 
     The kinds are `timeout`, `proxy`, `unknown_ca`, `certificate`, `unknown_host`, `refused`, `no_tls`, and `ended` for
@@ -278,12 +279,11 @@ def explain(error: BaseException) -> tuple[str, str]:
     return found or ("ended", "the connection failed or ended early")
 
 
-def _explain_one(cause: BaseException) -> tuple[str, str] | None:
+def _explain_one(cause: BaseException) -> tuple[Cause, str] | None:
     if isinstance(cause, ssl.SSLCertVerificationError):
         is_unknown = cause.verify_code in _UNKNOWN_CA
-        hint = "; TLS_CA_FILE adds a CA" if is_unknown else ""
-        kind = "unknown_ca" if is_unknown else "certificate"
-        return kind, f"its certificate is not trusted ({cause.verify_message}){hint}"
+        kind: Cause = "unknown_ca" if is_unknown else "certificate"
+        return kind, f"its certificate is not trusted ({cause.verify_message})"
     if isinstance(cause, socket.gaierror):
         return "unknown_host", "its host name is not known"
     # Docker gives `localhost` an IPv6 address where there is no IPv6, too, and the last failure is what is told.
@@ -291,7 +291,7 @@ def _explain_one(cause: BaseException) -> tuple[str, str] | None:
         return "refused", "the connection was refused"
     if isinstance(cause, ssl.SSLError):
         what = getattr(cause, "reason", None) or "handshake failed"  # Python's own have none
-        return "no_tls", f"no TLS there ({what}); is it http:// rather than https://?"
+        return "no_tls", f"no TLS there ({what})"
     # The library keeps the status of a proxy's refusal in the words alone.
     if refusal := re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)):
         return "proxy", f"the proxy answered {refusal[1]}"

@@ -17,8 +17,7 @@ from urllib.parse import urlencode
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.protocol import (
-    CHECK_CLIENT,
-    REMEDIES,
+    FINAL_ERRORS,
     Client,
     ProviderMetadata,
     TokenRequest,
@@ -28,6 +27,7 @@ from eoepca_security.oauth.protocol import (
     read_seconds,
     read_text,
     read_token_response,
+    rejection,
 )
 from eoepca_security.oauth.text import printable, without_secrets
 from eoepca_security.oauth.urls import url_problem
@@ -38,18 +38,8 @@ DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 POLL_INTERVAL: Final = 5.0
 """Seconds between two polls unless the issuer says otherwise (RFC 8628 §3.2), and what `slow_down` adds (§3.5)."""
 
-_REMEDIES: Final = REMEDIES | {
-    "invalid_grant": "the login took too long or was used already: log in again",
-    "access_denied": "the login was refused there: log in again and allow it",
-    "expired_token": "nobody confirmed the login in time: log in again",
-    "invalid_scope": "choose scopes that the client may ask for with --scope",
-    # Keycloak's, for offline_access.
-    "not_allowed": "this client or user may have no offline session there: log in with --scope openid",
-    "unauthorized_client": (
-        f"{CHECK_CLIENT}, or allow the client this way of logging in at the issuer (Keycloak: OAuth 2.0 Device "
-        "Authorization Grant, or Standard flow for --browser, in the client's settings)"
-    ),
-}
+# The last is Keycloak's, for offline_access.
+_FINAL_ERRORS: Final = FINAL_ERRORS | {"expired_token", "not_allowed"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ def build_device_request(
     """
     url = metadata.device_authorization_endpoint
     if url is None:
-        raise CredentialsRejected("the issuer does not offer the device authorization grant: use login --browser")
+        raise CredentialsRejected("the issuer does not offer the device authorization grant", cause="no_device_login")
     form = {"client_id": client.client_id, "scope": scope, **_challenge(verifier)}
     return build_client_request(client, metadata, url, form, now=now)
 
@@ -110,7 +100,7 @@ def read_device_response(
 
     Raises CredentialsRejected or IssuerUnavailable.
     """
-    answer = read_answer(status, body, secrets=secrets, remedies=_REMEDIES, endpoint="device authorization")
+    answer = read_answer(status, body, secrets=secrets, final=_FINAL_ERRORS, endpoint="device authorization")
     device_code, user_code = (read_text(answer.get(name), "[ -~]{1,2000}") for name in ("device_code", "user_code"))
     expires_in = read_seconds(answer.get("expires_in"))
     uri, complete = (
@@ -141,14 +131,14 @@ def read_device_token_response(
 ) -> TokenResponse | Pending:
     """Read the answer to a poll; raises as `read_token_response` does, CredentialsRejected when the login is over."""
     pending = {reason.value: reason for reason in Pending}
-    # Among the remedies, because unknown codes are taken for trouble of the issuer.
-    remedies = _REMEDIES | dict.fromkeys(pending, "wait")
+    # Among the final ones, because unknown codes are taken for trouble of the issuer.
+    final = _FINAL_ERRORS | pending.keys()
     try:
-        return read_token_response(status, body, retry_after=retry_after, secrets=secrets, remedies=remedies)
+        return read_token_response(status, body, retry_after=retry_after, secrets=secrets, final=final)
     except CredentialsRejected as error:
-        if error.error not in pending:
+        if error.issuer_error not in pending:
             raise
-        return pending[error.error]
+        return pending[error.issuer_error]
 
 
 def build_authorization_request(
@@ -160,7 +150,7 @@ def build_authorization_request(
     """
     endpoint = metadata.authorization_endpoint
     if endpoint is None:
-        raise CredentialsRejected("the issuer does not offer logins by browser: use login without --browser")
+        raise CredentialsRejected("the issuer does not offer logins by browser", cause="no_browser_login")
     state, nonce, verifier = (new_verifier() for _ in range(3))
     parameters = {
         "response_type": "code",
@@ -192,21 +182,18 @@ def read_authorization_response(
     """
     values = dict(parameters)
     if not is_answer_to(request, parameters) or len(values) != len(parameters):
-        raise CredentialsRejected("the browser came back with another login's answer: log in again")
+        raise CredentialsRejected("the browser came back with another login's answer")
     issuer = values.get("iss")
     if (issuer is not None or metadata.names_itself) and issuer != metadata.issuer:
         raise CredentialsRejected(
-            "the browser came back from another issuer, so the login was not completed: log in again, and mind at "
-            "which address you type your password"
+            "the browser came back from another issuer, so the login was not completed", cause="mix_up"
         )
     if error := values.get("error"):
         said = without_secrets(values.get("error_description"), (request.state, request.nonce, request.verifier))
-        code = printable(error, 64)
-        remedy = _REMEDIES.get(error, "log in again, or ask whoever runs the issuer")
-        raise CredentialsRejected(f"the issuer answered {code}{said and ': '}{said}; {remedy}", error=code)
+        raise rejection(printable(error, 64), said)
     code = values.get("code", "")
     if not re.fullmatch("[ -~]+", code):
-        raise CredentialsRejected("the browser came back without a code: log in again")
+        raise CredentialsRejected("the browser came back without a code")
     return code
 
 
@@ -225,7 +212,7 @@ def build_code_request(
 
 def read_code_response(status: int, body: bytes, *, secrets: Collection[str] = ()) -> TokenResponse:
     """Read the answer to that; raises as `read_token_response` does."""
-    return read_token_response(status, body, secrets=secrets, remedies=_REMEDIES)
+    return read_token_response(status, body, secrets=secrets, final=_FINAL_ERRORS)
 
 
 def check_nonce(request: AuthorizationRequest, claims: dict[str, object]) -> None:

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
+from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.text import printable, without_secrets
 from eoepca_security.oauth.urls import WELL_KNOWN, url_problem
@@ -43,7 +43,7 @@ ASSERTION_LIFETIME: Final = 60
 
 # RFC 6749 §5.2 and RFC 8707 §2: answers that no repetition changes. The server-side ones (`server_error`,
 # `temporarily_unavailable`) are left out, as is everything unknown: those are worth another try.
-_FINAL_ERRORS: Final = frozenset(
+FINAL_ERRORS: Final = frozenset(
     {
         "invalid_request",
         "invalid_client",
@@ -55,23 +55,6 @@ _FINAL_ERRORS: Final = frozenset(
         "access_denied",
     }
 )
-
-CHECK_CLIENT: Final = (
-    "check OPEN_ID_CONNECT_CLIENT_ID and OPEN_ID_CONNECT_CLIENT_SECRET (unset for a public client), and "
-    "OPEN_ID_CONNECT_CLIENT_AUTH"
-)
-REMEDIES: Final = {
-    "invalid_grant": (
-        "the refresh token is expired, revoked or used up, or was given to another client or by another name of the "
-        "issuer. A new login is needed: `run-mitmproxy.py login`, which a running proxy notices; or set "
-        "OPEN_ID_REFRESH_TOKEN to the refresh token of one, and restart"
-    ),
-    "invalid_client": CHECK_CLIENT,
-    # Keycloak says this of a wrong secret, too.
-    "unauthorized_client": f"{CHECK_CLIENT}, or allow the client this OPEN_ID_CONNECT_GRANT at the issuer",
-    "unsupported_grant_type": "the issuer does not offer this grant: set OPEN_ID_CONNECT_GRANT to one it offers",
-    "invalid_scope": "set OPEN_ID_CONNECT_SCOPE to scopes that the client may ask for, or leave it unset",
-}
 
 
 @dataclass(frozen=True)
@@ -139,17 +122,15 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
     people leave it out. Raises IssuerUnavailable.
     """
     if status != 200:
-        hint = "check the path, for Keycloak /realms/<name>" if status in (400, 401, 403, 404) else "try again later"
-        raise IssuerUnavailable(f"{url} answered {status}: {hint} (OPEN_ID_CONNECT_URL)")
+        cause: Cause | None = "not_there" if status in (400, 401, 403, 404) else None
+        raise IssuerUnavailable(f"{url} answered {status}", cause=cause, url=url)
     try:
         document = parse_object(body)
     except ValueError as error:
-        raise IssuerUnavailable(f"{url} is not a discovery document: {_first_words(error)}") from None
+        raise IssuerUnavailable(f"{url} is not a discovery document: {_first_words(error)}", url=url) from None
     issuer = document.get("issuer")
     if not isinstance(issuer, str) or issuer.rstrip("/") != url.removesuffix(WELL_KNOWN).rstrip("/"):
-        raise IssuerUnavailable(
-            f"{url} speaks for another issuer, {printable(issuer)}: set OPEN_ID_CONNECT_URL to the issuer's own name"
-        )
+        raise IssuerUnavailable(f"{url} speaks for another issuer, {printable(issuer)}", cause="other_issuer", url=url)
     endpoints = {}
     for name in ("token_endpoint", "jwks_uri"):
         value = document.get(name)
@@ -157,7 +138,10 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
             continue
         problem = url_problem(value, allow_http=allow_http) if isinstance(value, str) else "is not a string"
         if problem:
-            raise IssuerUnavailable(f"{url}: its {name} {printable(value)} {problem}")
+            is_plain = isinstance(value, str) and url_problem(value, allow_http=True) is None
+            raise IssuerUnavailable(
+                f"{url}: its {name} {printable(value)} {problem}", cause="plain_http" if is_plain else None, url=url
+            )
         endpoints[name] = value
     return ProviderMetadata(
         issuer=issuer,
@@ -193,7 +177,8 @@ def choose_auth_method(client: Client, metadata: ProviderMetadata) -> str:
             return method
     raise CredentialsRejected(
         f"the issuer offers the client authentication methods {printable(', '.join(metadata.auth_methods))}, and the "
-        f"settings have what {' or '.join(possible)} needs: set OPEN_ID_CONNECT_CLIENT_AUTH, or the credential it needs"
+        f"client has what {' or '.join(possible)} needs",
+        cause="no_auth_method",
     )
 
 
@@ -246,14 +231,14 @@ def read_token_response(
     *,
     retry_after: float | None = None,
     secrets: Collection[str] = (),
-    remedies: Mapping[str, str] = REMEDIES,
+    final: Collection[str] = FINAL_ERRORS,
 ) -> TokenResponse:
     """Read the token endpoint's answer; `secrets` are not repeated in errors, should the issuer do so.
 
-    Raises CredentialsRejected, with the error code's own of the `remedies`, TokenInvalid (a success without a usable
-    `access_token`) or IssuerUnavailable (everything else).
+    Raises CredentialsRejected for the `final` error codes, TokenInvalid (a success without a usable `access_token`) or
+    IssuerUnavailable (everything else).
     """
-    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets, remedies=remedies)
+    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets, final=final)
     refresh_token = read_text(answer.get("refresh_token"), "[ -~]+")
     try:
         return TokenResponse(
@@ -274,7 +259,7 @@ def read_answer(
     *,
     retry_after: float | None = None,
     secrets: Collection[str] = (),
-    remedies: Mapping[str, str] = REMEDIES,
+    final: Collection[str] = FINAL_ERRORS,
     endpoint: str = "token",
 ) -> dict[str, Any]:
     """Return the JSON object of a success; raises as `read_token_response` does for everything else."""
@@ -284,25 +269,23 @@ def read_answer(
     try:
         answer = parse_object(body)
     except ValueError as error:
-        message = f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}"
         # Whether this refuses something (as Glewlwyd 2.7 refuses a used-up refresh token), or comes from something
         # in between, cannot be known; RFC 6749 §5.2 wants a refusal to say that it is one.
-        if status in (400, 401, 403):
-            message += (
-                "; if it stays so, it may mean to refuse the client (OPEN_ID_CONNECT_CLIENT_SECRET) or the session "
-                "(`run-mitmproxy.py login`)"
-            )
-        raise IssuerUnavailable(message, was_sent=True) from None
+        raise IssuerUnavailable(
+            f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}",
+            was_sent=True,
+            cause="unclear_refusal" if status in (400, 401, 403) else None,
+        ) from None
     # RFC 6749 §5.1 says 200; who answers 201 has issued the tokens all the same.
     if not 200 <= status < 300:
-        _raise_error(status, answer, secrets, remedies, endpoint)
+        _raise_error(status, answer, secrets, final, endpoint)
     return answer
 
 
 def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str:
     access_token = read_text(answer.get("access_token"))
     if access_token is None:
-        raise TokenInvalid("the issuer answered without a usable access_token: look at the client's settings there")
+        raise TokenInvalid("the issuer answered without a usable access_token")
     token_type = answer.get("token_type", "Bearer")
     if not isinstance(token_type, str) or token_type.lower() != "bearer":
         shown = without_secrets(token_type, secrets) or "unknown"
@@ -370,15 +353,19 @@ def _segment(members: Mapping[str, object]) -> str:
 
 
 def _raise_error(
-    status: int, answer: Mapping[str, object], secrets: Collection[str], remedies: Mapping[str, str], endpoint: str
+    status: int, answer: Mapping[str, object], secrets: Collection[str], final: Collection[str], endpoint: str
 ) -> NoReturn:
     error = answer.get("error")
-    if not isinstance(error, str) or error not in _FINAL_ERRORS | remedies.keys():
+    if not isinstance(error, str) or error not in final:
         code = without_secrets(error, secrets) or "without an error code"
         raise IssuerUnavailable(f"the {endpoint} endpoint answered {status} ({code})")
-    said = without_secrets(answer.get("error_description"), secrets)
-    remedy = remedies.get(error, "check the client's settings at the issuer against yours")
-    raise CredentialsRejected(f"the issuer answered {error}{said and ': '}{said}; {remedy}", error=error)
+    raise rejection(error, without_secrets(answer.get("error_description"), secrets))
+
+
+def rejection(error: str, said: str) -> CredentialsRejected:
+    """Return the error for an issuer's refusal, from its error code and what it said to people, if anything."""
+    message = f"the issuer answered {error}{said and ': '}{said}"
+    return CredentialsRejected(message, issuer_error=error, description=said or None)
 
 
 def _good_url(value: object, *, allow_http: bool) -> str | None:

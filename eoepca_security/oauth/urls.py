@@ -47,7 +47,7 @@ def url_problem(url: str, *, allow_http: bool = False) -> str | None:
     if parts.username is not None or parts.password is not None:
         return "carries a user name or password: remove the part before the @"
     if parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_http:
-        return "must use https:// (plain http is for localhost, or OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP)"
+        return "must use https:// (plain http is for localhost only)"
     return None
 
 

@@ -220,7 +220,9 @@ class RefreshSession:
             if self._answer_was_lost:
                 raise CredentialsRejected(
                     f"{error}. The answer to the refresh before was lost, and the new refresh token probably with it",
-                    error=error.error,
+                    cause=error.cause,
+                    issuer_error=error.issuer_error,
+                    description=error.description,
                 ) from None
             raise
         except IssuerUnavailable as error:

@@ -54,10 +54,11 @@ class TokenSource:
     `access_token` is used first, while it lives. `continues` is a source whose login this one goes on with, whatever
     token that has come to by now. One that `joins` begins with an access token that another process got; otherwise the
     issuer is asked at the start, which tells whether the login is still good. `now` is epoch seconds. `observe` is told
-    of each refresh: what it failed for, if it did, and how many seconds it took. One instance belongs to one loop.
+    of each refresh: what it failed for, if it did, and how many seconds it took. `describe` says in the log what an
+    error is and what to do about it. One instance belongs to one loop.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  all but the first have a default
         self,
         request_token: Callable[[str | None], TokenResponse],
         *,
@@ -69,6 +70,7 @@ class TokenSource:
         continues: "TokenSource | None" = None,
         joins: bool = False,
         observe: Callable[[TokenError | None, float], None] | None = None,
+        describe: Callable[[TokenError], str] = str,
     ) -> None:
         if continues is None:
             self._session = RefreshSession(request_token, refresh_token, store=store, now=now)
@@ -80,6 +82,7 @@ class TokenSource:
         self._check = check or (lambda _token: None)
         self._now = now
         self._observe = observe or (lambda _failure, _seconds: None)
+        self._describe = describe
         self._token: AccessToken | None = None
         self._refresh_at = 0.0
         self._refresh: asyncio.Task[TokenError | None] | None = None
@@ -271,7 +274,7 @@ class TokenSource:
                 await self._verify(token)
             except TokenInvalid as error:
                 self._initial = None
-                _log(f"the initial access token is not used: {error}")
+                _log(f"the initial access token is not used: {self._describe(error)}", error)
             else:
                 self._initial = None
                 await self._bounded(self._session.look)
@@ -290,7 +293,7 @@ class TokenSource:
 
     async def _verify(self, token: AccessToken) -> None:
         if token.ends_at <= self._now():
-            raise TokenInvalid("the token has expired already: compare this machine's clock with the issuer's")
+            raise TokenInvalid("the token has expired already", cause="clock")
         await self._bounded(lambda: self._check(token.value))
 
     async def _bounded(self, function: Callable[[], T]) -> T:
@@ -309,7 +312,7 @@ class TokenSource:
             delay = max(delay, min(error.retry_after, _LONGEST_RETRY))
         self._failure, self._failures, self._retry_at = error, min(self._failures + 1, 10), self._now() + delay
         if is_news:
-            _log(f"no new access token ({error.code}): {error}")
+            _log(f"no new access token ({error.code}): {self._describe(error)}", error)
 
 
 def refresh_time(token: AccessToken, *, latency: float) -> float:
@@ -323,7 +326,7 @@ def refresh_time(token: AccessToken, *, latency: float) -> float:
     return token.ends_at - max(min(ahead, 0.5 * lifetime), min(0.15 * lifetime, 60.0))
 
 
-def _log(message: str) -> None:
+def _log(message: str, error: TokenError | None = None) -> None:
     # A handler that raises, as mitmproxy's does where the terminal's encoding lacks a letter, must not cost a token.
     with contextlib.suppress(Exception):
-        logger.warning("%s", message)
+        logger.warning("%s", message, extra={"error": error})  # for handlers that tell errors apart

@@ -44,7 +44,7 @@ from eoepca_security.proxy.addons.state import _addresses, _left, exposure
 from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.page import duration, lines
 from eoepca_security.proxy.admin.recent_errors import RecentErrors
-from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, State, status, unready
+from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, State, Unready, status, unready
 from eoepca_security.proxy.config.factory import make_source
 from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
@@ -57,7 +57,7 @@ from eoepca_security.proxy.policy import headers as forwarding
 from eoepca_security.proxy.policy.access import Guard, Refusal
 from eoepca_security.proxy.policy.clearance import Clearance
 from eoepca_security.proxy.policy.destination import Target, _is_elsewhere, _may_inject, _target
-from eoepca_security.proxy.policy.remedies import failure_remedy, runs_in_container
+from eoepca_security.proxy.policy.remedies import failure_remedy, runs_in_container, told
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource
 
@@ -170,6 +170,7 @@ class OIDCAuthProxy:
             continues=before if goes_on else None,
             joins=self._joins,
             observe=self._refreshed,
+            describe=self._describe,
             learn=self._apisix.learn if self._apisix is not None else None,
         )
         if before is not None:
@@ -350,7 +351,7 @@ class OIDCAuthProxy:
     def _refuse(self, flow: HTTPFlow, refusal: Refusal) -> Response:
         self._codes[flow] = refusal.code
         self._mishaps.add(refusal.code, refusal.detail)
-        return problem_details.answer(refusal, method=flow.request.method)
+        return problem_details.answer(refusal.code, refusal.detail, method=flow.request.method)
 
     def _termination(self, flow: HTTPFlow) -> Response | None:
         endpoint = self._settings.termination_endpoint if self._settings is not None else None
@@ -401,9 +402,11 @@ class OIDCAuthProxy:
         except TokenError as error:
             self._codes[flow] = error.code
             if self._source is None or error is not self._source.failure:
-                self._mishaps.add(error.code, str(error))
+                self._mishaps.add(error.code, str(error), self._remedy(error))
             retry_after = self._source.retry_after() if self._source else 1.0
-            flow.response = problem_details.answer(error, method=flow.request.method, retry_after=retry_after)
+            flow.response = problem_details.answer(
+                error.code, self._describe(error), method=flow.request.method, retry_after=retry_after
+            )
             return
         clearance.clear(flow.request, self._clearance(_target(flow), token))
         flow.request.headers["Authorization"] = forwarding.PLACEHOLDER
@@ -419,11 +422,11 @@ class OIDCAuthProxy:
 
     async def _token(self, flow: HTTPFlow) -> AccessToken:
         if self._source is None or self._settings is None:
-            raise IssuerUnavailable("the proxy is not configured")
+            raise IssuerUnavailable("the proxy is not configured", cause="not_configured")
         mode = flow.client_conn.proxy_mode
         # A flow that is replayed from a file brings a mode of its own.
         if mode.full_spec not in ctx.options.mode or not destination.is_protected(mode, self._settings):
-            raise IssuerUnavailable("the proxy does not work in this mode")
+            raise IssuerUnavailable("the proxy does not work in this mode", cause="not_configured")
         try:
             return await self._source.token()
         except TokenError:
@@ -454,7 +457,8 @@ class OIDCAuthProxy:
             if status is not None and not code and clearance.clearance(flow.request) is not None:
                 self._last_answer = Answer(status, time.time())
             elif problem_details.DETAIL in flow.metadata:
-                self._mishaps.add(code, flow.metadata[problem_details.DETAIL])
+                remedy = flow.metadata.get(problem_details.REMEDY, "")
+                self._mishaps.add(code, flow.metadata[problem_details.DETAIL], remedy)
             if not self._ending:
                 self._in_flight.discard(flow)
 
@@ -466,7 +470,7 @@ class OIDCAuthProxy:
         self._metrics.token_ends(token.ends_at if token is not None else None)
         self._last_refresh = Refresh(time.time(), seconds, failure)
         if failure is not None:
-            self._mishaps.add(failure.code, str(failure))
+            self._mishaps.add(failure.code, str(failure), self._remedy(failure))
         elif token is not None:
             self._claims = unverified_claims(token.value)
 
@@ -474,8 +478,15 @@ class OIDCAuthProxy:
         """Return what can be told of the proxy, and how to end it."""
         return AdminSource(self._ready, self._told, self._families, self._end_all)
 
-    async def _ready(self) -> TokenError | None:
-        return await unready(self._source)
+    async def _ready(self) -> Unready | None:
+        error = await unready(self._source)
+        return Unready(error.code, self._describe(error)) if error is not None else None
+
+    def _remedy(self, error: TokenError) -> str:
+        return failure_remedy(error, self._settings, in_container=self._in_container)
+
+    def _describe(self, error: TokenError) -> str:
+        return told(error, self._remedy(error))
 
     async def _families(self) -> list[Metric]:
         return self._metrics.families()
@@ -513,17 +524,17 @@ class OIDCAuthProxy:
     @command.command("oidc.refresh")  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
         """Get a new access token now. The event log tells what came of it."""
-        source, settings = self._source, self._settings
-        if source is None or settings is None:
+        source = self._source
+        if source is None:
             raise CommandError("the proxy is not configured: oidc.status tells more")
         wait = source.forced_in() if source.at_hand is not None else 0.0
         if wait > 0:
             failed = f": the last attempt failed ({source.failure.code})" if source.failure is not None else ""
             raise CommandError(f"no refresh now{failed}; try again in {duration(math.ceil(wait))}")
         # Kept, or it might be collected while it runs.
-        self._asked = asyncio.get_running_loop().create_task(self._refresh_now(source, settings))
+        self._asked = asyncio.get_running_loop().create_task(self._refresh_now(source))
 
-    async def _refresh_now(self, source: TokenSource, settings: Settings) -> None:
+    async def _refresh_now(self, source: TokenSource) -> None:
         """Force a refresh, under the same limits as when the service refuses a token, and log what came of it."""
         try:
             before = source.at_hand
@@ -539,9 +550,8 @@ class OIDCAuthProxy:
                 math.ceil(token.ends_at - token.obtained_at),
             )
         elif failure is not None:
-            remedy = failure_remedy(failure, settings, in_container=self._in_container)
-            detail = str(failure).partition("; ")[0]
-            logger.warning("no new access token (%s): %s; what to do: %s", failure.code, detail, remedy)
+            remedy = self._remedy(failure)
+            logger.warning("no new access token (%s): %s; what to do: %s", failure.code, failure, remedy)
         else:
             logger.warning("no new access token: the issuer gave the one that was there already")
 

@@ -14,12 +14,16 @@ MAX_RECENT: Final = 20
 
 @dataclass(frozen=True)
 class RecentError:
-    """An error that occurred `count` times, last `at` (epoch seconds); `code` is of the public interface."""
+    """An error that occurred `count` times, last `at` (epoch seconds); `code` is of the public interface.
+
+    `detail` says what happened, `remedy` what to do about it, where `detail` does not.
+    """
 
     code: str
     detail: str
     at: float
     count: int = 1
+    remedy: str = ""
 
 
 class RecentErrors:
@@ -29,10 +33,10 @@ class RecentErrors:
         self._now = now
         self._latest: deque[RecentError] = deque(maxlen=MAX_RECENT)
 
-    def add(self, code: str, detail: str) -> None:
+    def add(self, code: str, detail: str, remedy: str = "") -> None:
         """Remember an error; one that is remembered already is counted."""
         detail = printable(detail, 500)
-        new = RecentError(code, detail, self._now())
+        new = RecentError(code, detail, self._now(), remedy=printable(remedy, 500))
         for old in self._latest:
             if (old.code, old.detail) == (code, detail):
                 self._latest.remove(old)

@@ -113,7 +113,7 @@ class _Page(RequestHandler):
     def prepare(self) -> None:
         values = self.request.headers.get_list
         if refusal := self.guard.refusal("http", values("Host"), values):
-            self.tell(*problem_details.parts(refusal))
+            self.tell(*problem_details.parts(refusal.code, refusal.detail))
 
     def tell(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
         self.set_status(status)
@@ -150,7 +150,7 @@ class _Live(_Page):
 class _Ready(_Page):
     async def get(self) -> None:
         if error := await self.subject.ready():
-            self.tell(*problem_details.parts(error, status=503))
+            self.tell(*problem_details.parts(error.code, error.detail, status=503))
         else:
             self.text("ok\n")
 

@@ -12,7 +12,7 @@ from eoepca_security.errors import IssuerUnavailable, TokenError
 from eoepca_security.proxy.admin.recent_errors import RecentError
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.policy import problem_details
-from eoepca_security.proxy.policy.remedies import failure_remedy
+from eoepca_security.proxy.policy.remedies import SEE_LOG, failure_remedy, told
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource
 
@@ -24,10 +24,18 @@ READY_WAIT: Final = 0.8
 class AdminSource:
     """What the admin listener tells of: `ready` gives None or why there is no token, `quit` ends the proxy."""
 
-    ready: Callable[[], Awaitable[TokenError | None]]
+    ready: Callable[[], Awaitable["Unready | None"]]
     status: Callable[[], Awaitable[Mapping[str, Any]]]
     families: Callable[[], Awaitable[Sequence[Metric]]]
     quit: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Unready:
+    """Why there is no token, and what to do about it; `code` is of the public interface."""
+
+    code: str
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ async def unready(source: TokenSource | None) -> TokenError | None:
     This asks for one, so that a proxy that nobody has used for a while is ready, too.
     """
     if source is None:
-        return IssuerUnavailable("the proxy is not configured")
+        return IssuerUnavailable("the proxy is not configured", cause="not_configured")
     asking = asyncio.ensure_future(source.token())
     await asyncio.wait({asking}, timeout=READY_WAIT)
     if not asking.done():
@@ -93,14 +101,16 @@ def status(state: State) -> dict[str, Any]:
     `idle` (the last token has ended, and nobody has asked for another) or `starting`. `problems` says in words what is
     wrong now and what to do about it; `recent_errors` is newest first.
     """
-    failure = state.failure
+    failure, remedy = state.failure, ""
+    if failure is not None:
+        remedy = failure_remedy(failure, state.settings, in_container=state.in_container)
     return {
         "at": round(state.at, 3),
         "state": _name(state),
         "ready": state.token is not None,
         "code": failure.code if failure is not None else None,
-        "detail": str(failure) if failure is not None else None,
-        "problems": _problems(state),
+        "detail": told(failure, remedy) if failure is not None else None,
+        "problems": _problems(state, remedy),
         "listener": state.listener,
         "upstream": state.upstream,
         "issuer": state.settings.issuer_url if state.settings is not None else None,
@@ -110,7 +120,7 @@ def status(state: State) -> dict[str, Any]:
         **state.counts,
         "requests_in_flight": state.in_flight,
         "recent_errors": [
-            {"at": round(one.at, 3), "code": one.code, "detail": one.detail, "count": one.count}
+            {"at": round(one.at, 3), "code": one.code, "detail": told(one.detail, one.remedy), "count": one.count}
             for one in state.recent_errors
         ],
         "uptime_seconds": round(state.at - state.started_at),
@@ -126,21 +136,16 @@ def _name(state: State) -> str:
     return "idle" if state.last_refresh is not None else "starting"
 
 
-def _problems(state: State) -> list[dict[str, str]]:
+def _problems(state: State, remedy: str) -> list[dict[str, str]]:
     found = []
     if state.settings is None:
-        found.append(
-            _problem("The proxy is not configured", "its settings are missing or wrong", "mend what its log names")
-        )
+        found.append(_problem("The proxy is not configured", "its settings are missing or wrong", SEE_LOG))
     elif state.failure is not None:
-        detail, _, _ = str(state.failure).partition("; ")
-        remedy = failure_remedy(state.failure, state.settings, in_container=state.in_container)
-        found.append(_problem(problem_details.title(state.failure.code), detail, remedy))
+        found.append(_problem(problem_details.title(state.failure.code), str(state.failure), remedy))
     last = state.last_answer
     fault = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
     if fault is not None and (last is None or last.at < fault.at):
-        detail, _, remedy = fault.detail.rpartition("; ")
-        found.append(_problem(problem_details.title(fault.code), detail, remedy))
+        found.append(_problem(problem_details.title(fault.code), fault.detail, fault.remedy))
     elif last is not None and last.status == 401:
         found.append(
             _problem(

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from prometheus_client import Metric
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.errors import IssuerUnavailable
 from eoepca_security.proxy.admin.metrics import counts, from_json, lasting, merged, to_json
 from eoepca_security.proxy.admin.recent_errors import MAX_RECENT
-from eoepca_security.proxy.admin.status import READY_WAIT, AdminSource, State, status
+from eoepca_security.proxy.admin.status import READY_WAIT, AdminSource, State, Unready, status
 from eoepca_security.proxy.config.settings import Address, Settings
 
 ANSWER_TIMEOUT: Final = READY_WAIT + 0.1
@@ -27,7 +27,6 @@ SILENT_TIMEOUT: Final = 0.2
 _MAX_SIZE: Final = 128 * 1024
 
 _SILENCE: Final = IssuerUnavailable("none of the proxy's processes answers")
-_ERRORS: Final = {error.code: error for error in (IssuerUnavailable, CredentialsRejected, TokenInvalid)}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ async def _answer(line: Channel, subject: AdminSource, number: int, about: str) 
     content: Any
     if about == "readiness":
         error = await subject.ready()
-        content = [error.code, str(error)] if error is not None else None
+        content = [error.code, error.detail] if error is not None else None
     else:
         content = {"status": await subject.status(), "families": to_json(await subject.families())}
     with contextlib.suppress(OSError):
@@ -96,13 +95,13 @@ class Workers:
         """Return what the admin listener tells of."""
         return AdminSource(self.ready, self.status, self.families, self.quit)
 
-    async def ready(self) -> TokenError | None:
+    async def ready(self) -> Unready | None:
         """Return why not everyone who answers has a token, or None when they do."""
         answers = await self._ask("readiness")
         if not answers:
-            return _SILENCE
+            return Unready(_SILENCE.code, str(_SILENCE))
         rejected = next((answer["content"] for answer in answers.values() if answer["content"]), None)
-        return _ERRORS[rejected[0]](rejected[1]) if rejected else None
+        return Unready(*rejected) if rejected else None
 
     async def status(self) -> Mapping[str, Any]:
         """Return the state as JSON has it."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn, TypeVar
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, StoreError, TokenInvalid
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
 from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.transport import HttpTransport, explain
 from eoepca_security.oauth.protocol import Client, choose_auth_method
@@ -15,24 +15,25 @@ from eoepca_security.oauth.text import identity, printable, without_secrets
 from eoepca_security.oauth.verify import looks_like_jwt, unverified_claims
 from eoepca_security.proxy.cli.probes import UPSTREAM_TIMEOUT, Recorder, ask, bounded, is_our_proxy
 from eoepca_security.proxy.config.factory import make_provider, make_store
-from eoepca_security.proxy.config.port_check import cannot_listen
+from eoepca_security.proxy.config.port_check import USE_LOCAL, cannot_listen
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import (
     ADMIN,
     AUDIENCE,
-    CLIENT_AUTH,
     GRANT,
     HOST,
     ISSUER,
     PORT,
     REFRESH_TOKEN,
-    SCOPE,
     TOKEN_STORE,
     UPSTREAM,
     Variable,
 )
 from eoepca_security.proxy.policy.remedies import (
     BINDING_REMEDY,
+    CHECK_CLIENT,
+    CHOOSE_CLIENT_AUTH,
+    CHOOSE_SCOPE,
     CLIENT_ERRORS,
     CLOCK,
     LOGIN,
@@ -171,11 +172,11 @@ class _Run:
         try:
             method = choose_auth_method(client, self._provider.metadata())
         except CredentialsRejected as error:
-            raise _Fault(_first_part(error), f"set {CLIENT_AUTH.env}, or the credential that it needs") from None
+            raise _Fault(str(error), CHOOSE_CLIENT_AUTH) from None
         self._obtain()
         refusal = self._obtained
-        if isinstance(refusal, CredentialsRejected) and refusal.error in CLIENT_ERRORS:
-            raise _Fault(_first_part(refusal), self._client_remedy(refusal.error))
+        if isinstance(refusal, CredentialsRejected) and refusal.issuer_error in CLIENT_ERRORS:
+            raise _Fault(str(refusal), self._client_remedy(refusal.issuer_error))
         return f"{printable(client.client_id)} ({method})"
 
     def token(self) -> str:
@@ -183,9 +184,9 @@ class _Run:
         if token is None:
             raise _Fault("there is no session yet", f"{LOGIN}, or set {REFRESH_TOKEN.env} to the refresh token of one")
         if isinstance(token, CredentialsRejected):
-            raise _Fault(_first_part(token), self._token_remedy(token))
+            raise _Fault(str(token), self._token_remedy(token))
         if isinstance(token, TokenInvalid):
-            raise _Fault(str(token), "check the client's settings at the issuer")
+            raise _Fault(str(token), CHECK_CLIENT)
         if token.ends_at <= self._now():
             raise _Fault("the access token has ended already", CLOCK)
         self._token = token
@@ -212,8 +213,7 @@ class _Run:
             if error.claim == "cnf":
                 raise _Fault(str(error), BINDING_REMEDY) from None
             if error.claim != "aud":
-                is_time = "clock" in str(error)
-                raise _Fault(str(error), CLOCK if is_time else "check the client's settings at the issuer") from None
+                raise _Fault(str(error), CLOCK if error.cause == "clock" else CHECK_CLIENT) from None
             remedy = audience_remedy(settings.client.client_id, settings.audience)
             raise _Fault(f"{error} (it is for {_audience(token)})", remedy) from None
         return settings.audience
@@ -243,7 +243,7 @@ class _Run:
                 self._obtained = AccessToken(settings.access_token, self._now(), end)
                 return
             error = self._try_client(settings.client)
-            self._obtained = error if error is not None and error.error in CLIENT_ERRORS else None
+            self._obtained = error if error is not None and error.issuer_error in CLIENT_ERRORS else None
             return
         session = RefreshSession(self._provider.request_token, settings.refresh_token, store=self._store, now=self._now)
         try:
@@ -271,24 +271,22 @@ class _Run:
         works_without = False
         if has_secret:
             refusal = self._try_client(Client(client.client_id, auth_method="none"))
-            works_without = refusal is not None and refusal.error not in CLIENT_ERRORS
+            works_without = refusal is not None and refusal.issuer_error not in CLIENT_ERRORS
         remedy = client_remedy(has_secret=has_secret, works_without=works_without, client_id=client.client_id)
         if error == "unauthorized_client" and self._settings.grant == "client_credentials" and not works_without:
             remedy += "; or allow the client this grant (Keycloak: Service accounts roles)"
         return remedy
 
     def _token_remedy(self, error: CredentialsRejected) -> str:
-        if error.error == "invalid_grant":
+        if error.issuer_error == "invalid_grant":
             return session_remedy(
                 self._refresh_token,
-                _first_part(error),
+                error,
                 client_id=self._settings.client.client_id,
                 issuer=self._provider.metadata().issuer,
                 now=self._now(),
             )
-        if error.error == "invalid_scope":
-            return f"set {SCOPE.env} to scopes that the client may ask for, or unset it"
-        return f"check the client's settings at the issuer, and {GRANT.env}"
+        return CHOOSE_SCOPE if error.issuer_error == "invalid_scope" else f"{CHECK_CLIENT}, and {GRANT.env}"
 
     def _raise(self, error: IssuerUnavailable) -> NoReturn:
         raise _Fault(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
@@ -296,23 +294,16 @@ class _Run:
 
 def _listens(address: Address, variable: Variable, other: str) -> str:
     """Say that the proxy can listen there, or does; raises a fault when neither is so, with `other` as a way out."""
-    try:
-        problem = cannot_listen(*address, variable)
-    except SettingsError as error:
-        name, _, problem = str(error).partition(": ")
-        raise _Fault(problem, f"change {name}") from None
-    if problem is None:
+    obstacle = cannot_listen(*address)
+    if obstacle is None:
         return f"{address} is free"
+    if obstacle.is_foreign:
+        raise _Fault(obstacle.detail, f"change {variable.env}: {USE_LOCAL}")
     if is_our_proxy(*address):
         return f"{address} is in use, by an OIDC proxy that runs"
-    raise _Fault(problem.partition(": ")[0], f"stop what uses it, or {other}")
+    raise _Fault(obstacle.detail, f"stop what uses it, or {other}")
 
 
 def _audience(token: AccessToken) -> str:
     audience = unverified_claims(token.value).get("aud", "nobody in particular")
     return printable(", ".join(map(str, audience)) if isinstance(audience, list) else audience)
-
-
-def _first_part(error: Exception) -> str:
-    """Return an error's message without the general remedy behind it."""
-    return str(error).partition("; ")[0]

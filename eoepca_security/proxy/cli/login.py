@@ -32,6 +32,7 @@ from eoepca_security.proxy.cli.redirect_server import RedirectServer
 from eoepca_security.proxy.config.factory import make_provider, make_store
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import GRANT, REFRESH_TOKEN, TOKEN_STORE
+from eoepca_security.proxy.policy.remedies import command_remedy, runs_in_container, told
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored
 
@@ -99,7 +100,8 @@ def logout(settings: Settings) -> int:
             fault = error
         store.forget()
     if fault is not None:
-        click.echo(f"{fault.code}: the session may live on at the issuer: {fault}", err=True)
+        detail = told(fault, command_remedy(fault, settings, in_container=runs_in_container()))
+        click.echo(f"{fault.code}: the session may live on at the issuer: {detail}", err=True)
     elif offered:
         click.echo("The issuer has ended the session.")
     else:
@@ -136,7 +138,7 @@ def by_device(
         if isinstance(answer, TokenResponse):
             return answer
         interval += POLL_INTERVAL if answer is Pending.SLOW_DOWN else 0
-    raise CredentialsRejected("nobody confirmed the login in time: log in again")
+    raise CredentialsRejected("nobody confirmed the login in time")
 
 
 def by_browser(
@@ -167,7 +169,7 @@ def by_browser(
         try:
             parameters = loopback.wait(timeout)
         except TimeoutError:
-            raise CredentialsRejected(f"nobody logged in within {timeout / 60:g} minutes: log in again") from None
+            raise CredentialsRejected(f"nobody logged in within {timeout / 60:g} minutes") from None
         try:
             code = read_authorization_response(request, metadata, parameters)
             who = finish(provider.redeem_code(request, code), request)
@@ -194,10 +196,7 @@ def _identity_claims(
 
 def _keep(store: TokenStore, response: TokenResponse) -> None:
     if response.refresh_token is None:
-        raise CredentialsRejected(
-            "the issuer gave no refresh token: allow the client refresh tokens there, or ask for other scopes with "
-            "--scope"
-        )
+        raise CredentialsRejected("the issuer gave no refresh token", cause="no_refresh_token")
     lifetime = response.refresh_expires_in
     with store.locked():
         store.read()  # so that what is written counts as its successor

@@ -4,10 +4,11 @@ Exit codes: 0; 1 for a fault while running; 2 for settings or arguments that are
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS, TOKEN_STORE
 from eoepca_security.proxy.patches.lazy_imports import lazy_imports
+from eoepca_security.proxy.policy.remedies import command_remedy, login_remedy, runs_in_container, told
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource
 
@@ -106,9 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoreError as error:
         click.echo(f"{TOKEN_STORE.env}: {error}", err=True)
         return 1
-    except TokenError as error:
-        click.echo(f"{error.code}: {error}", err=True)
-        return 1
     return result if isinstance(result, int) else 0
 
 
@@ -166,7 +165,9 @@ def token(extra: Sequence[str]) -> int:
     if settings.refresh_token is not None or settings.grant != "refresh_token":
         settings = replace(settings, access_token=None)  # a fresh one is asked for
     source = make_source(settings)
-    click.echo(asyncio.run(_fresh(source)).value)
+    with _told(settings, command_remedy):
+        token = asyncio.run(_fresh(source))
+    click.echo(token.value)
     if source.rotated and settings.token_store is None:
         click.echo(
             "warning: the issuer replaced the refresh token, so the one in the settings may be used up now: "
@@ -196,7 +197,9 @@ def login(extra: Sequence[str], *, browser: bool, port: int | None, scope: str |
     _refuse(extra, "login")
     if port is not None and not browser:
         raise click.UsageError("--port is for --browser")
-    return run(_settings((), need_upstream=False, need_session=False), scope=scope, browser=browser, port=port or 0)
+    settings = _settings((), need_upstream=False, need_session=False)
+    with _told(settings, login_remedy):
+        return run(settings, scope=scope, browser=browser, port=port or 0)
 
 
 @cli.command(epilog=LOGOUT_EPILOG)
@@ -206,7 +209,9 @@ def logout(extra: Sequence[str]) -> int:
     from eoepca_security.proxy.cli.login import logout as run  # noqa: PLC0415  as in serve
 
     _refuse(extra, "logout")
-    return run(_settings((), need_upstream=False, need_session=False))
+    settings = _settings((), need_upstream=False, need_session=False)
+    with _told(settings, command_remedy):
+        return run(settings)
 
 
 @cli.command(epilog=CHECK_EPILOG)
@@ -217,7 +222,6 @@ def check(extra: Sequence[str], *, as_json: bool) -> int:
     from eoepca_security.proxy.cli.check import Step  # noqa: PLC0415  as in serve
     from eoepca_security.proxy.cli.check import check as run  # noqa: PLC0415
     from eoepca_security.proxy.cli.check_report import report  # noqa: PLC0415
-    from eoepca_security.proxy.policy.remedies import runs_in_container  # noqa: PLC0415  as in serve
 
     _refuse(extra, "check")
     try:
@@ -246,6 +250,17 @@ async def _fresh(source: TokenSource) -> AccessToken:
     finally:
         # Its answer may still be on its way, with the only valid refresh token.
         await source.finish()
+
+
+@contextlib.contextmanager
+def _told(settings: Settings, remedy: Callable[..., str]) -> Iterator[None]:
+    """End the command with a line and exit code 1 when there is no token; `remedy` is one of the module `remedies`."""
+    try:
+        yield
+    except TokenError as error:
+        detail = told(error, remedy(error, settings, in_container=runs_in_container()))
+        click.echo(f"{error.code}: {detail}", err=True)
+        raise click.exceptions.Exit(1) from None
 
 
 def _refuse(extra: Sequence[str], command: str) -> None:

@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
-from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
+from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import Provider
 from eoepca_security.issuer.transport import HttpTransport, Transport
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.verify import looks_like_jwt
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.config.variables import AUDIENCE, REFRESH_TOKEN
-from eoepca_security.proxy.policy.remedies import BINDING_REMEDY
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.source import TokenSource
 
@@ -45,18 +43,19 @@ def make_source(
     continues: TokenSource | None = None,
     joins: bool = False,
     observe: Callable[[TokenError | None, float], None] | None = None,
+    describe: Callable[[TokenError], str] = str,
     learn: Callable[[Provider, str], object] | None = None,
 ) -> TokenSource:
     """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet.
 
-    `continues` is a source with the same login, which it goes on with. `joins` and `observe` are as TokenSource has
-    them. `learn` is called with each new access token that is good, in the thread that got it.
+    `continues` is a source with the same login, which it goes on with. `joins`, `observe` and `describe` are as
+    TokenSource has them. `learn` is called with each new access token that is good, in the thread that got it.
     """
     provider = make_provider(settings)
 
     def request_token(refresh_token: str | None) -> TokenResponse:
         if settings.grant == "refresh_token" and refresh_token is None:
-            raise CredentialsRejected(f"there is no session: run `run-mitmproxy.py login`, or set {REFRESH_TOKEN.env}")
+            raise CredentialsRejected("there is no session", cause="no_session")
         return provider.request_token(refresh_token)
 
     def check(token: str) -> None:
@@ -65,19 +64,8 @@ def make_source(
             learn(provider, token)
 
     def check_audience(token: str) -> None:
-        if settings.audience is None or not looks_like_jwt(token):
-            return
-        try:
+        if settings.audience is not None and looks_like_jwt(token):
             provider.verify(token, settings.audience)
-        except TokenInvalid as error:
-            if error.claim == "cnf":
-                raise TokenInvalid(f"{error}; {BINDING_REMEDY}") from None
-            if error.claim != "aud":
-                raise
-            raise TokenInvalid(
-                f"{error}; compare {AUDIENCE.env} with the client's settings at the issuer "
-                "(Keycloak: the client needs an audience mapper)"
-            ) from None
 
     return TokenSource(
         request_token,
@@ -88,4 +76,5 @@ def make_source(
         continues=continues,
         joins=joins,
         observe=observe,
+        describe=describe,
     )

@@ -54,10 +54,11 @@ def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settin
     try:
         return read_settings(environ, dotenv=read_dotenv(folder), **more)
     except SettingsError as error:
-        is_missing = any(": is required: " in problem for problem in error.problems)
-        if not is_missing or (folder / ".env").exists():
+        if not error.is_missing or (folder / ".env").exists():
             raise
-        raise SettingsError(*error.problems, f".env: there is none in {folder}, where it is looked for") from None
+        raise SettingsError(
+            *error.problems, f".env: there is none in {folder}, where it is looked for", is_missing=True
+        ) from None
 
 
 def read_settings(
@@ -143,7 +144,7 @@ def read_settings(
     )
     if reader.problems:
         # Which may be why another is missing.
-        raise SettingsError(*unknown, *reader.problems)
+        raise SettingsError(*unknown, *reader.problems, is_missing=reader.is_missing)
     return settings
 
 

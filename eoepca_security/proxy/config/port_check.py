@@ -3,30 +3,36 @@
 import errno
 import os
 import socket
+from dataclasses import dataclass
+from typing import Final
 
-from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.settings import Address
-from eoepca_security.proxy.config.variables import HOST, Variable
+
+USE_LOCAL: Final = "use 127.0.0.1, or 0.0.0.0 for all"
+"""What to do about an address that is foreign."""
 
 
-def cannot_listen(host: str, port: int, variable: Variable = HOST) -> str | None:
-    """Say why nothing can listen there, or return None.
+@dataclass(frozen=True)
+class Obstacle:
+    """Why nothing can listen at an address; `is_foreign` says that it is not an address of this machine."""
 
-    Raises SettingsError, naming the variable that says so, where it is no address of this machine.
-    """
-    use = "use 127.0.0.1, or 0.0.0.0 for all"
-    foreign = SettingsError(f"{variable.env}: {host!r} is no address of this machine: {use}")
+    detail: str
+    is_foreign: bool
+
+
+def cannot_listen(host: str, port: int) -> Obstacle | None:
+    """Say why nothing can listen there, or return None."""
+    foreign = Obstacle(f"{host!r} is not an address of this machine", is_foreign=True)
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except (OSError, UnicodeError):
-        raise foreign from None
+        return foreign
     try:
         with socket.create_server(address[:2], family=family):
             return None
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
-            raise foreign from None
+            return foreign
         # What Python adds to the system's words is the address again.
         reason = os.strerror(error.errno) if error.errno else str(error)
-        other = f"another port or {variable.env}" if variable is HOST else "another address, or off"
-        return f"cannot listen on {Address(host, port)} ({reason}): stop what uses it, or choose {other}"
+        return Obstacle(f"cannot listen on {Address(host, port)} ({reason})", is_foreign=False)

@@ -14,6 +14,7 @@ from eoepca_security.oauth.urls import EVERYWHERE, is_loopback, parse_host, pars
 from eoepca_security.proxy.config.settings import _PORTS, MAX_WORKERS, Address
 from eoepca_security.proxy.config.variables import (
     ADMIN,
+    ALLOW_HTTP,
     ALLOWED_ORIGINS,
     CA_FILE,
     CLIENT_AUTH,
@@ -47,6 +48,8 @@ class Reader:
         self._layers = (environ, dotenv)
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.is_missing = False
+        """Whether a required setting is unset."""
         self._unreadable: set[Variable] = set()
 
     def problem(self, variable: Variable, text: str) -> None:
@@ -149,6 +152,7 @@ class Reader:
         problems = len(self.problems)
         value = self.text(variable)
         if value is None and len(self.problems) == problems:
+            self.is_missing = True
             self.problem(variable, f"is required: {hint}")
         return value or ""
 
@@ -157,6 +161,8 @@ class Reader:
         if not url:
             return url
         problem = url_problem(url, allow_http=allow_http)
+        if problem is not None and url_problem(url, allow_http=True) is None:
+            problem += f"; {ALLOW_HTTP.env}=true allows it all the same"
         if problem is None and re.search(r"[?#]", url):
             problem = "has a ? or # part: an issuer has neither"
         if problem:

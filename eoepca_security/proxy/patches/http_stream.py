@@ -33,7 +33,7 @@ from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 from eoepca_security.proxy.policy import problem_details
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.headers import is_websocket
-from eoepca_security.proxy.policy.problem_details import CODE, DETAIL
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
 
 MAX_MESSAGE: Final = 16 * 1024 * 1024
 """Longest message of a WebSocket, in bytes, which is held until it is complete; each of its frames counts for some."""
@@ -218,8 +218,8 @@ class Stream(HttpStream):
         fault = problem_details.upstream_fault(
             f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http"
         )
-        self.flow.response = problem_details.answer(fault, method=request.method)
-        self.flow.metadata |= {CODE: fault.code, DETAIL: fault.detail}
+        self.flow.response = problem_details.answer(fault.code, fault.detail, method=request.method)
+        self.flow.metadata |= {CODE: fault.code, DETAIL: fault.reason, REMEDY: fault.remedy}
         yield from self._answer()
 
     def _is_in(self, state: Any) -> bool:

@@ -10,10 +10,10 @@ from typing import Final
 from mitmproxy.http import Response
 from mitmproxy.net.http import http1
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.policy import headers
-from eoepca_security.proxy.policy.access import Refusal
+from eoepca_security.proxy.policy.remedies import told
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
 
@@ -49,16 +49,23 @@ def title(code: str) -> str:
 
 @dataclass(frozen=True)
 class UpstreamFault:
-    """Why the protected service gives no answer; `code` is of the public interface."""
+    """Why the protected service gives no answer, and what to do about it; `code` is of the public interface."""
 
     code: str
-    detail: str
+    reason: str
+    remedy: str
+
+    @property
+    def detail(self) -> str:
+        """Both in one line."""
+        return told(self.reason, self.remedy)
 
 
 def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> UpstreamFault:
     """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do.
 
-    `is_plain` says that it was addressed without TLS.
+    mitmproxy has words for it and nothing else; this is the one place that looks at them. `is_plain` says that the
+    service was addressed without TLS.
     """
     reason = reason.rstrip(". ")
     if "does not speak TLS" in reason:
@@ -75,18 +82,17 @@ def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> Upst
         remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
     is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason
     code = "upstream_timeout" if is_late else "upstream_unavailable"
-    return UpstreamFault(code, f"{service}: {printable(reason)}; {remedy}")
+    return UpstreamFault(code, f"{service}: {printable(reason)}", remedy)
 
 
 def parts(
-    error: TokenError | Refusal | UpstreamFault, *, retry_after: float = 1, status: int | None = None
+    code: str, detail: str, *, retry_after: float = 1, status: int | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """Return status (the usual one unless given), headers and body of an answer; `retry_after` is in seconds."""
-    usual, title = ANSWERS[error.code]
+    usual, title = ANSWERS[code]
     status = status or usual
-    detail = str(error) if isinstance(error, TokenError) else error.detail
-    body = {"title": title, "status": status, "detail": detail, "code": error.code}
-    headers = _HEADERS | {ERROR_HEADER: error.code}
+    body = {"title": title, "status": status, "detail": detail, "code": code}
+    headers = _HEADERS | {ERROR_HEADER: code}
     if status == 503:
         headers["Retry-After"] = str(math.ceil(retry_after))
     return status, headers, json.dumps(body).encode()
@@ -95,13 +101,13 @@ def parts(
 def last_answer(status_code: int, message: str = "") -> bytes:
     """Return an answer of HTTP/1 after which the connection ends; `message` is mitmproxy's reason for it."""
     code = "bad_request" if status_code < 500 else "upstream_unavailable"
-    _, headers, body = parts(Refusal(code, printable(message)), status=status_code)
+    _, headers, body = parts(code, printable(message), status=status_code)
     return bytes(http1.assemble_response(Response.make(status_code, body, headers | {"Connection": "close"})))
 
 
-def answer(error: TokenError | Refusal | UpstreamFault, *, method: str, retry_after: float = 1) -> Response:
+def answer(code: str, detail: str, *, method: str, retry_after: float = 1) -> Response:
     """Return the answer to a request that is not forwarded; `retry_after` is in seconds."""
-    status, headers, body = parts(error, retry_after=retry_after)
+    status, headers, body = parts(code, detail, retry_after=retry_after)
     # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
     return Response.make(status, b"" if method == "HEAD" else body, headers)
 
@@ -110,4 +116,7 @@ CODE: Final = "oidc_proxy_error"
 """In a flow's metadata, the code of the answer that was made here."""
 
 DETAIL: Final = "oidc_proxy_error_detail"
-"""There too, what it says."""
+"""There too, what happened."""
+
+REMEDY: Final = "oidc_proxy_error_remedy"
+"""There too, what to do about it."""

@@ -13,9 +13,9 @@ from mitmproxy.options import CONF_DIR
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.issuer.ca_trust import ca_bundle
-from eoepca_security.proxy.config.port_check import cannot_listen
-from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.config.variables import ADMIN, CA_FILE, PORT, TOKEN_STORE, WORKERS
+from eoepca_security.proxy.config.port_check import USE_LOCAL, cannot_listen
+from eoepca_security.proxy.config.settings import Address, Settings
+from eoepca_security.proxy.config.variables import ADMIN, CA_FILE, HOST, PORT, TOKEN_STORE, WORKERS
 from eoepca_security.proxy.patches import certificate_authority
 from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 
@@ -57,12 +57,19 @@ def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder
 
 
 def taken_address(settings: Settings) -> str | None:
-    """Return a line about the first address that is in use, or None."""
-    if problem := cannot_listen(settings.host, settings.port):
-        return f"{PORT.env}: {problem}"
-    admin = settings.admin if settings.admin_is_set else None
-    if admin is not None and (problem := cannot_listen(admin.host, admin.port, ADMIN)):
-        return f"{ADMIN.env}: {problem}"
+    """Return a line about the first address that is in use, or None.
+
+    Raises SettingsError where one is not an address of this machine.
+    """
+    wanted = [(Address(settings.host, settings.port), HOST, PORT, f"another port or {HOST.env}")]
+    if settings.admin is not None and settings.admin_is_set:
+        wanted.append((settings.admin, ADMIN, ADMIN, "another address, or off"))
+    for address, host, port, other in wanted:
+        obstacle = cannot_listen(*address)
+        if obstacle is not None and obstacle.is_foreign:
+            raise SettingsError(f"{host.env}: {obstacle.detail}: {USE_LOCAL}")
+        if obstacle is not None:
+            return f"{port.env}: {obstacle.detail}: stop what uses it, or choose {other}"
     return None
 
 

@@ -20,6 +20,7 @@ from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.patches import certificate_authority, connection_pool
 from eoepca_security.proxy.patches.hook_cache import settle_memory
 from eoepca_security.proxy.patches.shared_listeners import share_listeners
+from eoepca_security.proxy.policy.remedies import command_remedy, runs_in_container, told
 from eoepca_security.proxy.runtime.logs import complain, set_format
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
@@ -52,7 +53,7 @@ def _run(
     leads = worker is None or worker.leads
 
     def is_told_elsewhere(record: logging.LogRecord) -> bool:
-        is_rejection = f"({CredentialsRejected.code})" in record.getMessage()
+        is_rejection = isinstance(getattr(record, "error", None), CredentialsRejected)
         return starting and (is_rejection or (not leads and record.levelno < logging.ERROR))
 
     class Master(DumpMaster):
@@ -85,7 +86,8 @@ def _run(
             settle_memory()
             if isinstance(failure, CredentialsRejected) and leads:
                 exit_code = 1
-                complain(f"{failure.code}: {failure}", log_format)
+                remedy = command_remedy(failure, settings, in_container=runs_in_container())
+                complain(f"{failure.code}: {told(failure, remedy)}", log_format)
                 super().shutdown()  # type: ignore[no-untyped-call]
             elif on_started is not None:
                 on_started(self, listener, failure)

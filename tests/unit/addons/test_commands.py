@@ -99,12 +99,14 @@ async def test_a_refresh_that_fails_tells_the_remedy(
     context: Any, addon: OIDCAuthProxy, source: TokenSource, issuer: Issuer, caplog: pytest.LogCaptureFixture
 ) -> None:
     await source.token()
-    issuer.answers = [CredentialsRejected("the issuer answered invalid_grant; and so on", error="invalid_grant")]
+    issuer.answers = [
+        CredentialsRejected("the issuer answered invalid_grant: over; done", issuer_error="invalid_grant")
+    ]
     await refresh(context, addon)
     assert (
-        "no new access token (credentials_rejected): the issuer answered invalid_grant; what to do: "
-        "run `run-mitmproxy.py login`; the next request finds the new session"
-    ) in caplog.messages
+        "no new access token (credentials_rejected): the issuer answered invalid_grant: over; done; what to do: "
+        "run `run-mitmproxy.py login`, which a running proxy notices"
+    ) in caplog.text
     with pytest.raises(CommandError, match=r"the last attempt failed \(credentials_rejected\); try again in "):
         context.master.commands.execute("oidc.refresh")
     [problem] = [line for line in context.master.commands.execute("oidc.status") if line.startswith("what to do: ")]

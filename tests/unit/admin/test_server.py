@@ -15,7 +15,7 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.admin import server as admin
 from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.server import Admin, admin_guard
-from eoepca_security.proxy.admin.status import AdminSource, status
+from eoepca_security.proxy.admin.status import AdminSource, Unready, status
 from eoepca_security.proxy.config.settings import Address, Settings
 from tests.unit.admin.test_status import STATE
 
@@ -28,8 +28,8 @@ class Proxy:
         self.metrics = Metrics(lambda: 3)
         self.ended = 0
 
-    async def ready(self) -> TokenError | None:
-        return self.failure
+    async def ready(self) -> Unready | None:
+        return Unready(self.failure.code, str(self.failure)) if self.failure is not None else None
 
     async def families(self) -> list[Metric]:
         return self.metrics.families()

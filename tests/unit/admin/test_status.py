@@ -47,7 +47,7 @@ STATE = State(
     in_flight=2,
 )
 
-REJECTED = CredentialsRejected("the issuer answered invalid_grant: Token is not active; log in", error="invalid_grant")
+REJECTED = CredentialsRejected("the issuer answered invalid_grant: Token; not active", issuer_error="invalid_grant")
 REFUSED = IssuerUnavailable("https://issuer.example cannot be reached: Connection refused", cause="refused")
 
 
@@ -112,23 +112,23 @@ def test_the_state_is_named(change: dict[str, Any], name: str, headline: str) ->
 @pytest.mark.parametrize(
     ("failure", "remedy"),
     [
-        (REJECTED, "run `run-mitmproxy.py login`; the next request finds the new session"),
-        (CredentialsRejected("there is no session: run `run-mitmproxy.py login`"), "run `run-mitmproxy.py login`"),
-        (CredentialsRejected("no", error="invalid_client"), "copy OPEN_ID_CONNECT_CLIENT_SECRET anew"),
-        (CredentialsRejected("no", error="invalid_scope"), "run `run-mitmproxy.py check`"),
+        (REJECTED, "run `run-mitmproxy.py login`, which a running proxy notices; or set OPEN_ID_REFRESH_TOKEN"),
+        (CredentialsRejected("there is no session", cause="no_session"), "run `run-mitmproxy.py login`"),
+        (CredentialsRejected("no", issuer_error="invalid_client"), "copy OPEN_ID_CONNECT_CLIENT_SECRET anew"),
+        (CredentialsRejected("no", issuer_error="invalid_scope"), "set OPEN_ID_CONNECT_SCOPE"),
         (REFUSED, "start it, or check host and port in OPEN_ID_CONNECT_URL; the proxy tries again by itself"),
         (IssuerUnavailable("it answered 500"), "the proxy tries again by itself"),
         (TokenInvalid("the token is not for the audience my-service", claim="aud"), "with my-service as Included"),
-        (TokenInvalid("the token is expired: compare this machine's clock"), "set this machine's clock"),
+        (TokenInvalid("the token is expired", cause="clock"), "set this machine's clock"),
         (TokenInvalid("the token's signature does not fit"), "run `run-mitmproxy.py check`"),
     ],
 )
 def test_a_failure_comes_with_its_remedy(failure: TokenError, remedy: str) -> None:
     told = status(replace(STATE, token=None, failure=failure))
-    assert (told["code"], told["detail"]) == (failure.code, str(failure))
     [problem] = told["problems"]
     assert remedy in problem["remedy"]
-    assert problem["detail"] == str(failure).partition("; ")[0]
+    assert problem["detail"] == str(failure)
+    assert (told["code"], told["detail"]) == (failure.code, f"{failure}; {problem['remedy']}")
     assert f"what to do: {problem['remedy']}" in lines(told)
     assert "What to do:" in page(told)
 
@@ -140,15 +140,17 @@ def test_in_a_container_localhost_is_the_container() -> None:
 
 
 def test_a_service_that_fails_is_a_problem_until_it_answers() -> None:
-    fault = RecentError("upstream_unavailable", "service.example:443: Connection refused; check that it is up", NOW - 5)
+    refused = "service.example:443: Connection refused"
+    fault = RecentError("upstream_unavailable", refused, NOW - 5, remedy="check that it is up; or not")
     failing = replace(STATE, recent_errors=(fault,), last_answer=Answer(200, NOW - 9))
     assert status(failing)["problems"] == [
         {
             "title": "The protected service does not answer",
             "detail": "service.example:443: Connection refused",
-            "remedy": "check that it is up",
+            "remedy": "check that it is up; or not",
         }
     ]
+    assert status(failing)["recent_errors"][0]["detail"] == f"{refused}; check that it is up; or not"
     assert not status(replace(failing, last_answer=Answer(500, NOW - 4)))["problems"]
     [problem] = status(replace(failing, last_answer=Answer(401, NOW - 4)))["problems"]
     assert problem["title"] == "The protected service refuses the token"

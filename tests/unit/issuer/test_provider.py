@@ -415,7 +415,7 @@ def test_a_wrong_secret_rejects_the_credentials(network: HttpTransport, issuer: 
 def test_an_ended_session_rejects_the_credentials(network: HttpTransport, issuer: FakeIssuer) -> None:
     issuer.end_sessions()
 
-    with pytest.raises(CredentialsRejected, match=r"invalid_grant.*new login"):
+    with pytest.raises(CredentialsRejected, match=r"^the issuer answered invalid_grant"):
         Provider(issuer.url, Client("client", SECRET), network).request_token(issuer.refresh_token)
 
 
@@ -529,7 +529,7 @@ def test_words_of_an_error_that_are_no_secrets_are_kept(transport: FakeTransport
     provider = Provider(ISSUER, Client("client", "an"), transport)
     transport.replies[TOKEN] = ok({"error": "invalid_grant", "error_description": "Session not active"}, 400)
 
-    with pytest.raises(CredentialsRejected, match=r"invalid_grant: Session not active; .*expired, revoked"):
+    with pytest.raises(CredentialsRejected, match=r"invalid_grant: Session not active$"):
         provider.request_token("is")
 
 

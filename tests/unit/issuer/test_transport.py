@@ -523,9 +523,10 @@ def test_tls_to_a_plain_port_is_named(transport: HttpTransport) -> None:
 
     with (
         RawServer(answers_in_plain_text) as server,
-        pytest.raises(IssuerUnavailable, match=r"no TLS there .*http:// rather than https://"),
+        pytest.raises(IssuerUnavailable, match=r"no TLS there \(.+\)$") as caught,
     ):
         transport.get(server.url.replace("http:", "https:"), timeout=PATIENCE)
+    assert caught.value.cause == "no_tls"
 
 
 @pytest.mark.parametrize(
@@ -536,13 +537,14 @@ def test_an_address_that_cannot_be_is_a_failure_like_others(transport: HttpTrans
         transport.get(url, timeout=PATIENCE)
 
 
-def test_an_untrusted_certificate_is_named_with_the_remedy(transport: HttpTransport, authority: Authority) -> None:
+def test_an_untrusted_certificate_is_named(transport: HttpTransport, authority: Authority) -> None:
     with (
         RawServer(replies(http(b"{}")), authority.server) as server,
-        pytest.raises(IssuerUnavailable, match=r"certificate is not trusted \(.+\); TLS_CA_FILE adds a CA"),
+        pytest.raises(IssuerUnavailable, match=r"certificate is not trusted \(.+\)$") as caught,
     ):
         transport.get(server.url, timeout=PATIENCE)
 
+    assert caught.value.cause == "unknown_ca"
     assert server.requests == []
 
 
@@ -567,7 +569,8 @@ def test_the_kind_of_trouble_goes_with_the_error(transport: HttpTransport) -> No
         port = server.getsockname()[1]
     with pytest.raises(IssuerUnavailable) as caught:
         transport.get(f"http://127.0.0.1:{port}/", timeout=5)
-    assert (caught.value.cause, caught.value.by_proxy) == ("refused", False)
+    url = f"http://127.0.0.1:{port}/"
+    assert (caught.value.cause, caught.value.by_proxy, caught.value.url) == ("refused", False, url)
 
 
 def test_a_certificate_for_another_address_is_refused(authority: Authority) -> None:
@@ -737,9 +740,10 @@ def test_the_bundle_takes_every_file_that_is_trusted(authority: Authority, tmp_p
 def test_who_hangs_up_without_tls_may_want_it(transport: HttpTransport) -> None:
     with (
         RawServer(replies()) as server,
-        pytest.raises(IssuerUnavailable, match=r"ended early; is it https:// rather than http://\?$"),
+        pytest.raises(IssuerUnavailable, match=r"ended early$") as caught,
     ):
         transport.get(server.url, timeout=PATIENCE)
+    assert caught.value.cause == "ended"
 
 
 def test_whom_to_trust_is_asked_once_and_only_when_needed(tmp_path: Path) -> None:

@@ -88,8 +88,9 @@ def test_a_device_request() -> None:
         "code_challenge_method": "S256",
     }
     assert "Authorization" in build_device_request(SECRETIVE, METADATA, "openid", verifier, now=0).headers
-    with pytest.raises(CredentialsRejected, match="--browser"):
+    with pytest.raises(CredentialsRejected) as caught:
         build_device_request(CLIENT, BARE, "openid", verifier, now=0)
+    assert caught.value.cause == "no_device_login"
 
 
 GOOD = {"device_code": "dev", "user_code": "AB-CD", "verification_uri": "https://i.example/d", "expires_in": 600}
@@ -145,12 +146,10 @@ def test_answers_to_polls() -> None:
     assert read_device_token_response(400, body(error="slow_down")) is Pending.SLOW_DOWN
     token = read_device_token_response(200, body(access_token="a", refresh_token="r"))
     assert isinstance(token, TokenResponse)
-    for error, says in (("access_denied", "allow it"), ("expired_token", "in time"), ("invalid_grant", "log in again")):
-        with pytest.raises(CredentialsRejected, match=says) as caught:
+    for error in ("access_denied", "expired_token", "invalid_grant", "not_allowed"):
+        with pytest.raises(CredentialsRejected, match=error) as caught:
             read_device_token_response(400, body(error=error))
-        assert caught.value.error == error
-    with pytest.raises(CredentialsRejected, match="--scope openid"):
-        read_device_token_response(400, body(error="not_allowed"))
+        assert caught.value.issuer_error == error
     with pytest.raises(IssuerUnavailable) as unavailable:
         read_device_token_response(503, b"", retry_after=7)
     assert unavailable.value.retry_after == 7
@@ -188,8 +187,9 @@ def test_an_authorization_request(request_: AuthorizationRequest) -> None:
 def test_consent_is_asked_for_offline_access_only() -> None:
     request = build_authorization_request(CLIENT, METADATA, "openid", redirect_uri="http://127.0.0.1:1/cb")
     assert "prompt" not in request.url
-    with pytest.raises(CredentialsRejected, match="without --browser"):
+    with pytest.raises(CredentialsRejected) as caught:
         build_authorization_request(CLIENT, BARE, "openid", redirect_uri="http://127.0.0.1:1/cb")
+    assert caught.value.cause == "no_browser_login"
 
 
 def test_which_redirects_are_answers(request_: AuthorizationRequest) -> None:
@@ -223,7 +223,7 @@ def test_a_code_comes_back(request_: AuthorizationRequest) -> None:
         ({"state": "x"}, "another login"),
         ({"code": None}, "without a code"),
         ({"code": "a\nb"}, "without a code"),
-        ({"error": "access_denied"}, "access_denied; the login was refused"),
+        ({"error": "access_denied"}, "answered access_denied$"),
         ({"error": "x\x1b[2J", "error_description": "\r\nevil"}, "x\N{REPLACEMENT CHARACTER}"),
     ],
 )
@@ -236,8 +236,9 @@ def test_what_comes_back_is_not_taken(
 
 
 def test_a_wrong_iss_is_not_taken_where_none_was_promised(request_: AuthorizationRequest) -> None:
-    with pytest.raises(CredentialsRejected, match="another issuer"):
+    with pytest.raises(CredentialsRejected, match="another issuer") as caught:
         read_authorization_response(request_, BARE, answer(request_, iss="https://evil.example"))
+    assert caught.value.cause == "mix_up"
 
 
 def test_a_parameter_that_comes_twice_is_not_taken(request_: AuthorizationRequest) -> None:
@@ -264,7 +265,7 @@ def test_a_code_is_redeemed_with_its_verifier(request_: AuthorizationRequest) ->
     assert {"the-code", request_.verifier} <= set(request.secrets)
     assert "the-code" not in repr(request)
     assert read_code_response(200, body(access_token="a")).access_token == "a"
-    with pytest.raises(CredentialsRejected, match="log in again"):
+    with pytest.raises(CredentialsRejected, match="invalid_grant"):
         read_code_response(400, body(error="invalid_grant"))
 
 
@@ -291,7 +292,7 @@ def test_a_revocation() -> None:
 def test_answers_to_revocations() -> None:
     read_revocation_response(200, b"")
     read_revocation_response(204, b"whatever")
-    with pytest.raises(CredentialsRejected, match="OPEN_ID_CONNECT_CLIENT_SECRET"):
+    with pytest.raises(CredentialsRejected, match="invalid_client"):
         read_revocation_response(401, body(error="invalid_client"))
     for status in (302, 404, 503):
         with pytest.raises(IssuerUnavailable):

@@ -224,12 +224,12 @@ def test_an_issuer_may_publish_no_keys(absent: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "hint"),
-    [(404, "/realms/<name>"), (403, "/realms/<name>"), (500, "later"), (503, "later"), (204, "later")],
+    ("status", "cause"), [(404, "not_there"), (403, "not_there"), (500, None), (503, None), (204, None)]
 )
-def test_a_failing_discovery_names_its_status_and_what_to_look_at(status: int, hint: str) -> None:
-    with pytest.raises(IssuerUnavailable, match=f"answered {status}.*{hint}.*OPEN_ID_CONNECT_URL"):
+def test_a_failing_discovery_names_its_status_and_what_to_look_at(status: int, cause: str | None) -> None:
+    with pytest.raises(IssuerUnavailable, match=f"{DOCUMENT_URL} answered {status}") as caught:
         read_metadata(status, document(), url=DOCUMENT_URL)
+    assert (caught.value.cause, caught.value.url) == (cause, DOCUMENT_URL)
 
 
 @pytest.mark.parametrize(
@@ -268,8 +268,9 @@ def test_a_trailing_slash_of_the_issuer_may_differ_and_its_own_spelling_is_kept(
     ],
 )
 def test_a_document_of_another_issuer_is_refused(issuer: object) -> None:
-    with pytest.raises(IssuerUnavailable, match="speaks for another issuer"):
+    with pytest.raises(IssuerUnavailable, match="speaks for another issuer") as caught:
         read_metadata(200, document(issuer=issuer), url=DOCUMENT_URL)
+    assert caught.value.cause == "other_issuer"
 
 
 def test_the_name_of_another_issuer_is_shown_without_its_control_characters() -> None:
@@ -295,8 +296,9 @@ def test_the_name_of_another_issuer_is_shown_without_its_control_characters() ->
     ],
 )
 def test_an_endpoint_that_must_not_be_spoken_to_is_refused_by_name(name: str, value: object, problem: str) -> None:
-    with pytest.raises(IssuerUnavailable, match=f"{name} .*{problem}"):
+    with pytest.raises(IssuerUnavailable, match=f"{name} .*{problem}") as caught:
         read_metadata(200, document(**{name: value}), url=DOCUMENT_URL)
+    assert caught.value.cause == ("plain_http" if problem == "https://" else None)
 
 
 @pytest.mark.parametrize("absent", [..., None])
@@ -346,11 +348,10 @@ def test_auto_takes_the_best_method_that_is_offered_and_possible(
         (WITH_BOTH, ("tls_client_auth",)),
     ],
 )
-def test_auto_refuses_when_nothing_offered_is_possible_and_names_the_remedy(
-    client: Client, offered: tuple[str, ...]
-) -> None:
-    with pytest.raises(CredentialsRejected, match=f"{', '.join(offered)}.*OPEN_ID_CONNECT_CLIENT_AUTH"):
+def test_auto_refuses_when_nothing_offered_is_possible_and_says_so(client: Client, offered: tuple[str, ...]) -> None:
+    with pytest.raises(CredentialsRejected, match=", ".join(offered)) as caught:
         choose_auth_method(client, metadata(*offered))
+    assert caught.value.cause == "no_auth_method"
 
 
 @pytest.mark.parametrize(
@@ -542,28 +543,29 @@ def test_an_issuer_that_does_not_speak_json_is_unavailable(status: int, body: by
 
     assert caught.value.retry_after is None
     # Some issuers refuse like this, but not every answer like this is a refusal.
-    assert ("run-mitmproxy.py login" in str(caught.value)) == (status in (400, 401, 403))
+    assert (caught.value.cause == "unclear_refusal") == (status in (400, 401, 403))
 
 
 @pytest.mark.parametrize("status", [400, 401, 403])
 @pytest.mark.parametrize(
-    ("error", "remedy"),
+    "error",
     [
-        ("invalid_grant", "OPEN_ID_REFRESH_TOKEN"),
-        ("invalid_client", "OPEN_ID_CONNECT_CLIENT_SECRET"),
-        ("unauthorized_client", "OPEN_ID_CONNECT_GRANT"),
-        ("unsupported_grant_type", "OPEN_ID_CONNECT_GRANT"),
-        ("invalid_scope", "OPEN_ID_CONNECT_SCOPE"),
-        ("invalid_request", "settings"),
-        ("invalid_target", "settings"),
-        ("access_denied", "settings"),
+        "invalid_grant",
+        "invalid_client",
+        "unauthorized_client",
+        "unsupported_grant_type",
+        "invalid_scope",
+        "invalid_request",
+        "invalid_target",
+        "access_denied",
     ],
 )
-def test_a_no_that_repetition_does_not_change_rejects_the_credentials(status: int, error: str, remedy: str) -> None:
+def test_a_no_that_repetition_does_not_change_rejects_the_credentials(status: int, error: str) -> None:
     body = json.dumps({"error": error, "error_description": "Not this time"}).encode()
 
-    with pytest.raises(CredentialsRejected, match=f"{error}: Not this time.*{remedy}"):
+    with pytest.raises(CredentialsRejected, match=f"{error}: Not this time$") as caught:
         read_token_response(status, body)
+    assert (caught.value.issuer_error, caught.value.description) == (error, "Not this time")
 
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404])
@@ -591,8 +593,9 @@ def test_an_answer_that_is_no_clear_no_is_worth_another_try(status: int, members
 def test_an_odd_error_description_is_left_out(description: object) -> None:
     body = json.dumps({"error": "invalid_grant", "error_description": description}).encode()
 
-    with pytest.raises(CredentialsRejected, match=r"^the issuer answered invalid_grant; "):
+    with pytest.raises(CredentialsRejected, match=r"^the issuer answered invalid_grant$") as caught:
         read_token_response(400, body)
+    assert caught.value.description is None
 
 
 @pytest.mark.parametrize("hostile", ["\r\nX: y", "\x00", "\x1b[31m", "\N{RIGHT-TO-LEFT OVERRIDE}", "\ud800", "\x85"])

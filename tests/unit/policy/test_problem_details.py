@@ -4,25 +4,22 @@ import json
 
 import pytest
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.proxy.policy import problem_details
-from eoepca_security.proxy.policy.access import Refusal
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "code", "retry_after"),
+    ("code", "status", "retry_after"),
     [
-        (IssuerUnavailable("why"), 503, "issuer_unavailable", "3"),
-        (CredentialsRejected("why"), 502, "credentials_rejected", None),
-        (TokenInvalid("why"), 502, "token_invalid", None),
-        (Refusal("host_not_allowed", "why"), 403, "host_not_allowed", None),
-        (Refusal("cross_site_request", "why"), 403, "cross_site_request", None),
+        (IssuerUnavailable.code, 503, "3"),
+        (CredentialsRejected.code, 502, None),
+        (TokenInvalid.code, 502, None),
+        ("host_not_allowed", 403, None),
+        ("cross_site_request", 403, None),
     ],
 )
-def test_each_error_has_its_answer(
-    error: TokenError | Refusal, status: int, code: str, retry_after: str | None
-) -> None:
-    answer = problem_details.answer(error, method="GET", retry_after=2.1)
+def test_each_error_has_its_answer(code: str, status: int, retry_after: str | None) -> None:
+    answer = problem_details.answer(code, "why", method="GET", retry_after=2.1)
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.headers["X-OIDC-Proxy-Error"] == code
@@ -34,12 +31,12 @@ def test_each_error_has_its_answer(
 
 
 def test_an_answer_to_head_has_no_body() -> None:
-    answer = problem_details.answer(TokenInvalid("why"), method="HEAD", retry_after=1)
+    answer = problem_details.answer("token_invalid", "why", method="HEAD", retry_after=1)
     assert (answer.content, answer.headers["X-OIDC-Proxy-Error"]) == (b"", "token_invalid")
 
 
 def test_text_from_strangers_cannot_break_the_json() -> None:
-    answer = problem_details.answer(IssuerUnavailable('quote " newline \n \udc80'), method="GET", retry_after=1)
+    answer = problem_details.answer("token_invalid", 'quote " newline \n \udc80', method="GET", retry_after=1)
     assert json.loads(answer.content or b"")["detail"] == 'quote " newline \n \udc80'
 
 
@@ -54,7 +51,8 @@ def test_text_from_strangers_cannot_break_the_json() -> None:
     ],
 )
 def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int, code: str, remedy: str) -> None:
-    answer = problem_details.answer(problem_details.upstream_fault("service.example:443", reason), method="GET")
+    fault = problem_details.upstream_fault("service.example:443", reason)
+    answer = problem_details.answer(fault.code, fault.detail, method="GET")
     assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (status, code)
     body = json.loads(answer.text or "")
     assert body["detail"].startswith("service.example:443: ")

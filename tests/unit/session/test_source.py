@@ -421,8 +421,9 @@ async def test_a_token_that_is_nearly_over_on_arrival_is_followed_by_another(
 
 async def test_a_token_that_is_expired_on_arrival_is_not_served(source: TokenSource, issuer: Issuer) -> None:
     issuer.answers = [TokenResponse(jwt_with(exp=START, iat=START)) for _ in range(3)]
-    with pytest.raises(TokenInvalid, match="clock"):
+    with pytest.raises(TokenInvalid, match="expired already") as caught:
         await source.token()
+    assert caught.value.cause == "clock"
 
 
 # --- a service that refuses a token ------------------------------------------------------------------------------

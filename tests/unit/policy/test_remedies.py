@@ -1,0 +1,135 @@
+"""What to do about an error, in settings and commands, and that only the proxy speaks of those."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import eoepca_security
+from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.policy.remedies import command_remedy, failure_remedy, login_remedy, told
+
+SETTINGS = Settings("https://issuer.example/realms/x", Client("c", "secret"), audience="service")
+PACKAGE = Path(eoepca_security.__file__).parent
+
+
+def rejected(issuer_error: str) -> CredentialsRejected:
+    return CredentialsRejected(f"the issuer answered {issuer_error}", issuer_error=issuer_error)
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (rejected("invalid_grant"), "run `run-mitmproxy.py login`"),
+        (rejected("invalid_grant"), "expired, revoked or used up"),
+        (rejected("invalid_grant"), "OPEN_ID_REFRESH_TOKEN"),
+        (CredentialsRejected("x", cause="no_session"), "run `run-mitmproxy.py login`"),
+        (CredentialsRejected("x", cause="no_session"), "OPEN_ID_REFRESH_TOKEN"),
+        (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_ID"),
+        (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
+        (rejected("invalid_client"), "a public client has no secret: unset it"),
+        (rejected("unauthorized_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        (rejected("unauthorized_client"), "OPEN_ID_CONNECT_GRANT"),
+        (rejected("unsupported_grant_type"), "OPEN_ID_CONNECT_GRANT"),
+        (rejected("invalid_scope"), "OPEN_ID_CONNECT_SCOPE"),
+        (rejected("invalid_request"), "settings"),
+        (rejected("invalid_target"), "settings"),
+        (rejected("access_denied"), "settings"),
+        (CredentialsRejected("x", cause="no_auth_method"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
+        (TokenInvalid("x", claim="aud"), "OPEN_ID_CONNECT_AUDIENCE"),
+        (TokenInvalid("x", claim="aud"), "Included Custom Audience"),
+        (TokenInvalid("x", cause="clock"), "timedatectl"),
+        (TokenInvalid("x"), "the client's settings at the issuer"),
+        (
+            IssuerUnavailable("x", cause="not_there"),
+            "check the path in OPEN_ID_CONNECT_URL: for Keycloak it is /realms/",
+        ),
+        (IssuerUnavailable("x", cause="other_issuer"), "set OPEN_ID_CONNECT_URL to the issuer's own name"),
+        (IssuerUnavailable("x", cause="plain_http"), "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP"),
+        (IssuerUnavailable("x", cause="redirect"), "set OPEN_ID_CONNECT_URL"),
+        (IssuerUnavailable("x", cause="unclear_refusal"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        (IssuerUnavailable("x", cause="unclear_refusal"), "run-mitmproxy.py login"),
+        (IssuerUnavailable("x", cause="unknown_ca"), "set TLS_CA_FILE"),
+        (IssuerUnavailable("x", cause="no_tls"), "is it http:// there?"),
+        (IssuerUnavailable("x", cause="ended", url="http://issuer.example/token"), "is it https:// there?"),
+        (
+            IssuerUnavailable("x", cause="refused", url="https://token.example/t", by_proxy=True),
+            "list token.example in",
+        ),
+        (IssuerUnavailable("x"), "later"),
+    ],
+)
+def test_each_error_has_its_remedy(error: TokenError, remedy: str) -> None:
+    said = command_remedy(error, SETTINGS, in_container=False)
+    assert remedy in said
+    assert "secret" not in said.replace("no secret", "")
+    assert "tries again by itself" not in said
+    running = failure_remedy(error, SETTINGS, in_container=False)
+    assert remedy in running.replace("by itself; if this lasts", "later")
+    assert ("tries again by itself" in running) == isinstance(error, IssuerUnavailable)
+
+
+def test_a_public_client_is_not_told_of_its_secret() -> None:
+    settings = replace(SETTINGS, client=Client("c"))
+    assert "set OPEN_ID_CONNECT_CLIENT_SECRET" in command_remedy(
+        rejected("invalid_client"), settings, in_container=False
+    )
+
+
+def test_a_proxy_that_is_not_configured_leads_to_its_log() -> None:
+    error = IssuerUnavailable("x", cause="not_configured")
+    for settings in (None, SETTINGS):
+        assert failure_remedy(error, settings, in_container=False) == "fix what its log names"
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (rejected("access_denied"), "allow it"),
+        (rejected("expired_token"), "in time: log in again"),
+        (rejected("invalid_grant"), "log in again"),
+        (rejected("not_allowed"), "--scope openid"),
+        (rejected("invalid_scope"), "--scope"),
+        (rejected("unauthorized_client"), "Device Authorization Grant"),
+        (rejected("unauthorized_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        (rejected("server_error"), "log in again"),
+        (CredentialsRejected("x"), "log in again"),
+        (CredentialsRejected("x", cause="no_device_login"), "login --browser"),
+        (CredentialsRejected("x", cause="no_browser_login"), "without --browser"),
+        (CredentialsRejected("x", cause="no_refresh_token"), "--scope"),
+        (CredentialsRejected("x", cause="mix_up"), "at which address you type your password"),
+        (CredentialsRejected("x", cause="no_auth_method"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
+        (TokenInvalid("x", cause="clock"), "timedatectl"),
+        (IssuerUnavailable("x", cause="unknown_ca"), "TLS_CA_FILE"),
+    ],
+)
+def test_a_login_that_fails_has_its_remedy(error: TokenError, remedy: str) -> None:
+    assert remedy in login_remedy(error, SETTINGS, in_container=False)
+
+
+def test_what_happened_and_what_to_do_are_one_line() -> None:
+    assert told("it failed", "mind the gap") == "it failed; mind the gap"
+    assert told(TokenInvalid("it failed"), "") == "it failed"
+
+
+@pytest.mark.parametrize("cause", get_args(Cause))
+def test_no_cause_is_without_a_remedy(cause: Cause) -> None:
+    for error in (IssuerUnavailable("x", cause=cause), CredentialsRejected("x", cause=cause)):
+        assert command_remedy(error, SETTINGS, in_container=False)
+        assert login_remedy(error, SETTINGS, in_container=False)
+
+
+def test_only_the_proxy_speaks_of_settings_and_commands() -> None:
+    base = [PACKAGE / "errors.py", PACKAGE / "__init__.py"]
+    for wing in ("oauth", "issuer", "session", "fastapi", "testing"):
+        base += (PACKAGE / wing).glob("*.py")
+    assert len(base) > 15
+    for file in base:
+        text = file.read_text()
+        for word in ("OPEN_ID_", "TLS_", "PROXY_", "REMOTE_", "HTTPS_PROXY", "run-mitmproxy", "--browser", "--scope"):
+            assert word not in text.replace("PROTOCOL_TLS_", ""), f"{word} in {file}"
