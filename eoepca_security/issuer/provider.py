@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvalid
+from eoepca_security.issuer.threads import in_daemon_thread, result_of
 from eoepca_security.issuer.transport import Answer, Transport
 from eoepca_security.oauth.authorization import (
     AuthorizationRequest,
@@ -273,14 +275,14 @@ class _Cached(Generic[T]):
         found, mine = self._look(anew=anew, patient=False)
         if mine:
             try:
-                threading.Thread(target=self._run, args=(mine,), name="issuer-fetch", daemon=True).start()
+                in_daemon_thread(partial(self._run, mine))
             except RuntimeError:
                 self._settle(mine, IssuerUnavailable("no thread can be started to ask the issuer"))
         if not isinstance(found, Future):
             return found
         try:
             async with asyncio.timeout(MAX_WAIT):
-                return await asyncio.wrap_future(found)
+                return await result_of(found)
         except TimeoutError:
             raise IssuerUnavailable(f"the issuer did not answer within {MAX_WAIT:g} s") from None
 
