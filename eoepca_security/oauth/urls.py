@@ -61,7 +61,8 @@ LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 
 EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  compared with, not bound to
 
-_PORTS: Final = {"http": 80, "https": 443}
+DEFAULT_PORTS: Final = {"http": 80, "https": 443}
+"""The ports that need not be named (RFC 9110 §4.2)."""
 
 
 class Host(NamedTuple):
@@ -95,4 +96,4 @@ def parse_origin(text: str) -> str:
 
 
 def _origin(scheme: str, host: Host) -> str:
-    return f"{scheme}://{host.name if host.port == _PORTS.get(scheme) else host}"
+    return f"{scheme}://{host.name if host.port == DEFAULT_PORTS.get(scheme) else host}"

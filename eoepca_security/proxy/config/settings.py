@@ -9,8 +9,6 @@ from eoepca_security.oauth.urls import discovery_url
 
 NO_VERIFY: Final = "{} is on: whoever is between here and the service can read the token"
 
-_PORTS: Final = {"http": 80, "https": 443}
-
 MAX_WORKERS: Final = 64
 """Most processes that one listener may have."""
 

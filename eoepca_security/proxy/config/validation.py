@@ -10,8 +10,16 @@ from typing import Final, TypeVar
 
 from eoepca_security.issuer.ca_trust import usable_cas
 from eoepca_security.oauth.protocol import CLIENT_AUTH_METHODS, Client, PrivateKey, load_private_key
-from eoepca_security.oauth.urls import EVERYWHERE, is_loopback, parse_host, parse_origin, split_url, url_problem
-from eoepca_security.proxy.config.settings import _PORTS, MAX_WORKERS, Address
+from eoepca_security.oauth.urls import (
+    DEFAULT_PORTS,
+    EVERYWHERE,
+    is_loopback,
+    parse_host,
+    parse_origin,
+    split_url,
+    url_problem,
+)
+from eoepca_security.proxy.config.settings import MAX_WORKERS, Address
 from eoepca_security.proxy.config.variables import (
     ADMIN,
     ALLOW_HTTP,
@@ -291,7 +299,7 @@ class Reader:
             )
         elif (
             is_loopback(parts.hostname)
-            and (parts.port or _PORTS[parts.scheme]) == port
+            and (parts.port or DEFAULT_PORTS[parts.scheme]) == port
             and (is_loopback(host) or host in EVERYWHERE)
         ):
             self.problem(UPSTREAM, f"is the address that the proxy itself listens on: change it or {PORT.env}")

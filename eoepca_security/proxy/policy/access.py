@@ -13,7 +13,6 @@ from typing import Final
 from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import Host, _origin, parse_host, parse_origin
 
-_PORTS: Final = {"http": 80, "https": 443}
 _PREFLIGHT_LIFETIME: Final = "600"
 _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
 

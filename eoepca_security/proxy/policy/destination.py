@@ -6,12 +6,10 @@ from functools import cached_property, lru_cache
 from weakref import WeakSet
 
 from mitmproxy.http import HTTPFlow, Request
-from mitmproxy.net.http.url import default_port
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode, ReverseMode
 
-from eoepca_security.oauth.urls import Host, is_loopback, parse_host
+from eoepca_security.oauth.urls import DEFAULT_PORTS, Host, is_loopback, parse_host
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.policy.access import _PORTS
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Target:
     def authority(self) -> str:
         """Host and port as they stand in a URL, without the scheme's own port (RFC 9110 §4.2.3)."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if default_port(self.scheme) == self.port else f"{host}:{self.port}"
+        return host if DEFAULT_PORTS.get(self.scheme) == self.port else f"{host}:{self.port}"
 
     @cached_property
     def origin(self) -> str:
@@ -79,6 +77,6 @@ def is_origin_form(request: Request) -> bool:
 def may_get_token(inject_hosts: Collection[Host], scheme: str, host: str, port: int) -> bool:
     """Tell whether a connection in forward mode is to one of these hosts, and cannot be read on the way."""
     return (scheme == "https" or (scheme == "http" and is_loopback(host))) and any(
-        allowed.name.strip("[]") == host.lower() and (allowed.port or _PORTS[scheme]) == port
+        allowed.name.strip("[]") == host.lower() and (allowed.port or DEFAULT_PORTS[scheme]) == port
         for allowed in inject_hosts
     )
