@@ -8,7 +8,6 @@ import asyncio
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,6 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from prometheus_client import Metric
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError
-from eoepca_security.issuer.ca_trust import ca_bundle
 from eoepca_security.issuer.threads import DaemonThreads
 from eoepca_security.oauth.text import identity, printable
 from eoepca_security.oauth.urls import LOOPBACK_NAMES, is_loopback
@@ -45,10 +43,10 @@ from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.page import duration, lines
 from eoepca_security.proxy.admin.recent_errors import RecentErrors
 from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, State, Unready, status, unready
-from eoepca_security.proxy.config.factory import make_source
+from eoepca_security.proxy.config.factory import ca_bundle_file, make_source
 from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
-from eoepca_security.proxy.config.variables import CA_FILE, OPTIONS
+from eoepca_security.proxy.config.variables import OPTIONS
 from eoepca_security.proxy.patches import certificate_authority, header_lookup, http_clients, http_stream
 from eoepca_security.proxy.patches.hook_cache import cache_hooks
 from eoepca_security.proxy.patches.lazy_imports import without_cas
@@ -181,12 +179,9 @@ class OIDCAuthProxy:
         changes: dict[str, Any] = {"ssl_insecure": True} if settings.tls_no_verify else {}
         if settings.ca_file is not None and not getattr(ctx.options, _TRUSTED_CA, None):
             try:
-                # mitmproxy wants a file that holds all.
-                self._bundle = tempfile.NamedTemporaryFile(suffix=".pem")  # noqa: SIM115  it is used until the end
-                self._bundle.write(ca_bundle(settings.ca_file))
-                self._bundle.flush()
-            except OSError as error:
-                self._settings_problems = [f"{CA_FILE.env}: cannot be joined with the system's CAs ({error.strerror})"]
+                self._bundle = ca_bundle_file(settings.ca_file)  # it is used until the end
+            except SettingsError as error:
+                self._settings_problems = list(error.problems)
                 return
             changes[_TRUSTED_CA] = self._bundle.name
         ctx.options.update_known(**changes)

@@ -1,17 +1,41 @@
-"""From settings to a TokenSource that talks to the issuer."""
+"""From settings to what they describe: a TokenSource that talks to the issuer, a file with the CAs."""
 
+import contextlib
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import IO
 
-from eoepca_security.errors import CredentialsRejected, TokenError
-from eoepca_security.issuer.ca_trust import trust
+from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
+from eoepca_security.issuer.ca_trust import ca_bundle, trust
 from eoepca_security.issuer.provider import Provider
 from eoepca_security.issuer.transport import HttpTransport, Transport
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.verify import looks_like_jwt
 from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import CA_FILE
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.source import TokenSource
+
+
+def ca_bundle_file(ca_file: Path) -> IO[bytes]:
+    """Return a file with all CAs that are trusted, for mitmproxy, which wants one; it is there until it is closed.
+
+    Raises SettingsError.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pem"))
+            file.write(ca_bundle(ca_file))
+            file.flush()
+        except OSError as error:
+            raise SettingsError(
+                f"{CA_FILE.env}: cannot be joined with the system's CAs ({error.strerror}): set TMPDIR to a folder "
+                "that can be written to"
+            ) from None
+        stack.pop_all()
+        return file
 
 
 def make_provider(settings: Settings, transport: Transport | None = None) -> Provider:

@@ -12,10 +12,10 @@ from typing import Final
 from mitmproxy.options import CONF_DIR
 
 from eoepca_security.errors import SettingsError
-from eoepca_security.issuer.ca_trust import ca_bundle
+from eoepca_security.proxy.config.factory import ca_bundle_file
 from eoepca_security.proxy.config.port_check import USE_LOCAL, cannot_listen
 from eoepca_security.proxy.config.settings import Address, Settings
-from eoepca_security.proxy.config.variables import ADMIN, CA_FILE, HOST, PORT, TOKEN_STORE, WORKERS
+from eoepca_security.proxy.config.variables import ADMIN, HOST, PORT, TOKEN_STORE, WORKERS
 from eoepca_security.proxy.patches import certificate_authority
 from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 
@@ -105,15 +105,5 @@ def upstream_trust(settings: Settings) -> Iterator[list[str]]:
     if settings.ca_file is None:
         yield [*folder, "--set", f"ssl_verify_upstream_trusted_ca={paths.cafile}"] if paths.cafile else []
         return
-    with contextlib.ExitStack() as stack:
-        try:
-            # mitmproxy wants a file that holds all.
-            file = stack.enter_context(tempfile.NamedTemporaryFile(suffix=".pem"))
-            file.write(ca_bundle(settings.ca_file))
-            file.flush()
-        except OSError as error:
-            raise SettingsError(
-                f"{CA_FILE.env}: cannot be joined with the system's CAs ({error.strerror}): set TMPDIR to a folder "
-                "that can be written to"
-            ) from None
+    with ca_bundle_file(settings.ca_file) as file:
         yield [*folder, "--set", f"ssl_verify_upstream_trusted_ca={file.name}"]
