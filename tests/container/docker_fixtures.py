@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.container.docker_host import ENVIRONMENT, TAG, Outside, docker, has_engine, outside, readme_lines, unique
+from tests.support.processes import ROOT
 
 
 @pytest.fixture(scope="session")

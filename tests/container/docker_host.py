@@ -21,7 +21,8 @@ import httpx
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
 from eoepca_security.testing.login import Logins
-from tests.conftest import ROOT, Seen
+from tests.support.processes import ROOT
+from tests.support.service import Seen
 from tests.support.tls import write_certificate
 
 SECONDS = 60.0

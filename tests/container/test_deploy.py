@@ -17,9 +17,9 @@ import pytest
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour
-from tests.conftest import ROOT
 from tests.container.docker_host import CA_FILE, ENVIRONMENT, Outside, inspect, outside, readme_lines, unique, until
 from tests.container.docker_pod import BASE, Cluster, Pod, claim
+from tests.support.processes import ROOT
 
 yaml = pytest.importorskip("yaml")
 validator = pytest.importorskip("kubernetes_validate")

@@ -7,7 +7,6 @@ import concurrent.futures
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import time
 import tomllib
@@ -17,7 +16,6 @@ import httpx
 import pytest
 
 from eoepca_security.testing import Behaviour
-from tests.conftest import ROOT
 from tests.container.docker_host import (
     ENVIRONMENT,
     LOCKED,
@@ -36,17 +34,14 @@ from tests.container.docker_host import (
     until,
     wait_until_it_answers,
 )
+from tests.support.network import free_port
+from tests.support.processes import ROOT
 
 pytest_plugins = ["tests.container.docker_fixtures"]
 pytestmark = [pytest.mark.container, pytest.mark.timeout(300)]
 
 STORE = "/home/oidc/.local/state/eoepca-security"
 MB = 1_000_000
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def run_once(image: str, *arguments: str, command: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":

@@ -16,8 +16,8 @@ from eoepca_security.proxy.config.loading import read_settings
 from eoepca_security.proxy.config.variables import VARIABLES, Variable
 from eoepca_security.proxy.policy.problem_details import ANSWERS
 from eoepca_security.testing import FakeIssuer
-from tests.conftest import ROOT
 from tests.support.fastapi import bearer, get
+from tests.support.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "python-api.md").read_text()

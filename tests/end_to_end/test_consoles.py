@@ -4,7 +4,6 @@ import fcntl
 import os
 import pty
 import re
-import socket
 import struct
 import subprocess
 import sys
@@ -18,7 +17,11 @@ import httpx
 import pytest
 
 from eoepca_security.testing import FakeIssuer
-from tests.conftest import ROOT, ProxyProcess, Service, eventually, run_process, settings_for
+from tests.support.environment import settings_for
+from tests.support.network import free_port
+from tests.support.processes import ROOT, ProxyProcess, run_process
+from tests.support.service import Service
+from tests.support.waiting import eventually
 
 WEB = re.compile(r"Web server listening at (http://\S+)")
 
@@ -44,11 +47,6 @@ def command_line(program: str, service: Service, *more: str) -> list[str]:
 
 def secrets(issuer: FakeIssuer) -> set[str]:
     return {*issuer._issued, *(token.rpartition(".")[2] for token in issuer._issued), issuer.refresh_token}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def test_mitmweb_runs_the_commands(

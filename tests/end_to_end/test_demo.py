@@ -6,7 +6,7 @@ import sys
 
 import httpx
 
-from tests.conftest import ROOT, ProxyProcess, run_process
+from tests.support.processes import ROOT, ProxyProcess, run_process
 
 
 def start_demo(environment: dict[str, str], *arguments: str) -> ProxyProcess:

@@ -14,8 +14,9 @@ import pytest
 
 from eoepca_security import SettingsError
 from eoepca_security.testing import Behaviour, FakeIssuer
-from tests.conftest import ROOT, ProxyProcess, Service, run_process
 from tests.support.fastapi import bearer, get
+from tests.support.processes import ROOT, ProxyProcess, run_process
+from tests.support.service import Service
 
 EXAMPLE = ROOT / "example" / "app.py"
 STARTED = re.compile(r"Uvicorn running on http://0\.0\.0\.0:(\d+)")

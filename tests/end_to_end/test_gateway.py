@@ -13,7 +13,9 @@ import uvicorn
 from eoepca_security import OIDCProxyScheme
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
-from tests.conftest import StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import StartProxy
+from tests.support.waiting import eventually
 
 
 class Issuer(FakeIssuer):

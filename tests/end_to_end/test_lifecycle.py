@@ -18,7 +18,10 @@ import pytest
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
-from tests.conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import ROOT, ProxyProcess, StartProxy
+from tests.support.service import Service
+from tests.support.waiting import eventually
 
 Answers = list[tuple[int, float]]
 

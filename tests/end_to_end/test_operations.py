@@ -18,18 +18,14 @@ from cryptography import x509
 
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
-from tests.conftest import ROOT, ProxyProcess, StartProxy, eventually, run_process, settings_for
-from tests.end_to_end.test_surface import ADMIN
+from tests.support.environment import settings_for
+from tests.support.network import accepts
+from tests.support.processes import ROOT, ProxyProcess, StartProxy, admin_of, run_process
 from tests.support.service import Http2Service, Recorder, exchange, http2_get
+from tests.support.waiting import eventually
 
 CLIENT_CANARY = "Basic Y2FuYXJ5LW9mLXRoZS1jbGllbnQ6eA=="
 SECRET_CANARY = "canary-of-the-client-secret"
-
-
-def admin_of(proxy: ProxyProcess) -> str:
-    match = proxy.wait_for(ADMIN)
-    assert match, proxy.output
-    return match[1]
 
 
 def canaries(issuer: FakeIssuer) -> set[bytes]:
@@ -145,15 +141,6 @@ def test_what_mitmproxy_can_do_can_be_had_after_the_dashes(
     flows = (tmp_path / "flows").read_bytes()
     assert b"PUT" in flows
     assert b"/blocked" not in flows
-
-
-def accepts(url: str) -> bool:
-    parts = urlsplit(url)
-    try:
-        socket.create_connection((parts.hostname, parts.port), 1).close()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("entry", ["launcher", "addon"])

@@ -17,7 +17,10 @@ import pytest
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
-from tests.conftest import ROOT, ProxyProcess, Service, StartProxy, eventually, run_process, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import ROOT, ProxyProcess, StartProxy, run_process
+from tests.support.service import Service
+from tests.support.waiting import eventually
 
 AWKWARD_SECRET = "s: %+é&=~/?"
 

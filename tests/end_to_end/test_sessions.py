@@ -15,7 +15,10 @@ import httpx
 import pytest
 
 from eoepca_security.testing import Behaviour, FakeIssuer
-from tests.conftest import ROOT, Service, StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import ROOT, StartProxy
+from tests.support.service import Service
+from tests.support.waiting import eventually
 
 LAUNCHER = [sys.executable, str(ROOT / "run-mitmproxy.py")]
 

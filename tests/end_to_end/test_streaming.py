@@ -17,12 +17,12 @@ import pytest
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
-from tests.conftest import ROOT, ProxyProcess, StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
 from tests.support.network import RawServer, replies
 from tests.support.network import http as response
+from tests.support.processes import ROOT, ProxyProcess, StartProxy, admin_of
 from tests.support.service import http2_get
-
-from tests.end_to_end.test_operations import admin_of  # isort: skip
+from tests.support.waiting import eventually
 
 DOWN = 96 * 1024 * 1024
 UP = 64 * 1024 * 1024

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ import httpx
 import pytest
 
 from eoepca_security.testing import FakeIssuer
-from tests.conftest import ProxyProcess, StartProxy, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import ADMIN, ProxyProcess, StartProxy
 from tests.support.service import Received, Recorder, exchange, http2_get, websocket_echo
 
-ADMIN = re.compile(r"admin listener at (http://\S+)")
 APP = "https://app.example"
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
-from tests.conftest import StartProxy, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import StartProxy
 
 
 class Echo(Handler):

@@ -8,7 +8,9 @@ import httpx
 import pytest
 
 from eoepca_security.testing import Behaviour, FakeIssuer
-from tests.conftest import Service, StartProxy, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import StartProxy
+from tests.support.service import Service
 
 SHORT = Behaviour(lifetime=3)
 AWKWARD_SECRET = "s: %+ é&=~/?"

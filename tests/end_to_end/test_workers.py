@@ -21,10 +21,11 @@ import pytest
 
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT
 from eoepca_security.testing import Behaviour, FakeIssuer
-from tests.conftest import ProxyProcess, StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
+from tests.support.network import accepts
+from tests.support.processes import ProxyProcess, StartProxy, admin_of
 from tests.support.service import Recorder
-
-from tests.end_to_end.test_operations import accepts, admin_of  # isort: skip
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="looks into /proc")
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from eoepca_security.testing import FakeIssuer
-from tests.conftest import StartProxy, settings_for
 from tests.interop.eo_service import SIZE, Setup, running_eo_service
+from tests.support.environment import settings_for
+from tests.support.processes import StartProxy
 
 
 @pytest.fixture(scope="session")

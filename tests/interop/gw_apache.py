@@ -10,8 +10,9 @@ from pathlib import Path
 
 import httpx
 
-from tests.interop.kc_process import accepts, free_port, running
+from tests.interop.kc_process import accepts, running
 from tests.interop.kc_server import GATEWAY
+from tests.support.network import free_port
 
 MODULES = Path("/usr/lib/apache2/modules")
 START_SECONDS = 30.0

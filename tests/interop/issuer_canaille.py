@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
 from tests.interop.issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
 from tests.interop.issuer_person import visit
-from tests.interop.kc_process import free_port, running
+from tests.interop.kc_process import running
+from tests.support.network import free_port
 
 REQUIREMENTS = Path(__file__).with_name("canaille") / "requirements.txt"
 VERSION = next(line for line in REQUIREMENTS.read_text().splitlines() if line.startswith("canaille")).partition("==")[2]

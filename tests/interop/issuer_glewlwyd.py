@@ -17,7 +17,8 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
 from tests.interop.issuer import LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
-from tests.interop.kc_process import free_port, running
+from tests.interop.kc_process import running
+from tests.support.network import free_port
 
 VERSION = "2.7.5"
 DOWNLOAD_SECONDS = 180.0

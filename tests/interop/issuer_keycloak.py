@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import eventually
 from tests.interop.issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, key_pair
 from tests.interop.issuer_person import visit
 from tests.interop.kc_server import OLDEST, OLDEST_JAVA_MAJORS, Keycloak, running_keycloak
+from tests.support.waiting import eventually
 
 REALM = "eoepca-issuers"
 SECRET = "test-only-client-secret-of-some-length"

@@ -13,7 +13,8 @@ from typing import Any
 
 from tests.interop.issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers, key_pair
 from tests.interop.issuer_person import visit
-from tests.interop.kc_process import Child, free_port, running
+from tests.interop.kc_process import Child, running
+from tests.support.network import free_port
 
 FOLDER = Path(__file__).with_name("oidc_provider")
 VERSION = json.loads((FOLDER / "package.json").read_text())["dependencies"]["oidc-provider"]

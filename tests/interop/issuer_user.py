@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 
 from eoepca_security.testing.local_server import Handler, LocalServer
-from tests.interop.kc_process import Child, accepts, free_port, running
+from tests.interop.kc_process import Child, accepts, running
+from tests.support.network import free_port
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 SECONDS = 60.0

@@ -76,13 +76,6 @@ def running(command: Sequence[str], env: Mapping[str, str], cwd: Path, log: Path
         child.stop()
 
 
-def free_port() -> int:
-    """A loopback TCP port that nothing listens on at the moment."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def accepts(port: int) -> bool:
     """Whether something on loopback accepts connections on `port`."""
     try:

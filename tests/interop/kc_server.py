@@ -19,7 +19,8 @@ from typing import Any
 
 import httpx
 
-from tests.interop.kc_process import free_port, running
+from tests.interop.kc_process import running
+from tests.support.network import free_port
 
 VERSION = "26.7.3"
 JAVA_MAJORS = (25, 21, 17)  # in order of preference: the LTS releases this version runs on

@@ -24,9 +24,10 @@ from fastapi import Depends, FastAPI
 
 from eoepca_security import OIDCProxyScheme
 from tests.interop.gw_apache import running_apache
-from tests.interop.kc_process import accepts, free_port, running
+from tests.interop.kc_process import accepts, running
 from tests.interop.kc_server import AUDIENCE, CONFIDENTIAL, GATEWAY, PASSWORD, REALM, USERNAME, Keycloak
 from tests.interop.kc_service import serving
+from tests.support.network import free_port
 
 pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]

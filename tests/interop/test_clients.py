@@ -14,8 +14,9 @@ import httpx
 import pytest
 import requests
 
-from tests.conftest import ROOT, StartProxy, settings_for
 from tests.interop.eo_service import ITEMS, SIZE, Setup
+from tests.support.environment import settings_for
+from tests.support.processes import ROOT, StartProxy
 
 pytest.importorskip("pystac_client")
 

@@ -13,12 +13,12 @@ import pytest
 
 from eoepca_security import OIDCProxyScheme
 from eoepca_security.oauth.verify import unverified_claims
-from tests.conftest import eventually
 from tests.interop import issuer_canaille, issuer_glewlwyd, issuer_keycloak, issuer_oidc_provider, kc_server
 from tests.interop.issuer import LIFETIME, USERNAME, Issuer
 from tests.interop.issuer_user import Service, User, running_service
 from tests.interop.kc_process import Child
 from tests.support.fastapi import bearer, get, make_app
+from tests.support.waiting import eventually
 
 pytest_plugins = ["tests.interop.issuer_table"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(600)]

@@ -14,8 +14,10 @@ import httpx
 import pytest
 
 from eoepca_security.testing import FakeIssuer
-from tests.conftest import StartProxy, settings_for
-from tests.interop.kc_process import accepts, free_port, running
+from tests.interop.kc_process import accepts, running
+from tests.support.environment import settings_for
+from tests.support.network import free_port
+from tests.support.processes import StartProxy
 
 pytest.importorskip("jupyter_server")
 

@@ -17,7 +17,7 @@ import pytest
 from fastapi import Depends, FastAPI, Security
 
 from eoepca_security import OIDCProxyScheme, require_roles
-from tests.interop.kc_process import Child, accepts, free_port, running
+from tests.interop.kc_process import Child, accepts, running
 from tests.interop.kc_server import (
     AUDIENCE,
     CONFIDENTIAL,
@@ -32,6 +32,7 @@ from tests.interop.kc_server import (
 from tests.interop.kc_service import Seen, Service, running_service
 from tests.support.fastapi import bearer, make_app
 from tests.support.fastapi import get as get_from
+from tests.support.network import free_port
 
 # The first test waits for the download and the start of Keycloak too; each wait inside has a deadline of its own.
 pytest_plugins = ["tests.interop.kc_fixtures"]

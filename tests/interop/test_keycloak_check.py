@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.kc_process import free_port
 from tests.interop.kc_server import AUDIENCE, CONFIDENTIAL, PUBLIC, REALM, Keycloak
 from tests.interop.kc_service import Service
+from tests.support.network import free_port
 
 pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]

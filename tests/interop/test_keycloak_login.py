@@ -14,9 +14,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.interop.kc_process import Child, accepts, free_port, running
+from tests.interop.kc_process import Child, accepts, running
 from tests.interop.kc_server import AUDIENCE, INTERACTIVE, REALM, USERNAME, Keycloak
 from tests.interop.kc_service import Service
+from tests.support.network import free_port
 
 pytest.importorskip("selenium")
 

@@ -13,7 +13,10 @@ import pytest
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
-from tests.conftest import ProxyProcess, Service, StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import ProxyProcess, StartProxy
+from tests.support.service import Service
+from tests.support.waiting import eventually
 
 pytest.importorskip("selenium")
 

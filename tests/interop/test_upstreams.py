@@ -14,8 +14,9 @@ import pytest
 import requests
 
 from eoepca_security.testing.local_server import Handler, LocalServer
-from tests.conftest import StartProxy, settings_for
 from tests.interop.eo_service import POLLS, SIZE, Setup
+from tests.support.environment import settings_for
+from tests.support.processes import StartProxy
 from tests.support.service import echo_one_message, websocket_echo
 
 pytest_plugins = ["tests.interop.eo_fixtures"]

@@ -1,4 +1,4 @@
-"""Servers that misbehave on purpose, byte by byte, for tests of what talks to them."""
+"""Servers that misbehave on purpose, byte by byte, for tests of what talks to them; and ports that are free or not."""
 
 import contextlib
 import socket
@@ -6,6 +6,7 @@ import ssl
 import threading
 from collections.abc import Callable
 from typing import Self
+from urllib.parse import urlsplit
 
 PATIENCE = 5.0
 """Seconds after which something that should have happened counts as not happening."""
@@ -137,3 +138,19 @@ def _receive(connection: socket.socket) -> bytes:
     if not data:
         raise ConnectionResetError
     return data
+
+
+def free_port() -> int:
+    """Return a loopback TCP port that nothing listens on at the moment."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def accepts(url: str) -> bool:
+    """Tell whether something accepts connections where a URL leads."""
+    parts = urlsplit(url)
+    try:
+        socket.create_connection((parts.hostname, parts.port), 1).close()
+    except OSError:
+        return False
+    return True

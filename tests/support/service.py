@@ -6,10 +6,12 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 from urllib.parse import parse_qs, urlsplit
 
 import h2.config
@@ -19,6 +21,7 @@ import wsproto
 import wsproto.events
 from hyperframe.frame import ContinuationFrame, HeadersFrame
 
+from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
 
 
@@ -254,3 +257,46 @@ class Http2Service:
                         head = [(":status", str(status)), *self._headers]
                         connection.send_headers(event.stream_id or 0, head, end_stream=True)
                 stream.sendall(connection.data_to_send())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request as it arrived at the service."""
+
+    method: str
+    target: str
+    authorization: list[str]
+    headers: Mapping[str, str]
+    body_length: int
+    authorized: bool
+
+
+class Service:
+    """The protected service: accepts one Bearer token that the issuer issued and that has not expired."""
+
+    def __init__(self, issuer: FakeIssuer) -> None:
+        self.seen: list[Seen] = []
+        self._server = LocalServer(self._handler(issuer))
+        self.url = self._server.url
+
+    def __enter__(self) -> Self:
+        self._server.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.__exit__(kind, error, trace)
+
+    def _handler(self, issuer: FakeIssuer) -> type[Handler]:
+        seen = self.seen
+
+        class ServiceHandler(Handler):
+            def respond(self) -> None:
+                length = len(self.read_body())
+                given = self.headers.get_all("Authorization") or []
+                authorized = len(given) == 1 and issuer.accepts(given[0].removeprefix("Bearer "))
+                seen.append(Seen(self.command, self.path, given, dict(self.headers), length, authorized))
+                self.answer(200 if authorized else 401, {"path": self.path, "length": length})
+
+        return ServiceHandler

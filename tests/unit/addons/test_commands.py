@@ -14,7 +14,9 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.session.source import FORCED_INTERVAL, TokenSource
-from tests.unit.session.test_source import Clock, Issuer, settled
+from tests.support.clock import Clock
+from tests.support.issuer import Issuer
+from tests.support.waiting import settled
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.server import Admin, admin_guard
 from eoepca_security.proxy.admin.status import AdminSource, Unready, status
 from eoepca_security.proxy.config.settings import Address, Settings
-from tests.unit.admin.test_status import STATE
+from tests.support.state import STATE
 
 SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.0.1", 0))
 

@@ -19,7 +19,7 @@ from eoepca_security.proxy.admin.recent_errors import RecentError
 from eoepca_security.proxy.admin.status import AdminSource, Refresh, Unready, status
 from eoepca_security.proxy.admin.worker_states import Channel, Workers, answer
 from eoepca_security.session.session import AccessToken
-from tests.unit.admin.test_status import NOW, SETTINGS, STATE
+from tests.support.state import NOW, SETTINGS, STATE
 
 
 class Process:

@@ -21,10 +21,10 @@ from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.session import Stored
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
-from tests.conftest import Service
-from tests.support.network import RawServer, http, replies, says_nothing
+from tests.support.environment import set_environment
+from tests.support.network import RawServer, free_port, http, replies, says_nothing
+from tests.support.service import Service
 from tests.support.tls import write_certificate
-from tests.unit.cli.test_main import set_environment
 
 ORDER = ["settings", "store", "listener", "discovery", "clock", "client", "token", "audience", "upstream"]
 
@@ -77,12 +77,6 @@ def answers(status: int, headers: dict[str, str], body: bytes = b"") -> type[Han
             self.answer(status, body, headers)
 
     return Answering
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def test_all_is_well(settings: Settings, service: Service) -> None:

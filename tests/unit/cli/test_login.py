@@ -20,8 +20,9 @@ from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.session import Stored
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
-from tests.conftest import eventually
-from tests.unit.cli.test_main import set_environment
+from tests.support.clock import Clock
+from tests.support.environment import set_environment
+from tests.support.waiting import eventually
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -142,24 +143,9 @@ def test_a_confidential_client_proves_itself(
         assert len(issuer.revoked) == 1
 
 
-class Clock:
-    """A clock that only sleeping moves."""
-
-    def __init__(self) -> None:
-        self.time = 1000.0
-        self.slept: list[float] = []
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.time += seconds
-
-
 def poll(issuer: FakeIssuer, clock: Clock) -> None:
     settings = Settings(issuer.url, Client(issuer.client_id))
-    by_device(make_provider(settings), "openid", sleep=clock.sleep, now=clock.now)
+    by_device(make_provider(settings), "openid", sleep=clock.sleep, now=clock)
 
 
 def test_polls_keep_the_default_pace_and_slow_down(issuer: FakeIssuer) -> None:

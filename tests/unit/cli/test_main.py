@@ -10,7 +10,7 @@ import pytest
 from eoepca_security.proxy.cli.main import main
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour, FakeIssuer
-from tests.conftest import settings_for
+from tests.support.environment import set_environment
 
 
 @pytest.fixture(autouse=True)
@@ -19,11 +19,6 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in VARIABLES:
         monkeypatch.delenv(variable.env, raising=False)
         monkeypatch.delenv(f"{variable.env}_FILE", raising=False)
-
-
-def set_environment(monkeypatch: pytest.MonkeyPatch, issuer: FakeIssuer, **more: str) -> None:
-    for name, value in settings_for(issuer, **more).items():
-        monkeypatch.setenv(name, value)
 
 
 def test_token_prints_an_access_token_and_nothing_else(

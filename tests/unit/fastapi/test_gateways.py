@@ -11,8 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from eoepca_security.testing import FakeIssuer
-from tests.conftest import ROOT
 from tests.support.fastapi import get, make_app, make_scheme
+from tests.support.processes import ROOT
 
 CASES: dict[str, dict[str, Any]] = {
     file.stem: json.loads(file.read_text()) for file in (ROOT / "tests" / "gateways").glob("*.json")

@@ -20,6 +20,7 @@ from eoepca_security import Client, HttpTransport, OIDCProxyScheme, Provider, Se
 from eoepca_security.issuer.provider import FAILURE_PAUSE, KEYS_LIFETIME, KEYS_STALE, RETRY_INTERVAL
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.support.clock import Clock
 from tests.support.fastapi import bearer, get, make_app, make_scheme, open_socket
 
 LONG = 10**6  # seconds: longer than any test's clock goes
@@ -579,16 +580,8 @@ async def test_roles_need_an_authentication_even_where_the_scheme_raises_no_erro
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.ahead = 0.0
-
-    def __call__(self) -> float:
-        return time.time() + self.ahead
-
-
 def with_clock(scheme: OIDCProxyScheme, issuer: FakeIssuer) -> Clock:
-    clock = Clock()
+    clock = Clock(time.time())
     scheme._provider = Provider(issuer.url, Client("x"), HttpTransport(trust()), now=clock)
     return clock
 
@@ -706,17 +699,18 @@ async def test_old_keys_serve_for_a_bounded_time_while_the_issuer_is_down(own_is
     app, headers = make_app(scheme), bearer(own_issuer.issue(exp=int(time.time()) + LONG))
     assert (await get(app, headers)).status_code == 200
     own_issuer.behaviour.down = True
-    clock.ahead = KEYS_LIFETIME + 1
+    began = clock.time
+    clock.time = began + KEYS_LIFETIME + 1
     for _ in range(3):
         assert (await get(app, headers)).status_code == 200
     assert own_issuer.fetches["certs"] == 2
 
-    clock.ahead = KEYS_STALE - 10
+    clock.time = began + KEYS_STALE - 10
     assert (await get(app, headers)).status_code == 200
-    clock.ahead = KEYS_STALE + RETRY_INTERVAL
+    clock.time = began + KEYS_STALE + RETRY_INTERVAL
     assert [(await get(app, headers)).status_code for _ in range(3)] == [503] * 3
     own_issuer.behaviour.down = False
-    clock.ahead += FAILURE_PAUSE + 1
+    clock.time += FAILURE_PAUSE + 1
     assert (await get(app, headers)).status_code == 200
 
 
@@ -726,7 +720,7 @@ async def test_a_withdrawn_key_is_not_trusted_any_more(own_issuer: FakeIssuer) -
     app, headers = make_app(scheme), bearer(own_issuer.issue(exp=int(time.time()) + LONG))
     assert (await get(app, headers)).status_code == 200
     own_issuer.rotate_keys()
-    clock.ahead = KEYS_LIFETIME + 1
+    clock.time += KEYS_LIFETIME + 1
 
     assert (await get(app, headers)).status_code == 401
 
@@ -745,7 +739,7 @@ async def test_a_failure_is_shared_for_a_moment_and_logged_once(
     assert scheme._reported is not None
     assert scheme._reported.__traceback__ is None  # it would keep the tokens of the requests that share it
     own_issuer.behaviour.down = False
-    clock.ahead += FAILURE_PAUSE + 1
+    clock.time += FAILURE_PAUSE + 1
 
     assert (await get(app, headers)).status_code == 200
 
@@ -755,14 +749,14 @@ async def test_a_failure_is_shared_for_as_long_as_it_took(own_issuer: FakeIssuer
     clock = with_clock(scheme, own_issuer)
 
     def fault(handler: Handler) -> bool:
-        clock.ahead += 5
+        clock.time += 5
         handler.answer(500, {})
         return True
 
     app, headers = make_app(scheme), bearer(own_issuer.issue())
     own_issuer.behaviour.fault = fault
     for ahead, attempts in ((0, 1), (4, 1), (1.5, 2)):
-        clock.ahead += ahead
+        clock.time += ahead
         assert (await get(app, headers)).status_code == 503
         assert own_issuer.fetches == {"openid-configuration": attempts}
 
@@ -801,7 +795,7 @@ async def test_when_no_thread_can_be_started_the_next_request_tries_again(
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
         assert (await get(make_app(scheme), bearer(own_issuer.issue()))).status_code == 503
-    clock.ahead = 1
+    clock.time += 1
     assert (await get(make_app(scheme), bearer(own_issuer.issue()))).status_code == 200
 
 

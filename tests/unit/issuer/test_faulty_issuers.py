@@ -12,7 +12,7 @@ from eoepca_security.proxy.config.factory import make_source
 from eoepca_security.proxy.config.loading import read_settings
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
-from tests.conftest import settings_for
+from tests.support.environment import settings_for
 
 Fault = Callable[[Handler], bool]
 

@@ -18,6 +18,7 @@ from eoepca_security.session.file_store import LOCK_TIMEOUT
 from eoepca_security.session.source import _GIVE_UP
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
+from tests.support.clock import Clock
 
 ISSUER = "https://issuer.example/realms/test"
 DISCOVERY = ISSUER + "/.well-known/openid-configuration"
@@ -28,14 +29,6 @@ REFRESH_TOKEN = "a-refresh-token-that-nobody-may-see"
 PATIENCE = 5.0
 
 Reply = Answer | IssuerUnavailable | Callable[[], Answer]
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time = 1_750_000_000.0
-
-    def __call__(self) -> float:
-        return self.time
 
 
 class FakeTransport:

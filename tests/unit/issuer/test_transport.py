@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from eoepca_security.errors import IssuerUnavailable
 from eoepca_security.issuer.ca_trust import begin_to_trust, ca_bundle, trust
 from eoepca_security.issuer.transport import MAX_BODY, Answer, HttpTransport, _DeadlineAdapter, explain
-from tests.support.network import PATIENCE, RawServer, drips, http, replies, says_nothing
+from tests.support.network import PATIENCE, RawServer, drips, free_port, http, replies, says_nothing
 
 SHORT = 0.2
 """A deadline that passes in these tests, in seconds."""
@@ -118,11 +118,6 @@ def ends_in_time() -> Iterator[None]:
     begin = time.monotonic()
     yield
     assert time.monotonic() - begin < PATIENCE
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 # --- an exchange --------------------------------------------------------------------------------------------------

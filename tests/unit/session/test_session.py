@@ -14,8 +14,7 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Token
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import DEFAULT_LIFETIME, RefreshSession, token_end
-
-START = 1_800_000_000.0
+from tests.support.clock import START, Clock
 
 
 def jwt_with(**claims: object) -> str:
@@ -72,13 +71,6 @@ class StrictIssuer:
             self.lose_answers -= 1
             raise IssuerUnavailable("timed out", was_sent=True)
         return TokenResponse(f"at-{self.count}", 60, self.valid, refresh_expires_in=1800)
-
-
-class Clock:
-    time = START
-
-    def __call__(self) -> float:
-        return self.time
 
 
 @pytest.fixture

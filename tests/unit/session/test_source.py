@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -15,37 +15,9 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Store
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.session.session import AccessToken, Stored
 from eoepca_security.session.source import FORCED_INTERVAL, TokenSource, refresh_time
-
-START = 1_800_000_000.0
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.time = START
-
-    def __call__(self) -> float:
-        return self.time
-
-
-class Issuer:
-    """Gives numbered tokens; `answers`, when there are any, come first."""
-
-    def __init__(self, lifetime: float = 60) -> None:
-        self.lifetime = lifetime
-        self.asked: list[str | None] = []
-        self.answers: list[TokenResponse | Exception] = []
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def __call__(self, refresh_token: str | None) -> TokenResponse:
-        self.asked.append(refresh_token)
-        assert self.gate.wait(10)
-        if self.answers:
-            answer = self.answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-        return TokenResponse(f"token-{len(self.asked)}", expires_in=self.lifetime)
+from tests.support.clock import START, Clock
+from tests.support.issuer import Issuer
+from tests.support.waiting import settled
 
 
 @pytest.fixture
@@ -61,14 +33,6 @@ def issuer() -> Issuer:
 @pytest.fixture
 def source(issuer: Issuer, clock: Clock) -> TokenSource:
     return TokenSource(issuer, refresh_token="first", now=clock)
-
-
-async def settled(condition: Callable[[], bool]) -> None:
-    """Wait for what a background refresh does."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.005)
 
 
 def jwt_with(**claims: object) -> str:
@@ -417,6 +381,19 @@ async def test_a_token_that_is_nearly_over_on_arrival_is_followed_by_another(
     issuer.answers = [TokenResponse("brief", expires_in=0.1, refresh_token="second")]
     assert (await source.token()).value == "token-2"
     assert issuer.asked == ["first", "second"]
+
+
+async def test_the_log_has_an_error_as_it_is_described_and_as_data(
+    issuer: Issuer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    rejected = CredentialsRejected("no", issuer_error="invalid_grant")
+    issuer.answers = [rejected]
+    source = TokenSource(issuer, refresh_token="first", now=clock, describe=lambda error: f"{error}; mind the gap")
+    with pytest.raises(CredentialsRejected):
+        await source.token()
+    [record] = caplog.records
+    assert record.getMessage() == "no new access token (credentials_rejected): no; mind the gap"
+    assert vars(record)["error"] is rejected
 
 
 async def test_a_token_that_is_expired_on_arrival_is_not_served(source: TokenSource, issuer: Issuer) -> None:
