@@ -92,8 +92,9 @@ def parse_origin(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         raise ValueError("no origin")
-    return _origin(scheme.lower(), parse_host(rest))
+    return origin_of(scheme.lower(), parse_host(rest))
 
 
-def _origin(scheme: str, host: Host) -> str:
+def origin_of(scheme: str, host: Host) -> str:
+    """Return the web origin (RFC 6454 §6.2) of a scheme and a host, without the scheme's own port."""
     return f"{scheme}://{host.name if host.port == DEFAULT_PORTS.get(scheme) else host}"

@@ -14,10 +14,12 @@ import wsproto
 import wsproto.events
 
 from eoepca_security.testing import Behaviour, FakeIssuer
-from tests.conftest import ProxyProcess, StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
 from tests.support.network import RawServer
 from tests.support.network import http as response
+from tests.support.processes import ProxyProcess, StartProxy
 from tests.support.service import Http2Service, Recorder, http2_continuations, http2_get
+from tests.support.waiting import eventually
 
 MIB = 1024 * 1024
 HEAD = 256 * 1024

@@ -15,8 +15,10 @@ import pytest
 
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
-from tests.conftest import StartProxy, eventually, settings_for
+from tests.support.environment import settings_for
+from tests.support.processes import StartProxy
 from tests.support.service import echo_one_message
+from tests.support.waiting import eventually
 
 pytest.importorskip("selenium")
 

@@ -1,21 +1,135 @@
 """mitmproxy's options and our settings."""
 
-from difflib import get_close_matches
-from typing import Final
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
 
 from mitmproxy import ctx
+from mitmproxy.addonmanager import Loader
+from mitmproxy.exceptions import OptionsError
 from mitmproxy.proxy.mode_specs import ProxyMode
 
-from eoepca_security.oauth.urls import EVERYWHERE
+from eoepca_security.errors import SettingsError
+from eoepca_security.issuer.threads import DaemonThreads
+from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES
+from eoepca_security.proxy.addons import mitmproxy_options
+from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.config.factory import ca_bundle_file
+from eoepca_security.proxy.config.loading import settings_in
+from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
+from eoepca_security.proxy.patches import certificate_authority, header_lookup, http_clients, http_stream
+from eoepca_security.proxy.patches.hook_cache import cache_hooks
+from eoepca_security.proxy.policy.access import Guard
+from eoepca_security.proxy.policy.apisix import ApisixHeaders
+from eoepca_security.session.source import TokenSource
+
+OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
+"""The names of the add-on's own options."""
 
 _TRUSTED_CA: Final = "ssl_verify_upstream_trusted_ca"
 
-_OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
+# What add-ons whose script was edited have left to those that take their place, by login.
+_left: dict[tuple[str | None, ...], TokenSource] = {}
 
 
-def _looks_like_ours(name: str) -> bool:
-    return name.startswith("oidc_") or bool(get_close_matches(name, _OPTION_NAMES, 1, 0.85))
+def leave(settings: Settings, source: TokenSource) -> None:
+    """Leave a session to the add-on that takes this one's place."""
+    source.retire()
+    _left[settings.login] = source
+
+
+class Configuration:
+    """Declares the options, and makes the settings, the guard and the source of tokens from their values.
+
+    `settings` are the launcher's; `make_source` and `observe` are as in `config.factory`.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        settings: Settings | None,
+        *,
+        joins: bool,
+        make_source: Callable[..., TokenSource],
+        observe: Callable[..., None],
+    ) -> None:
+        self._state = state
+        self._given = settings
+        self._joins = joins
+        self._make_source = make_source
+        self._observe = observe
+        self._settings_problems: list[str] | None = None
+
+    def load(self, loader: Loader) -> None:
+        """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
+        http_clients.install()
+        http_stream.install()
+        header_lookup.install()
+        cache_hooks(loader.master)
+        loader.master.event_loop.set_default_executor(DaemonThreads())
+        for variable in OPTIONS:
+            loader.add_option(str(variable.option), str, "", f"{variable.help} Otherwise {variable.env} is used.")
+        mitmproxy_options.enforce(loader.master.options)
+
+    def configure(self, updated: set[str]) -> None:
+        """Read the settings; what is wrong ends the start, and later is refused so that the old ones stay."""
+        certificate_authority.load(ctx.master)
+        state = self._state
+        # Only when they may have changed: this is called for every option, and a secret's file may be a pipe.
+        if self._settings_problems is None or not OPTION_NAMES.isdisjoint(updated):
+            self._settings_problems = []  # reading them may set options of mitmproxy's, which calls this again
+            self._settings_problems = self._read_settings()
+        problems = mitmproxy_options.problems(ctx.options, state.settings) + self._settings_problems
+        if problems and state.is_running:
+            raise OptionsError("; ".join(problems))
+        state.problems = problems
+        if state.settings is not None:
+            hosts = state.settings.allowed_hosts or (*LOOPBACK_NAMES, *_own_hosts())
+            state.guard = Guard(hosts, state.settings.allowed_origins)
+
+    def _read_settings(self) -> list[str]:
+        """Take the settings up, or return a line for everything that is wrong with them."""
+        state = self._state
+        try:
+            settings = self._given or settings_in(
+                Path.cwd(),
+                os.environ,
+                options={name: getattr(ctx.options, name) for name in OPTION_NAMES},
+                need_upstream=False,
+            )
+            if settings == state.settings:
+                return []
+            if self._given is None:
+                self._trust_upstream(settings)
+        except SettingsError as error:
+            return list(error.problems)
+        before = state.source or _left.pop(settings.login, None)
+        # A new source would forget what is kept in memory only.
+        goes_on = state.settings is None or state.settings.login == settings.login
+        state.settings = settings
+        state.apisix = ApisixHeaders() if settings.forward_as == "apisix" else None
+        state.source = self._make_source(
+            settings,
+            continues=before if goes_on else None,
+            joins=self._joins,
+            observe=self._observe,
+            describe=state.describe,
+            learn=state.apisix.learn if state.apisix is not None else None,
+        )
+        if before is not None:
+            before.retire()
+        return []
+
+    def _trust_upstream(self, settings: Settings) -> None:
+        """Do for mitmdump -s what the launcher does with mitmproxy's arguments."""
+        changes: dict[str, Any] = {"ssl_insecure": True} if settings.tls_no_verify else {}
+        if settings.ca_file is not None and not getattr(ctx.options, _TRUSTED_CA, None):
+            # It is used until the end.
+            self._bundle = ca_bundle_file(settings.ca_file)
+            changes[_TRUSTED_CA] = self._bundle.name
+        ctx.options.update_known(**changes)
 
 
 def _own_hosts() -> list[str]:

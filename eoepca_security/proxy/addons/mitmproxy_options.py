@@ -6,8 +6,8 @@ from typing import Final
 from mitmproxy.optmanager import OptManager
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
 
+from eoepca_security.proxy.addons.destinations import protects
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.policy.destination import is_protected
 
 # mitmproxy's own options that would undo what this add-on is for.
 _REFUSED: Final = {
@@ -55,7 +55,7 @@ def problems(options: OptManager, settings: Settings | None) -> list[str]:
     ]
     modes = [ProxyMode.parse(mode) for mode in options.mode]
     # Without settings, because they are wrong, nobody knows what inject_hosts is to be.
-    if not all(is_protected(mode, settings) or (settings is None and isinstance(mode, RegularMode)) for mode in modes):
+    if not all(protects(mode, settings) or (settings is None and isinstance(mode, RegularMode)) for mode in modes):
         found.append(
             "mode: the OIDC add-on needs --mode reverse:https://service.example (or http://), or regular together with "
             "inject_hosts"

@@ -1,34 +1,43 @@
 """What the add-ons of one proxy share."""
 
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from weakref import WeakSet
 
-from mitmproxy import ctx
-from mitmproxy.addons.proxyserver import Proxyserver
-from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
+from mitmproxy.http import HTTPFlow
 
-from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES
+from eoepca_security.errors import TokenError
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.config.variables import ALLOWED_HOSTS
+from eoepca_security.proxy.policy.access import Guard
+from eoepca_security.proxy.policy.apisix import ApisixHeaders
+from eoepca_security.proxy.policy.remedies import failure_remedy, runs_in_container, told
 from eoepca_security.session.source import TokenSource
 
-# What add-ons whose script was edited have left to those that take their place.
-_left: dict[tuple[str | None, ...], TokenSource] = {}
 
+@dataclass(eq=False)
+class State:
+    """The state of one proxy.
 
-def _addresses(settings: Settings | None) -> tuple[str, str]:
-    server = ctx.master.addons.get("proxyserver")
-    addresses = server.listen_addrs() if isinstance(server, Proxyserver) else []
-    host, port = addresses[0][:2] if addresses else ("nowhere", 0)
-    mode = ProxyMode.parse(ctx.options.mode[0])
-    upstream = mode.data
-    if settings is not None and isinstance(mode, RegularMode):
-        upstream = ", ".join(settings.inject_hosts)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
+    `settings`, `source`, `guard` and `apisix` are what the configuration makes of the options; `problems` is a line for
+    each thing that is wrong with them. `source` is None while the settings are wrong. `end_all` ends the proxy, with
+    all its processes.
+    """
 
+    end_all: Callable[[], None]
+    settings: Settings | None = None
+    source: TokenSource | None = None
+    guard: Guard = field(default_factory=lambda: Guard(()))
+    apisix: ApisixHeaders | None = None
+    problems: list[str] = field(default_factory=list)
+    in_container: bool = field(default_factory=runs_in_container)
+    is_running: bool = False
+    is_ending: bool = False
+    in_flight: WeakSet[HTTPFlow] = field(default_factory=WeakSet)
 
-def exposure(listener: str, settings: Settings) -> str:
-    """Say in one line what listening beyond this machine means."""
-    line = f"whatever can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
-    if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
-        line += f"; it answers to the names {', '.join(LOOPBACK_NAMES)} only, as {ALLOWED_HOSTS.env} is unset"
-    return line
+    def remedy(self, error: TokenError) -> str:
+        """Return what to do about an error that keeps the proxy from a token."""
+        return failure_remedy(error, self.settings, in_container=self.in_container)
+
+    def describe(self, error: TokenError) -> str:
+        """Say what happened and what to do about it."""
+        return told(error, self.remedy(error))

@@ -8,6 +8,7 @@ to what they send, on the connection that the clearance is for and on no other.
 import logging
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
+from weakref import WeakSet
 
 from h11 import EndOfMessage, LocalProtocolError
 from h11._readers import ChunkedReader
@@ -35,11 +36,12 @@ from mitmproxy.proxy.layers.http._http2 import Http2Client
 from mitmproxy.proxy.layers.http._http3 import Http3Client
 from mitmproxy.proxy.mode_specs import ReverseMode
 
-from eoepca_security.proxy.policy import headers, problem_details
-from eoepca_security.proxy.policy import headers as forwarding
+from eoepca_security.proxy.patches.messages import last_answer, with_headers
 from eoepca_security.proxy.policy.access import Refusal
-from eoepca_security.proxy.policy.clearance import outgoing
-from eoepca_security.proxy.policy.destination import Target, _origin_form
+from eoepca_security.proxy.policy.clearance import clearance
+from eoepca_security.proxy.policy.destination import Target
+from eoepca_security.proxy.policy.headers import is_one_request, is_plain
+from eoepca_security.proxy.policy.problem_details import MALFORMED
 
 MAX_HEAD: Final = 256 * 1024
 """Longest head of a request or an answer, in bytes; also longest line or trailers between and after chunks, and most
@@ -57,6 +59,7 @@ _INTERIM: Final = frozenset({100, *range(102, 200)})
 logger = logging.getLogger(__name__)
 
 
+_origin_form: WeakSet[Request] = WeakSet()
 _read_request_head = http1.read_request_head
 
 
@@ -75,7 +78,7 @@ def install() -> None:
     http.Http3Client = _Http3Client  # type: ignore[attr-defined]
     http.Http1Server = _Http1Server  # type: ignore[attr-defined]
     http1.read_request_head = read_request_head
-    _http1.make_error_response = problem_details.last_answer
+    _http1.make_error_response = last_answer
     # mitmproxy raises on trailers, and the client hangs. A proxy may drop them (RFC 9110 §6.5.1).
     _http1.ChunkedReader = _ChunkedReader  # type: ignore[attr-defined]
 
@@ -87,9 +90,25 @@ def read_request_head(lines: list[bytes]) -> Request:
     """
     request = _read_request_head(lines)
     validate_headers(request)
-    if not (forwarding.is_plain(lines) and forwarding.is_one_request(request)):
+    if not (is_plain(lines) and is_one_request(request.data)):
         raise ValueError("the request is not well-formed")
     return request
+
+
+def is_origin_form(request: Request) -> bool:
+    """Tell whether an HTTP/1 request came without an absolute target (RFC 9112 §3.2.1); mitmproxy forgets it."""
+    return request in _origin_form
+
+
+def outgoing(request: Request, target: Target) -> Request | None:
+    """Return the request as it goes to `target`, or None when it must not."""
+    given = clearance(request)
+    if given is None or given.target != target:
+        return None
+    if not given.headers:
+        return request
+    kept = [field for field in request.data.headers.fields if field[0].lower() not in given.names]
+    return with_headers(request, (*kept, *given.fields))
 
 
 def _is_too_long(buffer: ReceiveBuffer) -> bool:
@@ -139,7 +158,7 @@ class _Http1Client(Http1Client):
 
     def read_headers(self, event: Any) -> CommandGenerator[None]:
         if self.request is not None and self.stream_id is not None and _is_too_long(self.buf):
-            reason = f"{problem_details.MALFORMED}: its head is longer than {MAX_HEAD // 1024} KiB"
+            reason = f"{MALFORMED}: its head is longer than {MAX_HEAD // 1024} KiB"
             self.state = self.done
             yield CloseConnection(self.conn)
             yield ReceiveHttp(ResponseProtocolError(self.stream_id, reason, ResponseProtocolError.code))
@@ -169,7 +188,7 @@ def _framed(request: Request, *, end_stream: bool) -> Request:
     """Return the request so that HTTP/1 tells where it ends: HTTP/2 has no need of a length (RFC 9112 §6.3)."""
     if end_stream or not (request.is_http2 or request.is_http3) or "Content-Length" in request.headers:
         return request
-    return headers.with_headers(request, (*request.data.headers.fields, (b"transfer-encoding", b"chunked")))
+    return with_headers(request, (*request.data.headers.fields, (b"transfer-encoding", b"chunked")))
 
 
 class _Http2Client(Http2Client):
@@ -239,7 +258,7 @@ class _Http1Server(Http1Server):
 
     def _refuse(self) -> CommandGenerator[None]:
         self.state = self.done
-        yield SendData(self.conn, problem_details.last_answer(431, f"its head is longer than {MAX_HEAD // 1024} KiB"))
+        yield SendData(self.conn, last_answer(431, f"its head is longer than {MAX_HEAD // 1024} KiB"))
         yield CloseConnection(self.conn)
 
     def wait(self, event: Event) -> CommandGenerator[None]:

@@ -30,10 +30,10 @@ from mitmproxy.proxy.layers.http._events import (
 )
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 
-from eoepca_security.proxy.policy import problem_details
+from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.headers import is_websocket
-from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_fault
 
 MAX_MESSAGE: Final = 16 * 1024 * 1024
 """Longest message of a WebSocket, in bytes, which is held until it is complete; each of its frames counts for some."""
@@ -63,7 +63,7 @@ def install() -> None:
 def _check(request: Request, answer: Response) -> None:
     """Raise ValueError where an answer must not be passed on."""
     validate_headers(answer)
-    switches = answer.status_code == 101 and is_websocket(request) and not (request.is_http2 or request.is_http3)
+    switches = answer.status_code == 101 and is_websocket(request.data) and not (request.is_http2 or request.is_http3)
     if not (switches or 200 <= answer.status_code <= 599):
         # mitmproxy crashes when it has to pass a 101 on to an HTTP/2 client.
         raise ValueError(f"unexpected status {answer.status_code}")
@@ -198,7 +198,7 @@ class Stream(HttpStream):
         except ValueError as error:
             # What else comes on this connection may be anything.
             yield self._hang_up("the answer is malformed")
-            yield from self._blame(f"{problem_details.MALFORMED}: {error}")
+            yield from self._blame(f"{MALFORMED}: {error}")
             self.server_state = self.state_blamed
             return True
         return False
@@ -215,10 +215,8 @@ class Stream(HttpStream):
     def _blame(self, reason: str) -> CommandGenerator[None]:
         """Answer that the service failed."""
         request = self.flow.request
-        fault = problem_details.upstream_fault(
-            f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http"
-        )
-        self.flow.response = problem_details.answer(fault.code, fault.detail, method=request.method)
+        fault = upstream_fault(f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http")
+        self.flow.response = messages.answer(fault.code, fault.detail, method=request.method)
         self.flow.metadata |= {CODE: fault.code, DETAIL: fault.reason, REMEDY: fault.remedy}
         yield from self._answer()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from eoepca_security.oauth.text import printable
-from eoepca_security.oauth.urls import Host, _origin, parse_host, parse_origin
+from eoepca_security.oauth.urls import Host, origin_of, parse_host, parse_origin
 
 _PREFLIGHT_LIFETIME: Final = "600"
 _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
@@ -61,7 +61,7 @@ class Guard:
                 f"{printable(str(host), 100)} is not a name of this proxy: use localhost, or add it to "
                 "PROXY_ALLOWED_HOSTS",
             )
-        return self.cross_site(_origin(scheme, host), values)
+        return self.cross_site(origin_of(scheme, host), values)
 
     def cross_site(self, own_origin: str, values: Values) -> Refusal | None:
         """Say whether a browser sent this for a page of another origin than `own_origin` and the allowed ones.

@@ -6,24 +6,24 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Final
 
-from mitmproxy.http import Headers
-
 from eoepca_security.errors import TokenError
 from eoepca_security.issuer.provider import Provider
 from eoepca_security.oauth.verify import unverified_claims
+from eoepca_security.proxy.policy.headers import Fields
 from eoepca_security.session.session import AccessToken
 
 # What APISIX's openid-connect plugin sets, and so what a service behind it believes.
-_APISIX: Final = frozenset({"x-access-token", "x-id-token", "x-raw-id-token", "x-refresh-token", "x-userinfo"})
+_APISIX: Final = frozenset({b"x-access-token", b"x-id-token", b"x-raw-id-token", b"x-refresh-token", b"x-userinfo"})
 
 logger = logging.getLogger(__name__)
 
 
-def drop_gateway_headers(headers: Headers) -> None:
-    """Remove a client's copies of what only a gateway may say, also as CGI and WSGI would mistake them."""
-    for name in tuple(headers.keys()):
-        if name.lower().replace("_", "-") in _APISIX:
-            headers.pop(name, None)
+def without_gateway_headers(fields: Fields) -> Fields:
+    """Return the fields without a client's copies of what only a gateway may say.
+
+    CGI and WSGI would take other spellings for them, too.
+    """
+    return tuple(field for field in fields if field[0].lower().replace(b"_", b"-") not in _APISIX)
 
 
 class ApisixHeaders:

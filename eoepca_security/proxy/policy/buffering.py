@@ -2,35 +2,37 @@
 
 from typing import Final
 
-from mitmproxy.http import Request, Response
+from eoepca_security.proxy.policy.headers import Fields, RequestHead, value_of
 
 MAX_HELD: Final = 1024 * 1024
 """Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
 
+_MULTIPLEXED: Final = (b"HTTP/2.0", b"HTTP/3")
 _DIGITS: Final = 18  # of any length that there can be; Python does not read thousands
 
 
-def streams_request(request: Request) -> bool:
+def streams_request(head: RequestHead) -> bool:
     """Tell whether a request's body is to pass through as it comes, rather than be held until it is complete.
 
     One that is held can be sent again, so short ones are.
     """
-    length = request.headers.get("Content-Length")
+    fields = head.headers.fields
+    length = value_of(fields, b"content-length")
     if length is None:
-        return "Transfer-Encoding" in request.headers or request.is_http2 or request.is_http3
+        return head.http_version in _MULTIPLEXED or value_of(fields, b"transfer-encoding") is not None
     return _is_long(length)
 
 
-def streams_response(response: Response) -> bool:
+def streams_response(status: int, fields: Fields) -> bool:
     """Tell whether an answer's body is to pass through as it comes: events, and what may be large."""
-    if response.status_code == 101:
+    if status == 101:
         return False
-    length = response.headers.get("Content-Length")
+    length = value_of(fields, b"content-length")
     if length is None:
         # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
-        return response.status_code != 401
+        return status != 401
     return _is_long(length)
 
 
-def _is_long(length: str) -> bool:
-    return not length.isdecimal() or len(length) > _DIGITS or int(length) > MAX_HELD
+def _is_long(length: bytes) -> bool:
+    return not length.isdigit() or len(length) > _DIGITS or int(length) > MAX_HELD

@@ -5,9 +5,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
-from mitmproxy.http import Request
-
-from eoepca_security.proxy.policy import headers
 from eoepca_security.proxy.policy.destination import Target
 
 
@@ -29,25 +26,14 @@ class Clearance:
         return frozenset(name.lower() for name, _ in self.fields)
 
 
-_cleared: WeakKeyDictionary[Request, Clearance] = WeakKeyDictionary()
+_cleared: WeakKeyDictionary[object, Clearance] = WeakKeyDictionary()
 
 
-def clear(request: Request, clearance: Clearance) -> None:
-    """Let the request leave."""
+def clear(request: object, clearance: Clearance) -> None:
+    """Let the request leave; it is known by its identity, so copies of it are not cleared."""
     _cleared[request] = clearance
 
 
-def clearance(request: Request) -> Clearance | None:
+def clearance(request: object) -> Clearance | None:
     """Return what the request was given, if anything."""
     return _cleared.get(request)
-
-
-def outgoing(request: Request, target: Target) -> Request | None:
-    """Return the request as it goes to `target`, or None when it must not."""
-    given = _cleared.get(request)
-    if given is None or given.target != target:
-        return None
-    if not given.headers:
-        return request
-    kept = [field for field in request.data.headers.fields if field[0].lower() not in given.names]
-    return headers.with_headers(request, (*kept, *given.fields))

@@ -7,15 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from mitmproxy.http import Response
-from mitmproxy.net.http import http1
-
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.text import printable
-from eoepca_security.proxy.policy import headers
 from eoepca_security.proxy.policy.remedies import told
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
+
+CODE: Final = "oidc_proxy_error"
+"""In a flow's metadata, the code of the answer that was made here."""
+
+DETAIL: Final = "oidc_proxy_error_detail"
+"""There too, what happened."""
+
+REMEDY: Final = "oidc_proxy_error_remedy"
+"""There too, what to do about it."""
 
 ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
     "host_not_allowed": (403, "The proxy does not answer to this Host"),
@@ -32,14 +37,7 @@ ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
 MALFORMED: Final = "its answer is malformed"
 """Begins the reason for which an answer of the service is not passed on."""
 
-_HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
-
-_LAST_RESORT: Final = Response.make(503, b"", _HEADERS | {ERROR_HEADER: IssuerUnavailable.code, "Retry-After": "1"})
-
-
-def last_resort() -> Response:
-    """Return the answer for the time in which there is no better one, and for when making a better one fails."""
-    return headers.with_headers(_LAST_RESORT, _LAST_RESORT.data.headers.fields)
+HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
 
 
 def title(code: str) -> str:
@@ -92,31 +90,7 @@ def parts(
     usual, title = ANSWERS[code]
     status = status or usual
     body = {"title": title, "status": status, "detail": detail, "code": code}
-    headers = _HEADERS | {ERROR_HEADER: code}
+    headers = HEADERS | {ERROR_HEADER: code}
     if status == 503:
         headers["Retry-After"] = str(math.ceil(retry_after))
     return status, headers, json.dumps(body).encode()
-
-
-def last_answer(status_code: int, message: str = "") -> bytes:
-    """Return an answer of HTTP/1 after which the connection ends; `message` is mitmproxy's reason for it."""
-    code = "bad_request" if status_code < 500 else "upstream_unavailable"
-    _, headers, body = parts(code, printable(message), status=status_code)
-    return bytes(http1.assemble_response(Response.make(status_code, body, headers | {"Connection": "close"})))
-
-
-def answer(code: str, detail: str, *, method: str, retry_after: float = 1) -> Response:
-    """Return the answer to a request that is not forwarded; `retry_after` is in seconds."""
-    status, headers, body = parts(code, detail, retry_after=retry_after)
-    # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
-    return Response.make(status, b"" if method == "HEAD" else body, headers)
-
-
-CODE: Final = "oidc_proxy_error"
-"""In a flow's metadata, the code of the answer that was made here."""
-
-DETAIL: Final = "oidc_proxy_error_detail"
-"""There too, what happened."""
-
-REMEDY: Final = "oidc_proxy_error_remedy"
-"""There too, what to do about it."""

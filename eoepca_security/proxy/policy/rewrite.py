@@ -9,9 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from mitmproxy.http import Headers
-
 from eoepca_security.oauth.urls import parse_origin
+from eoepca_security.proxy.policy.headers import Fields
 
 ORIGIN: Final = "oidc_proxy_origin"
 """In a flow's metadata, the proxy's origin as the client knows it."""
@@ -29,32 +28,29 @@ _OF_REQUESTS: Final = frozenset({b"origin", b"referer"})
 _OF_RESPONSES: Final = frozenset({b"location", b"content-location"})  # RFC 9110 §10.2.2, §8.7
 
 
-def name_the_service(headers: Headers, proxy: str, service: str) -> None:
-    """Make of a request's `Origin` and `Referer` what they would be had the page come from the service."""
-    _replace(headers, _OF_REQUESTS, proxy, service)
+def naming_the_service(fields: Fields, proxy: str, service: str) -> Fields:
+    """Return a request's fields with `Origin` and `Referer` as they would be had the page come from the service."""
+    return _moved_in(fields, _OF_REQUESTS, proxy, service)
 
 
-def name_the_proxy(headers: Headers, proxy: str, service: str) -> None:
-    """Lead to the proxy where a response leads to the service."""
-    _replace(headers, _OF_RESPONSES, service, proxy)
+def naming_the_proxy(fields: Fields, proxy: str, service: str) -> Fields:
+    """Return a response's fields, which lead to the proxy where they lead to the service."""
+    return _moved_in(fields, _OF_RESPONSES, service, proxy)
 
 
-def share(headers: Headers, sharing: Mapping[str, str] | None) -> None:
-    """Share an answer with the origin that `sharing` names and no other, whoever the service shares it with."""
+def shared(fields: Fields, sharing: Mapping[str, str] | None) -> Fields:
+    """Return a response's fields, shared with the origin in `sharing` and no other, whatever the service says."""
     kept = _FOR_READERS if sharing else ()
     added = tuple((header.encode(), value.encode()) for header, value in (sharing or _UNSHARED).items())
-    passed = (
-        field for field in headers.fields if not (name := field[0].lower()).startswith(_ABOUT_SHARING) or name in kept
-    )
-    headers.fields = (*passed, *added)
+    passed = (field for field in fields if not (name := field[0].lower()).startswith(_ABOUT_SHARING) or name in kept)
+    return (*passed, *added)
 
 
-def _replace(headers: Headers, names: frozenset[bytes], old: str, new: str) -> None:
-    # Most have none of them, and mitmproxy's own look-up takes several times as long.
-    if not names.isdisjoint([name.lower() for name, _ in headers.fields]):
-        headers.fields = tuple(
-            (name, _moved(value, old, new) if name.lower() in names else value) for name, value in headers.fields
-        )
+def _moved_in(fields: Fields, names: frozenset[bytes], old: str, new: str) -> Fields:
+    # Most have none of them.
+    if names.isdisjoint([name.lower() for name, _ in fields]):
+        return fields
+    return tuple((name, _moved(value, old, new) if name.lower() in names else value) for name, value in fields)
 
 
 def _moved(value: bytes, old: str, new: str) -> bytes:

@@ -73,7 +73,7 @@ def _run(
             connection_pool.install(connection_pool.Pool())
             if worker is not None:
                 share_listeners((settings.host, settings.port), worker.listeners)
-                answer(worker.line, addon.subject())
+                answer(worker.line, addon.admin_source())
                 self.event_loop.add_reader(worker.lifeline, self._orphaned, worker.lifeline)
 
         def _orphaned(self, lifeline: int) -> None:

@@ -26,14 +26,6 @@ async def context() -> Any:
 
 
 @pytest.fixture
-def addon(context: Any) -> OIDCAuthProxy:
-    addon = OIDCAuthProxy(Settings("https://issuer.example", Client("c"), refresh_token="the-refresh-token"))
-    context.master.addons.add(addon)
-    context.options.update(mode=["reverse:https://service.example"])
-    return addon
-
-
-@pytest.fixture
 def clock() -> Clock:
     return Clock()
 
@@ -44,15 +36,27 @@ def issuer() -> Issuer:
 
 
 @pytest.fixture
-def source(addon: OIDCAuthProxy, issuer: Issuer, clock: Clock) -> TokenSource:
-    addon._source = TokenSource(issuer, refresh_token="first", now=clock, observe=addon._refreshed)
-    return addon._source
+def addon(context: Any, issuer: Issuer, clock: Clock) -> OIDCAuthProxy:
+    def make_source(_: Settings, *, observe: Any, **__: Any) -> TokenSource:
+        return TokenSource(issuer, refresh_token="first", now=clock, observe=observe)
+
+    settings = Settings("https://issuer.example", Client("c"), refresh_token="the-refresh-token")
+    addon = OIDCAuthProxy(settings, make_source=make_source)
+    context.master.addons.add(addon)
+    context.options.update(mode=["reverse:https://service.example"])
+    return addon
+
+
+@pytest.fixture
+def source(addon: OIDCAuthProxy) -> TokenSource:
+    assert addon.state.source is not None
+    return addon.state.source
 
 
 async def refresh(context: Any, addon: OIDCAuthProxy) -> None:
     context.master.commands.execute("oidc.refresh")
-    assert addon._asked is not None
-    await addon._asked
+    assert addon.monitoring._asked is not None
+    await addon.monitoring._asked
 
 
 async def test_a_refresh_gets_another_token_and_tells_of_it(
@@ -80,14 +84,14 @@ async def test_refreshes_keep_to_the_limits_and_share_one_that_is_under_way(
     await source.token()
     issuer.gate.clear()
     context.master.commands.execute("oidc.refresh")
-    first = addon._asked
+    first = addon.monitoring._asked
     await settled(lambda: len(issuer.asked) == 2)
     context.master.commands.execute("oidc.refresh")
     assert source.forced_in() == 0
     issuer.gate.set()
     assert first is not None
-    assert addon._asked is not None
-    await asyncio.gather(first, addon._asked)
+    assert addon.monitoring._asked is not None
+    await asyncio.gather(first, addon.monitoring._asked)
     assert len(issuer.asked) == 2
     clock.time += 10
     with pytest.raises(CommandError, match=r"^no refresh now; try again in 1 min 50 s$"):

@@ -18,10 +18,11 @@ from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.oauth.protocol import Client
+from eoepca_security.proxy.addons.addresses import exposure
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
-from eoepca_security.proxy.addons.state import exposure
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
+from eoepca_security.proxy.patches.http_clients import outgoing
 from eoepca_security.proxy.policy import clearance
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.buffering import MAX_HELD
@@ -64,10 +65,9 @@ async def context() -> Any:
 
 
 def addon_with(source: StubSource | None, context: Any) -> OIDCAuthProxy:
-    addon = OIDCAuthProxy(SETTINGS)
+    addon = OIDCAuthProxy(SETTINGS, make_source=lambda *_, **__: source)  # type: ignore[arg-type]
     context.master.addons.add(addon)
     context.options.update(mode=["reverse:https://service.example"])
-    addon._source = source  # type: ignore[assignment]
     return addon
 
 
@@ -82,7 +82,7 @@ def flow_for(method: str = "GET", **headers: str) -> HTTPFlow:
 
 def sent(flow: HTTPFlow, target: Target = SERVICE) -> Request:
     """Return the request as it leaves."""
-    request = clearance.outgoing(flow.request, target)
+    request = outgoing(flow.request, target)
     assert request is not None
     return request
 
@@ -90,7 +90,7 @@ def sent(flow: HTTPFlow, target: Target = SERVICE) -> Request:
 async def test_the_token_replaces_every_authorization_header(context: Any) -> None:
     flow = flow_for()
     flow.request.headers.set_all("authorization", ["Basic x", "Bearer y"])
-    await addon_with(StubSource(), context).requestheaders(flow)
+    await addon_with(StubSource(), context).request_flow.requestheaders(flow)
     assert sent(flow).headers.get_all("Authorization") == ["Bearer the-token"]
     assert flow.response is None
     assert "the-token" not in str(flow.get_state())
@@ -99,7 +99,7 @@ async def test_the_token_replaces_every_authorization_header(context: Any) -> No
 async def test_a_request_that_mitmproxy_refused_is_left_alone(context: Any) -> None:
     flow = flow_for()
     flow.error = Error("invalid")
-    await addon_with(StubSource(), context).requestheaders(flow)
+    await addon_with(StubSource(), context).request_flow.requestheaders(flow)
     assert "Authorization" not in flow.request.headers
 
 
@@ -107,8 +107,8 @@ async def test_an_answer_that_is_there_already_is_left_alone(context: Any) -> No
     flow = flow_for()
     flow.response = Response.make(204)
     addon = addon_with(StubSource(IssuerUnavailable("down")), context)
-    await addon.requestheaders(flow)
-    await addon.request(flow)
+    await addon.request_flow.requestheaders(flow)
+    await addon.request_flow.request(flow)
     assert flow.response.status_code == 204
 
 
@@ -125,7 +125,7 @@ async def test_whatever_raises_the_client_gets_an_answer_and_the_service_nothing
     failure: Exception, status: int, code: str, context: Any
 ) -> None:
     flow = flow_for()
-    await addon_with(StubSource(failure), context).requestheaders(flow)
+    await addon_with(StubSource(failure), context).request_flow.requestheaders(flow)
     assert flow.response is not None
     assert (flow.response.status_code, flow.response.headers["X-OIDC-Proxy-Error"]) == (status, code)
     assert "the-token" not in (flow.response.text or "")
@@ -133,7 +133,7 @@ async def test_whatever_raises_the_client_gets_an_answer_and_the_service_nothing
 
 async def test_without_a_source_nothing_passes(context: Any) -> None:
     flow = flow_for()
-    await addon_with(None, context).requestheaders(flow)
+    await addon_with(None, context).request_flow.requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 503
 
@@ -145,7 +145,7 @@ async def test_without_a_source_nothing_passes(context: Any) -> None:
 async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
     flow = flow_for()
     flow.client_conn.proxy_mode = ProxyMode.parse(mode)
-    await addon_with(StubSource(), context).requestheaders(flow)
+    await addon_with(StubSource(), context).request_flow.requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 503
     assert clearance.clearance(flow.request) is None
@@ -153,10 +153,10 @@ async def test_in_other_modes_nothing_passes(mode: str, context: Any) -> None:
 
 
 async def test_a_fault_in_answering_still_gives_an_answer(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoepca_security.proxy.policy.problem_details.answer", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("eoepca_security.proxy.patches.messages.answer", lambda *_, **__: 1 / 0)
     flow = flow_for()
     with pytest.raises(ZeroDivisionError):  # which mitmproxy logs, and goes on with the flow as it is
-        await addon_with(StubSource(IssuerUnavailable("down")), context).requestheaders(flow)
+        await addon_with(StubSource(IssuerUnavailable("down")), context).request_flow.requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 503
     assert flow.response.headers["X-OIDC-Proxy-Error"] == "issuer_unavailable"
@@ -165,7 +165,7 @@ async def test_a_fault_in_answering_still_gives_an_answer(context: Any, monkeypa
 async def test_a_cancelled_hook_leaves_an_answer(context: Any) -> None:
     flow = flow_for()
     with pytest.raises(asyncio.CancelledError):
-        await addon_with(StubSource(asyncio.CancelledError()), context).requestheaders(flow)
+        await addon_with(StubSource(asyncio.CancelledError()), context).request_flow.requestheaders(flow)
     assert flow.response is not None
 
 
@@ -176,7 +176,7 @@ async def test_a_request_that_is_being_decided_about_has_an_answer_already(conte
             raise AssertionError
 
     flow = flow_for()
-    deciding = asyncio.create_task(addon_with(Slow(), context).requestheaders(flow))
+    deciding = asyncio.create_task(addon_with(Slow(), context).request_flow.requestheaders(flow))
     await asyncio.sleep(0)
     assert flow.response is not None
     deciding.cancel()
@@ -186,11 +186,11 @@ async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(conte
     flow = flow_for()
     addon = addon_with(StubSource(), context)
     clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
-    await addon.request(flow)
+    await addon.request_flow.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer the-token"
     clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
     flow.request.data.content = None  # streamed
-    await addon.request(flow)
+    await addon.request_flow.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer sent already"
 
 
@@ -200,7 +200,7 @@ async def test_an_absolute_target_loses_its_host_on_http1_and_is_the_services_on
         flow = flow_for()
         flow.request.data.http_version = version
         flow.request.authority = "localhost:8080"
-        await addon.requestheaders(flow)
+        await addon.request_flow.requestheaders(flow)
         assert sent(flow).authority == authority
         assert sent(flow).headers["Host"] == "service.example"
 
@@ -239,8 +239,10 @@ async def test_settings_come_from_the_options(context: Any) -> None:
         refresh_token="r",
         oidc_scope="openid",
     )
-    assert addon._problems == []
-    assert addon._settings == Settings("https://issuer.example", Client("client"), refresh_token="r", scope="openid")
+    assert addon.state.problems == []
+    assert addon.state.settings == Settings(
+        "https://issuer.example", Client("client"), refresh_token="r", scope="openid"
+    )
 
 
 async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context: Any) -> None:
@@ -252,8 +254,8 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
         oidc_client_id="client",
         refresh_token="r",
     )
-    addon._running = True
-    source = addon._source
+    addon.state.is_running = True
+    source = addon.state.source
     for change in (
         {"oidc_url": "ftp://x"},
         {"mode": ["regular"]},
@@ -263,18 +265,18 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     ):
         with pytest.raises(exceptions.OptionsError):
             context.options.update(**change)
-    assert addon._source is source
+    assert addon.state.source is source
     assert context.options.oidc_url == "https://issuer.example"
     context.options.update(websocket=False)
-    assert addon._source is source  # with its rotated refresh token
+    assert addon.state.source is source  # with its rotated refresh token
     assert source is not None
     source._session._adopt("rotated")
     context.options.update(oidc_scope="openid")
-    assert addon._source is not source
-    assert addon._source is not None
-    assert addon._source._session._refresh_token == "rotated"
+    assert addon.state.source is not source
+    assert addon.state.source is not None
+    assert addon.state.source._session._refresh_token == "rotated"
     context.options.update(refresh_token="another-login")
-    assert addon._source._session._refresh_token == "another-login"
+    assert addon.state.source._session._refresh_token == "another-login"
 
 
 # --- what the status tells of the service ------------------------------------------------------------------------
@@ -284,14 +286,14 @@ async def test_a_service_that_refuses_the_token_is_a_problem_and_our_own_answers
     addon = addon_with(StubSource(), context)
     for status, problems in ((401, 1), (403, 0)):
         flow = flow_for()
-        await addon.requestheaders(flow)
+        await addon.request_flow.requestheaders(flow)
         flow.response = Response.make(status)
-        addon._ended(flow)
+        addon.monitoring.response(flow)
         refused = flow_for()
         refused.request.headers["Host"] = "evil.example"
-        await addon.requestheaders(refused)
-        addon._ended(refused)
-        told = addon._status()
+        await addon.request_flow.requestheaders(refused)
+        addon.monitoring.response(refused)
+        told = addon.monitoring.status()
         assert len(told["problems"]) == problems
     assert [(one["code"], one["count"]) for one in told["recent_errors"]] == [("host_not_allowed", 2)]
 
@@ -301,11 +303,11 @@ async def test_a_service_that_refuses_the_token_is_a_problem_and_our_own_answers
 
 async def test_a_replay_from_the_console_costs_no_token(context: Any) -> None:
     addon, flow = addon_with(StubSource(), context), flow_for()
-    await addon.requestheaders(flow)
+    await addon.request_flow.requestheaders(flow)
     flow.response, flow.is_replay = Response.make(401), "request"
     answer = flow.response
     # Its source would raise AttributeError if it were asked for another.
-    await addon.token_refused(flow)
+    await addon.request_flow.token_refused(flow)
     assert flow.response is answer
 
 
@@ -327,12 +329,12 @@ async def test_what_cannot_be_sent_again_is_not_and_the_next_request_has_another
         refused.append(token)
         return "another"
 
-    addon._source.replace = replace  # type: ignore[union-attr,method-assign]
+    addon.state.source.replace = replace  # type: ignore[union-attr,method-assign]
     flow = flow_for()
-    await addon.requestheaders(flow)
+    await addon.request_flow.requestheaders(flow)
     flow.response = answer = Response.make(401)
     change(flow)
-    await addon.token_refused(flow)
+    await addon.request_flow.token_refused(flow)
     assert flow.response is answer
     assert len(refused) == 1
 
@@ -345,11 +347,11 @@ async def test_without_another_token_the_services_answer_stands(context: Any, ca
             if outcome is not None:
                 raise outcome
 
-        addon._source.replace = replace  # type: ignore[union-attr,method-assign]
+        addon.state.source.replace = replace  # type: ignore[union-attr,method-assign]
         flow = flow_for()
-        await addon.requestheaders(flow)
+        await addon.request_flow.requestheaders(flow)
         flow.response = answer = Response.make(401)
-        await addon.token_refused(flow)
+        await addon.request_flow.token_refused(flow)
         assert flow.response is answer
     assert "the-token" not in caplog.text
 
@@ -366,14 +368,14 @@ async def test_without_another_token_the_services_answer_stands(context: Any, ca
 async def test_what_could_become_two_requests_is_refused(attribute: str, value: bytes, context: Any) -> None:
     flow = flow_for()
     setattr(flow.request.data, attribute, value)
-    await addon_with(StubSource(), context).requestheaders(flow)
+    await addon_with(StubSource(), context).request_flow.requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 400
 
 
 async def test_a_line_break_in_a_header_is_refused(context: Any) -> None:
     flow = flow_for(X="y\r\n\r\nGET /naked HTTP/1.1")
-    await addon_with(StubSource(), context).requestheaders(flow)
+    await addon_with(StubSource(), context).request_flow.requestheaders(flow)
     assert flow.response is not None
     assert flow.response.status_code == 400
 
@@ -394,7 +396,7 @@ async def test_the_address_listened_on_is_a_name_of_the_proxy_unless_it_is_all(c
         for host in ("192.0.2.7:8080", "proxy.test:8080", "[fd00::7]:8080", "0.0.0.0:8080", "localhost:8080"):
             flow = flow_for(Host=host)
             flow.client_conn.proxy_mode = ProxyMode.parse(mode)
-            await addon.requestheaders(flow)
+            await addon.request_flow.requestheaders(flow)
             is_allowed = host in (allowed, "localhost:8080")
             assert (flow.response is None) is is_allowed, (listen_host, mode, host)
 
@@ -404,9 +406,9 @@ async def test_hosts_that_are_none_are_told_of_without_a_word_about_the_mode(con
     context.master.addons.add(addon)
     options = {"oidc_url": "https://issuer.example", "oidc_client_id": "client", "refresh_token": "r"}
     context.options.update(mode=["regular"], inject_hosts="http://x/", **options)
-    assert [problem.partition(":")[0] for problem in addon._problems] == ["PROXY_INJECT_HOSTS"]
+    assert [problem.partition(":")[0] for problem in addon.state.problems] == ["PROXY_INJECT_HOSTS"]
     context.options.update(mode=["socks5"])
-    assert [problem.partition(":")[0] for problem in addon._problems] == ["mode", "PROXY_INJECT_HOSTS"]
+    assert [problem.partition(":")[0] for problem in addon.state.problems] == ["mode", "PROXY_INJECT_HOSTS"]
 
 
 async def test_options_that_would_undo_the_protection_are_refused(context: Any) -> None:
@@ -422,20 +424,22 @@ async def test_options_that_would_undo_the_protection_are_refused(context: Any) 
     ):
         before = getattr(context.options, name)
         context.options.update(**{name: value})
-        assert [problem for problem in addon._problems if problem.startswith(name)], name
+        assert [problem for problem in addon.state.problems if problem.startswith(name)], name
         context.options.update(**{name: before})
-    assert addon._problems == []
+    assert addon.state.problems == []
 
 
 async def test_regular_mode_needs_hosts_to_inject_to(context: Any) -> None:
     addon = addon_with(StubSource(), context)
     context.options.update(mode=["regular"])
-    assert [problem for problem in addon._problems if problem.startswith("mode: ")]
+    assert [problem for problem in addon.state.problems if problem.startswith("mode: ")]
+
+
+async def test_regular_mode_is_fine_with_hosts_to_inject_to(context: Any) -> None:
     addon = OIDCAuthProxy(replace(SETTINGS, inject_hosts=("a.example",)))
-    addon.name = "second"  # type: ignore[attr-defined]
     context.master.addons.add(addon)
-    context.options.update(listen_port=1)
-    assert addon._problems == []
+    context.options.update(mode=["regular"])
+    assert addon.state.problems == []
 
 
 def test_listening_beyond_this_machine_is_told_in_one_line() -> None:
@@ -449,14 +453,14 @@ def test_listening_beyond_this_machine_is_told_in_one_line() -> None:
 
 async def test_a_page_of_the_proxy_is_not_taken_for_one_of_the_service_that_is_allowed(context: Any) -> None:
     addon = addon_with(StubSource(), context)
-    addon._guard = Guard(["localhost"], ["https://service.example"])
+    addon.state.guard = Guard(["localhost"], ["https://service.example"])
     for origin, policy in (("http://localhost:8080", "same-origin"), ("https://service.example", "cross-origin")):
         flow = flow_for(Referer=f"{origin}/page")
         for _ in range(2):
-            await addon.requestheaders(flow)
+            await addon.request_flow.requestheaders(flow)
             assert flow.request.headers["Referer"] == "https://service.example/page"
             flow.response = Response.make(200)
-            addon.responseheaders(flow)
+            addon.request_flow.responseheaders(flow)
             assert flow.response.headers["Cross-Origin-Resource-Policy"] == policy
             flow = flow.copy()
             flow.is_replay, flow.response = "request", None
@@ -465,9 +469,9 @@ async def test_a_page_of_the_proxy_is_not_taken_for_one_of_the_service_that_is_a
 async def test_while_it_ends_clients_are_told_to_close_their_connections(context: Any) -> None:
     addon = addon_with(StubSource(), context)
     for version, ending, told in ((b"HTTP/1.1", False, None), (b"HTTP/1.1", True, "close"), (b"HTTP/2.0", True, None)):
-        addon._ending = ending
+        addon.state.is_ending = ending
         flow = flow_for()
         flow.request.data.http_version = version
         flow.response = Response.make(200)
-        addon.responseheaders(flow)
+        addon.request_flow.responseheaders(flow)
         assert flow.response.headers.get("Connection") == told

@@ -104,8 +104,8 @@ def test_what_is_cleared_without_credentials_leaves_as_it_is() -> None:
 def test_a_copy_of_a_request_needs_a_clearance_of_its_own() -> None:
     request = post()
     clearance.clear(request, Clearance(SERVICE))
-    assert clearance.outgoing(request, SERVICE) is request
-    assert clearance.outgoing(request.copy(), SERVICE) is None
+    assert http_clients.outgoing(request, SERVICE) is request
+    assert http_clients.outgoing(request.copy(), SERVICE) is None
 
 
 def test_the_authority_is_as_in_a_url() -> None:

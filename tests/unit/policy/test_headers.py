@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 import pytest
-from mitmproxy.http import Headers, Request
+from mitmproxy.http import Request
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.proxy.policy.apisix import ApisixHeaders, drop_gateway_headers
-from eoepca_security.proxy.policy.headers import drop_hop_by_hop, hide_credentials, is_one_request
+from eoepca_security.proxy.policy.apisix import ApisixHeaders, without_gateway_headers
+from eoepca_security.proxy.policy.headers import is_one_request, with_hidden_credentials, without_hop_by_hop
 from eoepca_security.session.session import AccessToken
 
 
@@ -22,8 +22,8 @@ def request(*headers: tuple[str, str], version: str = "HTTP/1.1", method: str = 
 
 def left(*headers: tuple[str, str], version: str = "HTTP/1.1", method: str = "GET") -> dict[str, str]:
     made = request(*headers, version=version, method=method)
-    drop_hop_by_hop(made)
-    return {name.lower(): value for name, value in made.headers.items() if name.lower() != "content-length"}
+    fields = without_hop_by_hop(made.data)
+    return {n.lower().decode(): value.decode() for n, value in fields if n.lower() != b"content-length"}
 
 
 @pytest.mark.parametrize(
@@ -66,20 +66,26 @@ def test_only_a_get_opens_a_websocket_and_http2_may_have_trailers() -> None:
     ],
 )
 def test_what_two_could_read_differently_is_no_request(headers: list[tuple[str, str]]) -> None:
-    assert is_one_request(request(("X", "fine")))
-    assert not is_one_request(request(*headers))
+    assert is_one_request(request(("X", "fine")).data)
+    assert not is_one_request(request(*headers).data)
 
 
 @pytest.mark.parametrize("version", ["HTTP/0.9", "HTTP/1.2", "HTTP/9.9"])
 def test_nor_is_one_of_an_unknown_version(version: str) -> None:
-    assert not is_one_request(request(version=version))
+    assert not is_one_request(request(version=version).data)
 
 
 def test_the_clients_credentials_are_hidden() -> None:
-    headers = Headers([(b"authorization", b"Basic a"), (b"AUTHORIZATION", b"Basic b"), (b"Proxy-Authorization", b"c")])
-    hide_credentials(headers)
-    assert set(headers.values()) == {"Bearer (added by the proxy)"}
-    assert len(headers.fields) == 2
+    sent = (
+        (b"authorization", b"Basic a"),
+        (b"X", b"y"),
+        (b"AUTHORIZATION", b"Basic b"),
+        (b"Proxy-Authorization ", b"c"),
+    )
+    fields = with_hidden_credentials(sent)
+    assert [value for name, value in fields if name != b"X"] == [b"Bearer (added by the proxy)"] * 2
+    assert (b"X", b"y") in fields
+    assert with_hidden_credentials(((b"X", b"y"),)) == ((b"X", b"y"),)
 
 
 def test_gateway_headers_are_dropped_in_every_spelling() -> None:
@@ -92,9 +98,8 @@ def test_gateway_headers_are_dropped_in_every_spelling() -> None:
         "X-Raw-ID-Token",
         "X-Refresh-Token",
     )
-    headers = Headers([(name.encode(), b"x") for name in (*names, "X-Access-Token-Other", "X-User")])
-    drop_gateway_headers(headers)
-    assert list(headers.keys()) == ["X-Access-Token-Other", "X-User"]
+    fields = tuple((name.encode(), b"x") for name in (*names, "X-Access-Token-Other", "X-User"))
+    assert [name for name, _ in without_gateway_headers(fields)] == [b"X-Access-Token-Other", b"X-User"]
 
 
 def jwt_of(claims: dict[str, Any]) -> str:
@@ -147,5 +152,5 @@ def test_without_userinfo_the_access_tokens_claims_stand_in_for_it(caplog: pytes
 
 @pytest.mark.parametrize("method", ["head", "Connect", "hEAD"])
 def test_methods_that_mitmproxy_takes_for_others_are_refused(method: str) -> None:
-    assert not is_one_request(request(method=method))
-    assert is_one_request(request(method="get"))
+    assert not is_one_request(request(method=method).data)
+    assert is_one_request(request(method="get").data)

@@ -42,6 +42,7 @@ def rejected(issuer_error: str) -> CredentialsRejected:
         (CredentialsRejected("x", cause="no_auth_method"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
         (TokenInvalid("x", claim="aud"), "OPEN_ID_CONNECT_AUDIENCE"),
         (TokenInvalid("x", claim="aud"), "Included Custom Audience"),
+        (TokenInvalid("x", claim="cnf"), "turn off DPoP-bound"),
         (TokenInvalid("x", cause="clock"), "timedatectl"),
         (TokenInvalid("x"), "the client's settings at the issuer"),
         (

@@ -1,9 +1,8 @@
 """Which of the two names of a site stands where."""
 
 import pytest
-from mitmproxy.http import Headers
 
-from eoepca_security.proxy.policy.rewrite import name_the_proxy, name_the_service, share
+from eoepca_security.proxy.policy.rewrite import naming_the_proxy, naming_the_service, shared
 
 PROXY = "http://localhost:8080"
 SERVICE = "https://service.example"
@@ -35,29 +34,30 @@ SERVICE = "https://service.example"
     ],
 )
 def test_only_what_leads_to_the_service_itself_leads_to_the_proxy(value: str, expected: str) -> None:
-    headers = Headers([(b"location", value.encode()), (b"Content-Location", value.encode()), (b"Link", value.encode())])
-    name_the_proxy(headers, PROXY, SERVICE)
-    assert list(headers.values()) == [expected, expected, value]
+    fields = tuple((name, value.encode()) for name in (b"location", b"Content-Location", b"Link"))
+    assert [moved.decode() for _, moved in naming_the_proxy(fields, PROXY, SERVICE)] == [expected, expected, value]
 
 
 def test_a_page_of_the_proxy_is_one_of_the_service() -> None:
-    headers = Headers(origin="http://LOCALHOST:8080", referer="http://localhost:8080/lab?x=http://localhost:8080/")
-    name_the_service(headers, PROXY, SERVICE)
-    assert dict(headers) == {"origin": SERVICE, "referer": f"{SERVICE}/lab?x=http://localhost:8080/"}
+    page = b"http://localhost:8080/lab?x=http://localhost:8080/"
+    fields = naming_the_service(((b"origin", b"http://LOCALHOST:8080"), (b"Referer", page)), PROXY, SERVICE)
+    assert fields == (
+        (b"origin", SERVICE.encode()),
+        (b"Referer", f"{SERVICE}/lab?x=http://localhost:8080/".encode()),
+    )
 
 
 @pytest.mark.parametrize("origin", ["null", "https://app.example", "http://localhost:3000", "https://localhost:8080"])
 def test_other_pages_stay_what_they_are(origin: str) -> None:
-    headers = Headers(origin=origin, referer=f"{origin}/page")
-    name_the_service(headers, PROXY, SERVICE)
-    assert dict(headers) == {"origin": origin, "referer": f"{origin}/page"}
+    fields = ((b"origin", origin.encode()), (b"referer", f"{origin}/page".encode()))
+    assert naming_the_service(fields, PROXY, SERVICE) == fields
 
 
 def test_an_ipv6_address_and_a_default_port() -> None:
-    headers = Headers(origin="http://[::1]", location="http://[0:0:0:0:0:0:0:2]:9000/")
-    name_the_service(headers, "http://[::1]:80", SERVICE)
-    name_the_proxy(headers, "http://[::1]:80", "http://[::2]:9000")
-    assert dict(headers) == {"origin": SERVICE, "location": "http://[::1]:80/"}
+    request = naming_the_service(((b"origin", b"http://[::1]"),), "http://[::1]:80", SERVICE)
+    assert request == ((b"origin", SERVICE.encode()),)
+    answer = ((b"location", b"http://[0:0:0:0:0:0:0:2]:9000/"),)
+    assert naming_the_proxy(answer, "http://[::1]:80", "http://[::2]:9000") == ((b"location", b"http://[::1]:80/"),)
 
 
 OPEN_TO_ALL = (
@@ -74,9 +74,7 @@ REST = ((b"Vary", b"Accept"), (b"Cross-Origin-Opener-Policy", b"same-origin"), (
 
 
 def test_what_the_service_says_about_other_sites_is_replaced() -> None:
-    headers = Headers(OPEN_TO_ALL + FOR_READERS + REST)
-    share(headers, None)
-    assert headers.fields == (
+    assert shared(OPEN_TO_ALL + FOR_READERS + REST, None) == (
         *REST,
         (b"Cross-Origin-Resource-Policy", b"same-origin"),
         (b"Vary", b"Origin, Sec-Fetch-Site"),
@@ -84,9 +82,8 @@ def test_what_the_service_says_about_other_sites_is_replaced() -> None:
 
 
 def test_an_allowed_origin_gets_what_the_service_has_for_readers() -> None:
-    headers = Headers(OPEN_TO_ALL + FOR_READERS + REST)
-    share(headers, {"Access-Control-Allow-Origin": "https://app.example", "Vary": "Origin"})
-    assert headers.fields == (
+    sharing = {"Access-Control-Allow-Origin": "https://app.example", "Vary": "Origin"}
+    assert shared(OPEN_TO_ALL + FOR_READERS + REST, sharing) == (
         *FOR_READERS,
         *REST,
         (b"Access-Control-Allow-Origin", b"https://app.example"),

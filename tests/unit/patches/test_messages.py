@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
+from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.policy import problem_details
 
 
@@ -19,7 +20,7 @@ from eoepca_security.proxy.policy import problem_details
     ],
 )
 def test_each_error_has_its_answer(code: str, status: int, retry_after: str | None) -> None:
-    answer = problem_details.answer(code, "why", method="GET", retry_after=2.1)
+    answer = messages.answer(code, "why", method="GET", retry_after=2.1)
     assert answer.status_code == status
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.headers["X-OIDC-Proxy-Error"] == code
@@ -31,12 +32,12 @@ def test_each_error_has_its_answer(code: str, status: int, retry_after: str | No
 
 
 def test_an_answer_to_head_has_no_body() -> None:
-    answer = problem_details.answer("token_invalid", "why", method="HEAD", retry_after=1)
+    answer = messages.answer("token_invalid", "why", method="HEAD", retry_after=1)
     assert (answer.content, answer.headers["X-OIDC-Proxy-Error"]) == (b"", "token_invalid")
 
 
 def test_text_from_strangers_cannot_break_the_json() -> None:
-    answer = problem_details.answer("token_invalid", 'quote " newline \n \udc80', method="GET", retry_after=1)
+    answer = messages.answer("token_invalid", 'quote " newline \n \udc80', method="GET", retry_after=1)
     assert json.loads(answer.content or b"")["detail"] == 'quote " newline \n \udc80'
 
 
@@ -52,7 +53,7 @@ def test_text_from_strangers_cannot_break_the_json() -> None:
 )
 def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int, code: str, remedy: str) -> None:
     fault = problem_details.upstream_fault("service.example:443", reason)
-    answer = problem_details.answer(fault.code, fault.detail, method="GET")
+    answer = messages.answer(fault.code, fault.detail, method="GET")
     assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (status, code)
     body = json.loads(answer.text or "")
     assert body["detail"].startswith("service.example:443: ")
@@ -66,7 +67,7 @@ def test_a_service_that_hangs_up_without_tls_may_want_it() -> None:
 
 
 def test_the_last_resort_is_a_new_one_each_time() -> None:
-    first = problem_details.last_resort()
+    first = messages.last_resort()
     first.headers["X"] = "y"
-    assert "X" not in problem_details.last_resort().headers
-    assert problem_details.last_resort().status_code == 503
+    assert "X" not in messages.last_resort().headers
+    assert messages.last_resort().status_code == 503

@@ -1,0 +1,31 @@
+"""Where the proxy listens, where it forwards to, and what that means."""
+
+from urllib.parse import urlsplit
+
+from mitmproxy import ctx
+from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
+
+from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES
+from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import ALLOWED_HOSTS
+
+
+def addresses(settings: Settings | None) -> tuple[str, str]:
+    """Return the URL that the proxy listens at, and the service's, or the hosts that get the token in forward mode."""
+    server = ctx.master.addons.get("proxyserver")
+    listening = server.listen_addrs() if isinstance(server, Proxyserver) else []
+    host, port = listening[0][:2] if listening else ("nowhere", 0)
+    mode = ProxyMode.parse(ctx.options.mode[0])
+    upstream = mode.data
+    if settings is not None and isinstance(mode, RegularMode):
+        upstream = ", ".join(settings.inject_hosts)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
+
+
+def exposure(listener: str, settings: Settings) -> str:
+    """Say in one line what listening beyond this machine means."""
+    line = f"whatever can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
+    if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
+        line += f"; it answers to the names {', '.join(LOOPBACK_NAMES)} only, as {ALLOWED_HOSTS.env} is unset"
+    return line

@@ -1,0 +1,55 @@
+"""Requests that must not or need not be forwarded, and their answers."""
+
+from mitmproxy.http import HTTPFlow, Response
+
+from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.patches import messages
+from eoepca_security.proxy.patches.http_clients import is_origin_form
+from eoepca_security.proxy.policy.access import Refusal
+from eoepca_security.proxy.policy.destination import Destination
+from eoepca_security.proxy.policy.headers import is_one_request
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL
+from eoepca_security.proxy.policy.rewrite import SHARING
+
+
+def answer(flow: HTTPFlow, where: Destination, state: State) -> Response | None:
+    """Return the proxy's own answer to a request, or None for one that goes on."""
+    request = flow.request
+    is_explicit = not where.is_reverse and flow.server_conn.address is None
+    if not is_one_request(request.data) or (is_explicit and is_origin_form(request)):
+        return _refuse(flow, Refusal("bad_request", "no server would be certain what it asks for"))
+    # A replay was let in before, or comes from whoever sits at mitmproxy's console.
+    if flow.is_replay is None:
+        # Before the service's name takes the place of the proxy's: the service's own origin may be an allowed one.
+        if (sharing := state.guard.sharing(request.method, request.headers.get_all)) is not None:
+            flow.metadata[SHARING] = sharing
+        if (refusal := _refusal(flow, where, state)) is not None:
+            return _refuse(flow, refusal)
+    if state.guard.preflight(request.method, request.headers.get_all) is not None:
+        return Response.make(204)
+    return _termination(flow, where, state)
+
+
+def _refuse(flow: HTTPFlow, refusal: Refusal) -> Response:
+    flow.metadata |= {CODE: refusal.code, DETAIL: refusal.detail}
+    return messages.answer(refusal.code, refusal.detail, method=flow.request.method)
+
+
+def _refusal(flow: HTTPFlow, where: Destination, state: State) -> Refusal | None:
+    request, values = flow.request, flow.request.headers.get_all
+    if not where.is_reverse:
+        return state.guard.cross_site(where.target.origin, values)
+    authority = [request.authority] if request.authority else []
+    scheme = "https" if flow.client_conn.tls else "http"
+    return state.guard.refusal(scheme, [*authority, *values("Host")], values)
+
+
+def _termination(flow: HTTPFlow, where: Destination, state: State) -> Response | None:
+    endpoint = state.settings.termination_endpoint if state.settings is not None else None
+    if not where.is_reverse or flow.request.path.partition("?")[0] != endpoint:
+        return None
+    if flow.request.method != "POST":
+        return Response.make(405, b"", {"Allow": "POST"})
+    # Which does not end before this request has its answer.
+    state.end_all()
+    return Response.make(200, b"ending\n", {"Content-Type": "text/plain; charset=utf-8"})

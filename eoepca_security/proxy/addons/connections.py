@@ -1,0 +1,43 @@
+"""The connections to the service: whose certificate is verified, and which are not looked into."""
+
+import logging
+
+from mitmproxy.proxy.layer import NextLayer
+from mitmproxy.proxy.layers import TCPLayer
+from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
+from mitmproxy.proxy.server_hooks import ServerConnectionHookData
+
+from eoepca_security.oauth.text import printable
+from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.policy.destination import may_inject
+
+logger = logging.getLogger("eoepca_security.proxy.addon")
+
+
+class Connections:
+    """Decides about connections to the service as they are made."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def server_connect(self, data: ServerConnectionHookData) -> None:
+        """Verify the host that the token is for, and no other that the client named when it spoke TLS to us."""
+        server, address = data.server, data.server.address
+        is_reverse = isinstance(data.client.proxy_mode, ReverseMode)
+        if address is not None and (is_reverse or may_inject(self._state.settings, "https", *address[:2])):
+            server.sni = address[0]
+
+    def server_connect_error(self, data: ServerConnectionHookData) -> None:
+        """Say what keeps requests from the service; the client gets a coded 502."""
+        logger.warning(
+            "the protected service cannot be reached: %s; `run-mitmproxy.py check` says what to do",
+            printable(data.server.error),
+        )
+
+    def next_layer(self, data: NextLayer) -> None:
+        """In forward mode, look into no connection to a host that gets no token."""
+        context, address = data.context, data.context.server.address
+        if data.layer is not None or address is None or not isinstance(context.client.proxy_mode, RegularMode):
+            return
+        if not any(may_inject(self._state.settings, scheme, *address[:2]) for scheme in ("http", "https")):
+            data.layer = TCPLayer(context, ignore=True)

@@ -1,0 +1,169 @@
+"""What is counted and told of: for the admin listener, and for the commands in mitmproxy's own user interfaces."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mitmproxy import command
+from mitmproxy.exceptions import CommandError
+from mitmproxy.http import HTTPFlow
+from mitmproxy.log import ALERT
+from prometheus_client import Metric
+
+from eoepca_security.errors import TokenError
+from eoepca_security.oauth.text import identity
+from eoepca_security.oauth.verify import unverified_claims
+from eoepca_security.proxy.addons.addresses import addresses
+from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.admin import status
+from eoepca_security.proxy.admin.metrics import Metrics, counts
+from eoepca_security.proxy.admin.page import duration, lines
+from eoepca_security.proxy.admin.recent_errors import RecentErrors
+from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, Unready
+from eoepca_security.proxy.policy.access import Refusal
+from eoepca_security.proxy.policy.clearance import clearance
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
+from eoepca_security.session.source import TokenSource
+
+logger = logging.getLogger("eoepca_security.proxy.addon")
+
+
+class Monitoring:
+    """Counts requests and refreshes, and keeps the last of what happened.
+
+    A flow is told of by its metadata: the code of an answer that the proxy made itself, and what it says.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._metrics = Metrics(lambda: len(state.in_flight))
+        self._recent_errors = RecentErrors()
+        self._last_refresh: Refresh | None = None
+        self._last_answer: Answer | None = None
+        self._claims: Mapping[str, Any] = {}
+        self._asked: asyncio.Task[None] | None = None
+
+    def requestheaders(self, flow: HTTPFlow) -> None:
+        """Note that a request is being served."""
+        if flow.is_replay is None:
+            self._state.in_flight.add(flow)
+
+    def response(self, flow: HTTPFlow) -> None:
+        """Count what has its answer."""
+        self._ended(flow)
+
+    def error(self, flow: HTTPFlow) -> None:
+        """Count what ended without an answer of the service."""
+        self._ended(flow)
+
+    def request_refused(self, refusal: Refusal) -> None:
+        """Count what was refused before it became a flow."""
+        self._metrics.request_ended(400, refusal.code)
+        self._recent_errors.add(refusal.code, refusal.detail)
+
+    def _ended(self, flow: HTTPFlow) -> None:
+        if flow.is_replay is not None:
+            return
+        code, http_status = (
+            flow.metadata.get(CODE, ""),
+            flow.response.status_code if flow.response is not None else None,
+        )
+        self._metrics.request_ended(http_status, code)
+        if DETAIL in flow.metadata:
+            self._recent_errors.add(code, flow.metadata[DETAIL], flow.metadata.get(REMEDY, ""))
+        elif http_status is not None and not code and clearance(flow.request) is not None:
+            self._last_answer = Answer(http_status, time.time())
+        if not self._state.is_ending:
+            self._state.in_flight.discard(flow)
+
+    def refreshed(self, failure: TokenError | None, seconds: float) -> None:
+        """Note what a refresh failed for, if it did, and how long it took."""
+        self._metrics.refreshed(failure, seconds)
+        source = self._state.source
+        token = source.at_hand if source is not None else None
+        self._metrics.token_ends(token.ends_at if token is not None else None)
+        self._last_refresh = Refresh(time.time(), seconds, failure)
+        if failure is not None:
+            self._recent_errors.add(failure.code, str(failure), self._state.remedy(failure))
+        elif token is not None:
+            self._claims = unverified_claims(token.value)
+
+    def admin_source(self) -> AdminSource:
+        """Return what the admin listener tells of the proxy, and how it ends it."""
+
+        async def ready() -> Unready | None:
+            error = await status.unready(self._state.source)
+            return Unready(error.code, self._state.describe(error)) if error is not None else None
+
+        async def told() -> dict[str, Any]:
+            return self.status()
+
+        async def families() -> list[Metric]:
+            return self._metrics.families()
+
+        return AdminSource(ready, told, families, self._state.end_all)
+
+    def status(self) -> dict[str, Any]:
+        """Return the state as `/status` shows it."""
+        settings, source = self._state.settings, self._state.source
+        listener, upstream = addresses(settings)
+        return status.status(
+            status.State(
+                at=time.time(),
+                started_at=self._metrics.started_at,
+                listener=listener,
+                upstream=upstream,
+                in_container=self._state.in_container,
+                settings=settings,
+                token=source.at_hand if source is not None else None,
+                claims=self._claims,
+                failure=source.failure if source is not None else None,
+                last_refresh=self._last_refresh,
+                last_answer=self._last_answer,
+                recent_errors=self._recent_errors.latest(),
+                counts=counts(self._metrics.families()),
+                in_flight=len(self._state.in_flight),
+            )
+        )
+
+    @command.command("oidc.status")  # type: ignore[untyped-decorator]
+    def show_status(self) -> Sequence[str]:
+        """Show whose token the proxy holds, for how long, and what is wrong, if anything is."""
+        return lines(self.status())
+
+    @command.command("oidc.refresh")  # type: ignore[untyped-decorator]
+    def refresh(self) -> None:
+        """Get a new access token now. The event log tells what came of it."""
+        source = self._state.source
+        if source is None:
+            raise CommandError("the proxy is not configured: oidc.status tells more")
+        wait = source.forced_in() if source.at_hand is not None else 0.0
+        if wait > 0:
+            failed = f": the last attempt failed ({source.failure.code})" if source.failure is not None else ""
+            raise CommandError(f"no refresh now{failed}; try again in {duration(math.ceil(wait))}")
+        # Kept, or it might be collected while it runs.
+        self._asked = asyncio.get_running_loop().create_task(self._refresh_now(source))
+
+    async def _refresh_now(self, source: TokenSource) -> None:
+        """Force a refresh, under the same limits as when the service refuses a token, and log what came of it."""
+        try:
+            before = source.at_hand
+            token = await (source.replace(before.value) if before is not None else source.token())
+            failure = source.failure
+        except TokenError as error:
+            token, failure = None, error
+        if token is not None:
+            logger.log(
+                ALERT,
+                "a new access token: of %s, lives %d s",
+                identity(unverified_claims(token.value)),
+                math.ceil(token.ends_at - token.obtained_at),
+            )
+        elif failure is not None:
+            remedy = self._state.remedy(failure)
+            logger.warning("no new access token (%s): %s; what to do: %s", failure.code, failure, remedy)
+        else:
+            logger.warning("no new access token: the issuer gave the one that was there already")

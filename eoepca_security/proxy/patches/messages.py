@@ -1,0 +1,47 @@
+"""Messages of mitmproxy's kind: the proxy's own answers, and copies with other headers."""
+
+from typing import Final, TypeVar
+
+from mitmproxy.http import Headers, Request, Response
+from mitmproxy.net.http import http1
+
+from eoepca_security.errors import IssuerUnavailable
+from eoepca_security.oauth.text import printable
+from eoepca_security.proxy.policy.headers import Fields
+from eoepca_security.proxy.policy.problem_details import ERROR_HEADER, HEADERS, parts
+
+AnyMessage = TypeVar("AnyMessage", Request, Response)
+
+_LAST_RESORT: Final = Response.make(503, b"", HEADERS | {ERROR_HEADER: IssuerUnavailable.code, "Retry-After": "1"})
+
+
+def with_headers(message: AnyMessage, fields: Fields) -> AnyMessage:
+    """Return a copy of the message with these headers; all else is shared. mitmproxy's own takes ten times as long."""
+    headers = object.__new__(Headers)
+    headers.fields = fields
+    data = object.__new__(type(message.data))
+    data.__dict__.update(message.data.__dict__)
+    data.headers = headers
+    copied = object.__new__(type(message))
+    copied.__dict__.update(message.__dict__)
+    copied.data = data
+    return copied
+
+
+def answer(code: str, detail: str, *, method: str, retry_after: float = 1) -> Response:
+    """Return the answer to a request that is not forwarded; `retry_after` is in seconds."""
+    status, headers, body = parts(code, detail, retry_after=retry_after)
+    # mitmproxy would send a body after the headers of an answer to HEAD, too (RFC 9110 §9.3.2).
+    return Response.make(status, b"" if method == "HEAD" else body, headers)
+
+
+def last_resort() -> Response:
+    """Return the answer for the time in which there is no better one, and for when making a better one fails."""
+    return with_headers(_LAST_RESORT, _LAST_RESORT.data.headers.fields)
+
+
+def last_answer(status_code: int, message: str = "") -> bytes:
+    """Return an answer of HTTP/1 after which the connection ends; `message` is mitmproxy's reason for it."""
+    code = "bad_request" if status_code < 500 else "upstream_unavailable"
+    _, headers, body = parts(code, printable(message), status=status_code)
+    return bytes(http1.assemble_response(Response.make(status_code, body, headers | {"Connection": "close"})))
