@@ -109,7 +109,7 @@ class Configuration:
         # A new source would forget what is kept in memory only.
         goes_on = state.settings is None or state.settings.login == settings.login
         state.settings = settings
-        state.apisix = ApisixHeaders() if settings.forward_as == "apisix" else None
+        state.apisix = ApisixHeaders(state.describe) if settings.forward_as == "apisix" else None
         state.source = self._make_source(
             settings,
             continues=before if goes_on else None,

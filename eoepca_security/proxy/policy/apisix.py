@@ -3,7 +3,7 @@
 import base64
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from eoepca_security.errors import TokenError
@@ -27,9 +27,13 @@ def without_gateway_headers(fields: Fields) -> Fields:
 
 
 class ApisixHeaders:
-    """What APISIX's openid-connect plugin sends besides the token: claims, as padded base64 of JSON."""
+    """What APISIX's openid-connect plugin sends besides the token: claims, as padded base64 of JSON.
 
-    def __init__(self) -> None:
+    `describe` says in the log what an error is and what to do about it.
+    """
+
+    def __init__(self, describe: Callable[[TokenError], str] = str) -> None:
+        self._describe = describe
         self._userinfo: tuple[str, Mapping[str, Any] | None] = ("", None)
         self._trouble = ""
 
@@ -40,7 +44,9 @@ class ApisixHeaders:
             claims = provider.userinfo(token)
         except TokenError as error:
             if str(error) != self._trouble:
-                logger.warning("no X-Userinfo from the issuer, so it is what the access token says: %s", error)
+                logger.warning(
+                    "no X-Userinfo from the issuer, so it is what the access token says: %s", self._describe(error)
+                )
             self._trouble = str(error)
         self._userinfo = (token, claims)
 
