@@ -474,7 +474,7 @@ def test_a_service_that_stays_silent_is_told_of_in_time(start: StartProxy, tmp_p
     (tmp_path / "sitecustomize.py").write_text(
         "from eoepca_security.proxy.patches import connection_pool\n"
         "from mitmproxy.proxy import server\n"
-        "pool.CONNECT_TIMEOUT, server.TCP_TIMEOUT = 1.0, 1\n"
+        "connection_pool.CONNECT_TIMEOUT, server.TCP_TIMEOUT = 1.0, 1\n"
     )
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
 
