@@ -1,7 +1,7 @@
 """OIDC access tokens for tools that cannot log in, and verified claims for services behind a gateway.
 
 Importing this package needs neither mitmproxy nor FastAPI. `OIDCProxyScheme`, `Authentication` and `require_roles` are
-here too, once FastAPI is installed.
+available here once FastAPI is installed.
 """
 
 from importlib import import_module

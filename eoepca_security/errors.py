@@ -1,23 +1,23 @@
-"""What can go wrong, as one small tree.
+"""The errors that this package raises.
 
 ::
 
     SecurityError
     ├── SettingsError          a setting is wrong, missing or contradictory
-    ├── StoreError             the session cannot be kept on disk
-    └── TokenError             there is no access token to give; has a `code` of the public interface
-        ├── IssuerUnavailable      the issuer did not answer, or not sensibly; trying again may help
-        ├── CredentialsRejected    the issuer answered "no"; a person has to act
+    ├── StoreError             the session cannot be read from or written to disk
+    └── TokenError             no usable access token is available; `code` is part of the public interface
+        ├── IssuerUnavailable      the issuer gave no usable answer; retrying may help
+        ├── CredentialsRejected    the issuer refused; a person must act
         └── TokenInvalid           the issuer gave a token that must not be used
 
-A message says what happened, without a token or a secret. What to do about it depends on who uses the package, so the
-attributes have what is needed to say that; none has to be read out of a message.
+Messages say what happened and never contain a token or a secret. The remedy depends on who uses the package, so callers
+choose it from the attributes and never parse a message.
 """
 
 from typing import ClassVar, Literal
 
 Cause = Literal[
-    # The network kept us from the issuer, as `eoepca_security.issuer.transport.explain` finds.
+    # The network: see `eoepca_security.issuer.transport.explain`.
     "certificate",
     "ended",
     "no_tls",
@@ -26,14 +26,14 @@ Cause = Literal[
     "timeout",
     "unknown_ca",
     "unknown_host",
-    # The issuer is not where, or not what, it was said to be.
+    # The issuer is not at the configured URL, or is not the configured issuer.
     "not_there",
     "other_issuer",
     "plain_http",
     "redirect",
-    # It answered 400, 401 or 403 without saying whether that refuses the client, the session, or neither.
+    # The issuer answered 400, 401 or 403 without saying whether it refuses the client, the session, or neither.
     "unclear_refusal",
-    # Something that is needed is missing: here,
+    # Something is missing: here,
     "no_session",
     "not_configured",
     # and at the issuer, in the order of a login.
@@ -41,22 +41,22 @@ Cause = Literal[
     "no_device_login",
     "no_browser_login",
     "no_refresh_token",
-    # The browser came back from an issuer that it was not sent to.
+    # The browser came back from an issuer that we did not send it to.
     "mix_up",
-    # The token's times do not fit this machine's clock.
+    # The token's times do not match this machine's clock.
     "clock",
 ]
-"""What happened, where something particular can be done about it."""
+"""What happened, where it has a remedy of its own."""
 
 
 class SecurityError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises."""
 
 
 class SettingsError(SecurityError, ValueError):
-    """One or more settings are wrong; `problems` has a line for each.
+    """One or more settings are wrong; `problems` has one line for each.
 
-    `is_missing` says that a required one is unset.
+    `is_missing` is true when a required setting is unset.
     """
 
     def __init__(self, *problems: str, is_missing: bool = False) -> None:
@@ -66,11 +66,11 @@ class SettingsError(SecurityError, ValueError):
 
 
 class StoreError(SecurityError):
-    """The token store cannot be read or written; the session can go on in memory."""
+    """The token store cannot be read or written. The session can continue in memory."""
 
 
 class TokenError(SecurityError):
-    """There is no usable access token, for the reason that the subclass names; `cause` is more exact, or None."""
+    """No usable access token is available. The subclass says why; `cause` is more specific, or None."""
 
     code: ClassVar[str]
 
@@ -80,11 +80,11 @@ class TokenError(SecurityError):
 
 
 class IssuerUnavailable(TokenError):
-    """The issuer is unreachable, slow, failing, or not speaking its protocol.
+    """The issuer is unreachable, slow or failing, or its answer does not follow the protocol.
 
-    `retry_after` is what the issuer asked for, in seconds, or None. `was_sent` says that the request had left and no
-    sensible answer came, so that it may have been served all the same. `url` is what was asked, where that is known;
-    `by_proxy` says that the way led through a proxy.
+    `retry_after` is the delay that the issuer asked for, in seconds, or None. `was_sent` is true when the request was
+    sent but no usable answer came back: the issuer may have processed it. `url` is the requested URL, if known.
+    `by_proxy` is true when the request went through a proxy.
     """
 
     code = "issuer_unavailable"
@@ -107,10 +107,9 @@ class IssuerUnavailable(TokenError):
 
 
 class CredentialsRejected(TokenError):
-    """The issuer refused the refresh token or the client, or there is none.
+    """The issuer refused the refresh token or the client, or there is no refresh token.
 
-    `issuer_error` is the issuer's error code (RFC 6749 §5.2), `description` what it says to people; None where it said
-    nothing.
+    `issuer_error` is the issuer's error code (RFC 6749 §5.2) and `description` its text for people, or None.
     """
 
     code = "credentials_rejected"
@@ -131,8 +130,8 @@ class CredentialsRejected(TokenError):
 class TokenInvalid(TokenError):
     """A token fails a check: shape, signature, issuer, audience or time.
 
-    `claim` is the claim that is wrong, where one is. `refresh_token` is the one that came with the token: it must
-    not be lost, as the one before may be used up.
+    `claim` names the wrong claim, or is None. `refresh_token` is the refresh token that came with the token. Keep it:
+    the previous one may be used up.
     """
 
     code = "token_invalid"

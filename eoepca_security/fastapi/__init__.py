@@ -1,4 +1,4 @@
-"""The service's side: verified claims for FastAPI services behind a gateway. May import `issuer` and `oauth`."""
+"""For services behind a gateway: verified claims in FastAPI. May import `issuer` and `oauth`."""
 
 from eoepca_security.fastapi.scheme import Authentication, OIDCProxyScheme, require_roles
 

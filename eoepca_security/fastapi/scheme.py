@@ -1,4 +1,4 @@
-"""OIDCProxyScheme: verified claims for FastAPI routes, from the tokens that a gateway puts into request headers."""
+"""OIDCProxyScheme: verified claims for FastAPI routes, from tokens that a gateway puts into request headers."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ from eoepca_security.issuer.provider import RETRY_INTERVAL, Provider
 from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.oauth.urls import discovery_url, url_problem
-from eoepca_security.oauth.verify import MAX_TOKEN_SIZE, Policy, check_binding, id_token_problem, read_unsigned
+from eoepca_security.oauth.verify import MAX_TOKEN_SIZE, Policy, check_binding, id_token_mismatch, read_unsigned
 
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 _REFRESH_TOKEN: Final = re.compile(f"[ -~]{{1,{MAX_TOKEN_SIZE}}}")  # RFC 6749 §A.17
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class Authentication(dict[str, Any]):
-    """Who makes a request: `claims`, `access_token`, `id_token` (claims or None) and `refresh_token` (or None).
+    """The authenticated caller: `claims`, `access_token`, `id_token` (claims or None) and `refresh_token` (or None).
 
-    `access_claims` are those of the access token alone: what somebody may do is decided by these, because ID claims may
-    be unsigned. Shown without any value.
+    `access_claims` are the claims of the access token only. Decide on permissions by these, because ID claims may be
+    unsigned. The repr shows no values.
     """
 
     def __init__(self, access_claims: Mapping[str, Any], **members: Any) -> None:
@@ -44,7 +44,7 @@ class Authentication(dict[str, Any]):
 
 
 class _Refusal(Exception):
-    """The request is not let in: a status, an error code of RFC 6750 §3.1 if there is one, and words for a person."""
+    """The request is refused: a status, an error code of RFC 6750 §3.1 or None, and a text for people."""
 
     def __init__(self, status: int, error: str | None, detail: str, scope: str = "") -> None:
         super().__init__(detail)
@@ -55,36 +55,37 @@ class _Refusal(Exception):
 class OIDCProxyScheme(SecurityBase):
     """A security scheme for `Depends(scheme)` or `Security(scheme, scopes=[…])`, on HTTP and WebSocket routes.
 
-    Tokens are read from headers and never believed unless they verify with the keys of the issuer, which is found at
-    `openIdConnectUrl` (the issuer or its discovery document). Keys are cached, and fetched without blocking.
+    Tokens come from headers, and are trusted only after verification with the keys of the issuer at `openIdConnectUrl`
+    (the issuer or its discovery document). Keys are cached, and fetched without blocking.
 
-    `audience` has to be in an access token's `aud`, and with `authorized_parties` the client that it was issued to has
-    to be one of these. `leeway` is the accepted clock difference in seconds.
+    An access token's `aud` must contain `audience`. With `authorized_parties`, it must have been issued to one of these
+    clients. `leeway` is the accepted clock difference in seconds.
 
-    The access token is in `auth_token_header`. With `auth_token_in_authorization` it stands there as in Authorization,
-    `Bearer <token>`; the word may be missing in a header of another name. Otherwise the header is the token and nothing
-    else. A token that is sent has to be good even where it is not required.
+    The access token is in `auth_token_header`. With `auth_token_in_authorization`, the value is `Bearer <token>`;
+    `Bearer` is optional if the header is not Authorization. Otherwise the value is the token alone. If a token is sent,
+    it must be valid, even if it is not required.
 
-    An ID token is a signed JWT, issued to the access token's client, to one of `authorized_parties` or to `audience`;
-    its `iss`, `sub` and `at_hash` have to fit the access token. Claims of it that the access token lacks join `claims`.
-    With `trust_unsigned_id_token` so do those of the base64 JSON that APISIX sends if its `iss`, `sub`, `exp` and
-    `at_hash` fit: whoever has the access token can choose all its other members. What does not fit is ignored.
+    An ID token is a signed JWT, issued to the access token's client, to one of `authorized_parties` or to `audience`.
+    Its `iss`, `sub` and `at_hash` must match the access token. `claims` gets the claims that the access token lacks.
+    With `trust_unsigned_id_token`, it also gets those of the base64 JSON that APISIX sends, if its `iss`, `sub`, `exp`
+    and `at_hash` match: anyone with the access token can choose all other members. Otherwise that JSON is ignored.
 
-    An access token with `cnf` is bound to a key (RFC 9449, RFC 8705) and refused, as nothing here proves that key; so
-    is an ID token that stands alone. `bound_tokens="gateway"` accepts them and does not look at the binding: it trusts
-    the gateway to have verified it, or to have got the token with a key of its own. That is safe only where every
-    request comes through this gateway, and it passes on no bound token that it has not verified.
+    An access token with `cnf` is bound to a key (RFC 9449, RFC 8705). It is refused, because nothing here can prove
+    possession of the key; so is an ID token with `cnf` without an access token. `bound_tokens="gateway"` accepts them
+    without checking the binding: it trusts the gateway to have verified it, or to have got the token with its own key.
+    That is safe only if every request comes through this gateway, and the gateway forwards no bound token that it has
+    not verified.
 
     Without `require_auth_token`, a signed ID token alone is enough, and a request without any token is anonymous: its
-    `claims` are empty. With `auto_error=False` there is None instead of every error but 503.
+    `claims` are empty. With `auto_error=False`, the result is None instead of any error except 503.
 
-    Raises SettingsError naming the arguments that are wrong.
+    Raises SettingsError, which names the wrong arguments.
     """
 
     def __init__(  # noqa: PLR0913  the public interface
         self,
         *,
-        openIdConnectUrl: str,  # noqa: N803  as FastAPI's own
+        openIdConnectUrl: str,  # noqa: N803  as in FastAPI
         audience: str,
         id_token_header: str = "X-ID-Token",
         refresh_token_header: str = "X-Refresh-Token",
@@ -108,9 +109,11 @@ class OIDCProxyScheme(SecurityBase):
         }
         problems = _header_problems(headers) + _problems(openIdConnectUrl, audience, leeway, authorized_parties)
         if require_refresh_token and not (require_auth_token or require_id_token):
-            problems.append("require_refresh_token needs require_auth_token or require_id_token: it proves nobody")
+            problems.append(
+                "require_refresh_token needs require_auth_token or require_id_token: it authenticates nobody by itself"
+            )
         if bound_tokens not in ("refuse", "gateway"):
-            problems.append('bound_tokens has to be "refuse" or "gateway"')
+            problems.append('bound_tokens must be "refuse" or "gateway"')
         if problems:
             raise SettingsError(*problems)
 
@@ -129,7 +132,7 @@ class OIDCProxyScheme(SecurityBase):
         self._reported: IssuerUnavailable | None = None
 
     async def __call__(self, connection: HTTPConnection, security_scopes: SecurityScopes) -> Authentication | None:
-        """Return who makes this request; raises HTTPException, on a WebSocket WebSocketException."""
+        """Return the authenticated caller; raises HTTPException, or on a WebSocket WebSocketException."""
         try:
             found = await self._authenticate(connection)
             if security_scopes.scopes:
@@ -159,9 +162,9 @@ class OIDCProxyScheme(SecurityBase):
         id_token = _without_bearer(self._header(connection, self._id_header), self._id_header)
         refresh_token = self._header(connection, self._refresh_header)
         if access_token is None and self._require_auth_token:
-            raise _Refusal(401, None, f"an access token is needed in the header {self._auth_header}")
+            raise _Refusal(401, None, f"an access token is required in the header {self._auth_header}")
         if refresh_token is None and self._require_refresh_token:
-            raise _Refusal(401, None, f"a refresh token is needed in the header {self._refresh_header}")
+            raise _Refusal(401, None, f"a refresh token is required in the header {self._refresh_header}")
         if refresh_token is not None and not _REFRESH_TOKEN.fullmatch(refresh_token):
             raise TokenInvalid("the refresh token is not printable ASCII, or is longer than 16 KiB")
         access_claims: dict[str, Any] = {}
@@ -169,7 +172,7 @@ class OIDCProxyScheme(SecurityBase):
             access_claims = await self._provider.verify_access_token(access_token, self._policy)
         id_claims = await self._id_claims(id_token, access_token, access_claims) if id_token is not None else None
         if id_claims is None and self._require_id_token:
-            raise _Refusal(401, None, f"an ID token is needed in the header {self._id_header}")
+            raise _Refusal(401, None, f"an ID token is required in the header {self._id_header}")
         return Authentication(
             access_claims,
             claims={**(id_claims or {}), **access_claims},
@@ -194,21 +197,21 @@ class OIDCProxyScheme(SecurityBase):
             clients |= {party} if isinstance(party, str) else set()
             claims, alg = await self._provider.verify_id_token(id_token, clients, leeway)
             if access_token is None:
-                check_binding(claims, self._policy)  # beside an access token, it is that one's binding that counts
-            problem = access_token and id_token_problem(claims, access_claims, access_token, alg)
-            if problem:
-                raise TokenInvalid(f"the ID token does not belong to the access token: {problem}")
+                check_binding(claims, self._policy)  # with an access token, only the access token's binding counts
+            mismatch = access_token and id_token_mismatch(claims, access_claims, access_token, alg)
+            if mismatch:
+                raise TokenInvalid(f"the ID token does not belong to the access token: {mismatch}")
             return claims
         if self._trust_unsigned_id_token and access_token is not None:
             with contextlib.suppress(TokenInvalid):
                 claims = read_unsigned(id_token, leeway=leeway, now=self._provider.now())
-                if id_token_problem(claims, access_claims, access_token) is None:
+                if id_token_mismatch(claims, access_claims, access_token) is None:
                     return claims
         return None
 
     def _report(self, error: IssuerUnavailable) -> None:
-        """Log a failure once, however many requests it fails."""
-        error.__traceback__ = None  # they share it, and it must not keep the variables of their calls
+        """Log an error once, no matter how many requests it affects."""
+        error.__traceback__ = None  # requests share it, and it must not keep their local variables alive
         if error is not self._reported:
             self._reported = error
             logger.warning("requests get 503: %s", error)
@@ -217,78 +220,76 @@ class OIDCProxyScheme(SecurityBase):
 def require_roles(
     scheme: OIDCProxyScheme, *roles: str, client: str | None = None
 ) -> Callable[..., Awaitable[Authentication]]:
-    """Return a dependency that lets in who has all of these Keycloak roles: the realm's, or those of `client`.
+    """Return a dependency that requires all of these Keycloak roles: realm roles, or roles of `client`.
 
-    They are read from the access token only. Whoever lacks one gets 403, and who is not authenticated 401 even where
-    the scheme has `auto_error=False`.
+    Roles come from the access token only. A caller without one of them gets 403, and an unauthenticated one gets 401,
+    even if the scheme has `auto_error=False`. Raises SettingsError without roles.
     """
     if not roles:
-        raise SettingsError("roles has to name a role")
+        raise SettingsError("roles must name at least one role")
 
     async def authentication(
         connection: HTTPConnection, found: Annotated[Authentication | None, Security(scheme)]
     ) -> Authentication:
         if found is None or not found["claims"]:
-            raise _error(connection, _Refusal(401, None, "an access token is needed"))
+            raise _error(connection, _Refusal(401, None, "an access token is required"))
         holder = found.access_claims.get("realm_access" if client is None else "resource_access")
         if client is not None:
             holder = holder.get(client) if isinstance(holder, dict) else None
         held = holder.get("roles") if isinstance(holder, dict) else None
         if not isinstance(held, list) or not all(role in held for role in roles):
-            raise _error(connection, _Refusal(403, "insufficient_scope", f"roles needed: {', '.join(roles)}"))
+            raise _error(connection, _Refusal(403, "insufficient_scope", f"required roles: {', '.join(roles)}"))
         return found
 
     return authentication
 
 
-@cache  # loading the CAs takes its time, and schemes may be many
+@cache  # loading the CAs takes a while, and an application may have many schemes
 def _transport() -> HttpTransport:
     return HttpTransport(trust())
 
 
 def _header_problems(headers: Mapping[str, Any]) -> list[str]:
     problems = [
-        f"{name} has to be the name of a header"
+        f"{name} must be a header name"
         for name, value in headers.items()
         if not isinstance(value, str) or not _HEADER_NAME.fullmatch(value)
     ]
     if len({str(value).lower() for value in headers.values()}) < len(headers):
-        problems.append(f"{', '.join(headers)} have to be three different headers")
+        problems.append(f"{', '.join(headers)} must be three different headers")
     return problems
 
 
 def _problems(url: Any, audience: Any, leeway: Any, parties: Any) -> list[str]:
     problems = []
-    url_fault = url_problem(url) if isinstance(url, str) else "has to be a URL"
-    if url_fault:
-        problems.append(f"openIdConnectUrl {url_fault}")
+    url_error = url_problem(url) if isinstance(url, str) else "must be a URL"
+    if url_error:
+        problems.append(f"openIdConnectUrl {url_error}")
     if not isinstance(audience, str) or not audience.strip():
-        problems.append(
-            "audience has to be a text that is not empty: the `aud` of tokens that are meant for the service"
-        )
+        problems.append("audience must be a non-empty string: the `aud` of tokens for this service")
     if isinstance(leeway, bool) or not isinstance(leeway, int | float) or not 0 <= leeway < math.inf:
-        problems.append("leeway has to be a number of seconds, 0 or more")
+        problems.append("leeway must be a number of seconds, 0 or more")
     if parties is not None and (
         isinstance(parties, str) or not parties or not all(isinstance(party, str) for party in parties)
     ):
-        problems.append("authorized_parties has to be a list of client ids that is not empty, or None")
+        problems.append("authorized_parties must be a non-empty list of client ids, or None")
     return problems
 
 
 def _check_scopes(found: Authentication, needed: SecurityScopes) -> None:
     if found["access_token"] is None:
-        raise _Refusal(401, None, "an access token is needed")
+        raise _Refusal(401, None, "an access token is required")
     granted: set[str] = set()
-    for name in ("scope", "scp"):  # RFC 8693 §4.2; the other is Entra's and Okta's
+    for name in ("scope", "scp"):  # RFC 8693 §4.2; Entra and Okta use `scp`
         value = found.access_claims.get(name)
         values = value.split(" ") if isinstance(value, str) else value
         granted.update(scope for scope in (values if isinstance(values, list) else ()) if isinstance(scope, str))
     if not granted.issuperset(needed.scopes):
-        raise _Refusal(403, "insufficient_scope", f"scopes needed: {needed.scope_str}", needed.scope_str)
+        raise _Refusal(403, "insufficient_scope", f"required scopes: {needed.scope_str}", needed.scope_str)
 
 
 def _without_bearer(value: str | None, header: str) -> str | None:
-    """Return the token of `Bearer <token>` (RFC 6750 §2.1); Authorization without that word holds no token."""
+    """Return the token of `Bearer <token>` (RFC 6750 §2.1). Authorization without `Bearer` has no token."""
     word, _, token = (value or "").partition(" ")
     if word.lower() == "bearer":
         return token.strip(" ") or None

@@ -1,1 +1,1 @@
-"""All I/O with the issuer: the network, the CAs, the threads that wait for it. May import `oauth`."""
+"""All I/O with the issuer: the network, the CAs and the threads that wait for them. May import `oauth`."""

@@ -1,4 +1,4 @@
-"""Which CAs are trusted: the system's, certifi's, and those in a file."""
+"""The trusted CAs: the system's, certifi's, and those in a file."""
 
 import ssl
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,8 +10,8 @@ _begun: dict[Path | None, "Future[ssl.SSLContext]"] = {}
 
 
 def begin_to_trust(ca_file: Path | None = None) -> None:
-    """Read the CAs in a thread already, for the next call of `trust` with the same `ca_file`."""
-    # No daemon: OpenSSL crashes when the process ends while it reads them.
+    """Start to read the CAs in a thread, for the next call of `trust` with the same `ca_file`."""
+    # Not a daemon thread: OpenSSL crashes when the process exits while it reads CAs.
     executor = ThreadPoolExecutor(1)
     _begun[ca_file] = executor.submit(_read_trust, ca_file)
     executor.shutdown(wait=False)
@@ -27,14 +27,14 @@ def trust(ca_file: Path | None = None) -> ssl.SSLContext:
 
 
 def usable_cas(ca_file: Path) -> Path:
-    """Return `ca_file`; raise OSError, as `trust` would but without reading all other CAs, when it cannot be used."""
+    """Return `ca_file`; raises OSError when it cannot be used, like `trust`, but without reading all other CAs."""
     ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
     return ca_file
 
 
 def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context()
-    # On from Python 3.13: it refuses the many private CAs without a key identifier, which older versions accept.
+    # Python 3.13 turned this flag on. It refuses the many private CAs that have no key identifier.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
     if ca_file is not None:
@@ -43,9 +43,9 @@ def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
 
 
 def ca_bundle(ca_file: Path) -> bytes:
-    """Return in PEM form what `trust(ca_file)` trusts, for programs that want a file; raises OSError.
+    """Return the CAs that `trust(ca_file)` trusts in PEM format, for programs that need a file; raises OSError.
 
-    The system's folder of CAs, where it has one beside its file, is not in it.
+    If the system also has a folder of CAs besides its file, that folder is not included.
     """
     system = ssl.get_default_verify_paths().cafile
     files = [Path(requests.utils.DEFAULT_CA_BUNDLE_PATH), ca_file, *([Path(system)] if system else [])]

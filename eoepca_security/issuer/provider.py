@@ -1,6 +1,6 @@
-"""All I/O with the issuer: discovery, keys and the token endpoint, with their caches.
+"""Everything we ask the issuer for: discovery, keys and tokens, with their caches.
 
-What is no coroutine blocks, and may be called from several threads; nothing here decides *when* to get a token.
+Methods that are not coroutines block, and are thread-safe. Nothing here decides *when* to get a token.
 """
 
 import asyncio
@@ -46,26 +46,26 @@ from eoepca_security.oauth.verify import Policy, TrustedKeys, Unverified, read_a
 
 DISCOVERY_TIMEOUT: Final = 5.0
 TOKEN_TIMEOUT: Final = 20.0
-"""Seconds that one exchange may take as a whole. A token endpoint may have to ask a directory first, and an answer that
-is given up may have had the only valid refresh token; nobody waits that long for it."""
+"""The longest time for one exchange, in seconds. It is generous, because a token endpoint may have to ask a directory
+first and the lost answer may carry the only valid refresh token. No request waits this long."""
 
 METADATA_LIFETIME: Final = 3600.0
 KEYS_LIFETIME: Final = 300.0
-"""Seconds after which a cached document is asked for again; the old one serves on while the issuer does not answer."""
+"""Seconds after which a cached document is fetched again. The old one stays in use while the issuer does not answer."""
 
 KEYS_STALE: Final = 3600.0
-"""Age in seconds from which keys are not used any more, even while the issuer does not answer."""
+"""The age in seconds at which keys are dropped, even while the issuer does not answer."""
 
 RETRY_INTERVAL: Final = 30.0
-"""Seconds between two attempts to renew a cached document, so that an issuer that is down is not hammered; and between
-two that tokens with unknown keys cause."""
+"""Seconds between two attempts to renew a cached document, so that we do not hammer an issuer that is down. Also
+between two attempts caused by tokens with unknown keys."""
 
 FAILURE_PAUSE: Final = 0.5
-"""Least time in seconds that callers who must not wait long share one failure; a failure that took longer is shared for
-as long as it took."""
+"""The shortest time in seconds for which callers of `_Cached.soon` share one error. An error that took longer to arrive
+is shared for as long as it took."""
 
 MAX_WAIT: Final = DISCOVERY_TIMEOUT
-"""Longest time that a request waits for keys, in seconds."""
+"""The longest time that a request waits for keys, in seconds."""
 
 T = TypeVar("T")
 
@@ -73,11 +73,11 @@ logger = logging.getLogger(__name__)
 
 
 class Provider:
-    """One issuer as one client sees it.
+    """One issuer, used by one client.
 
-    `issuer_url` is the issuer or its discovery document. `allow_http` accepts plain http beyond loopback, which gives
-    tokens and secrets to everyone on the way. `now` is epoch seconds. Raises SettingsError for a URL that must not be
-    spoken to.
+    `issuer_url` is the issuer or its discovery document. `allow_http` allows plain http beyond loopback, which exposes
+    tokens and secrets to everyone on the network path. `now` returns epoch seconds. Raises SettingsError when the URL
+    is not valid or not allowed.
     """
 
     def __init__(
@@ -114,19 +114,19 @@ class Provider:
         metadata = self._metadata.get(anew=self._in_doubt)
         self._in_doubt = False
         if not metadata.token_endpoint:
-            raise IssuerUnavailable(f"{self._discovery_url} names no token_endpoint", url=self._discovery_url)
+            raise IssuerUnavailable(f"{self._discovery_url} has no token_endpoint", url=self._discovery_url)
         request = build_token_request(
             self._client, metadata, now=self.now(), refresh_token=refresh_token, scope=self._scope
         )
         answer = self._post(request)
-        # Said of a moved endpoint, or of a client authentication that is not offered any more.
+        # The endpoint may have moved, or the issuer may no longer support our client authentication.
         self._in_doubt = answer.status in (401, 404, 405, 410)
         return read_token_response(
             answer.status, answer.body, retry_after=_retry_after(answer), secrets=self._secrets(request)
         )
 
     def begin_device_login(self, scope: str) -> DeviceAuthorization:
-        """Ask for a login that a user confirms elsewhere (RFC 8628); raises as `request_token` does."""
+        """Start a login that the user confirms elsewhere (RFC 8628). Raises the same errors as `request_token`."""
         verifier = new_verifier()
         request = build_device_request(self._client, self.metadata(), scope, verifier, now=self.now())
         answer = self._post(request)
@@ -135,7 +135,10 @@ class Provider:
         )
 
     def poll_device_login(self, device: DeviceAuthorization) -> TokenResponse | Pending:
-        """Ask once whether that has happened; raises as `request_token` does, CredentialsRejected when it is over."""
+        """Ask once whether the user has confirmed a login.
+
+        Raises the same errors as `request_token`, and CredentialsRejected when the login is over.
+        """
         request = build_device_token_request(self._client, self.metadata(), device, now=self.now())
         answer = self._post(request)
         return read_device_token_response(
@@ -143,15 +146,15 @@ class Provider:
         )
 
     def redeem_code(self, login: AuthorizationRequest, code: str) -> TokenResponse:
-        """Turn the code of a login by browser into tokens; raises as `request_token` does."""
+        """Exchange the code of a browser login for tokens. Raises the same errors as `request_token`."""
         request = build_code_request(self._client, self.metadata(), login, code, now=self.now())
         answer = self._post(request)
         return read_code_response(answer.status, answer.body, secrets=self._secrets(request))
 
     def revoke(self, refresh_token: str) -> None:
-        """End the session of a refresh token at the issuer (RFC 7009).
+        """Revoke a refresh token, which ends its session at the issuer (RFC 7009).
 
-        Raises IssuerUnavailable, or CredentialsRejected also when the issuer does not offer it.
+        Raises IssuerUnavailable or CredentialsRejected, the latter also when the issuer does not offer revocation.
         """
         request = build_revocation_request(self._client, self.metadata(), refresh_token, now=self.now())
         answer = self._post(request)
@@ -172,9 +175,7 @@ class Provider:
         except ValueError:
             claims = {}
         if answer.status != 200 or not claims:
-            raise IssuerUnavailable(
-                f"{printable(url)} answered {answer.status}, not with claims about the user", url=url
-            )
+            raise IssuerUnavailable(f"{printable(url)} answered {answer.status} without claims about the user", url=url)
         return claims
 
     def verify(self, token: str, audience: str) -> dict[str, Any]:
@@ -183,16 +184,17 @@ class Provider:
         return _known(self._keys.get().confirm(unverified) or self._keys.get(anew=True).confirm(unverified))
 
     async def verify_access_token(self, token: str, policy: Policy) -> dict[str, Any]:
-        """Return the verified claims of an access token, without ever blocking the event loop.
+        """Return the verified claims of an access token without blocking the event loop.
 
-        Does no I/O while the keys are cached; waits at most `MAX_WAIT` seconds for them. Raises as `verify` does.
+        Does no I/O while the keys are cached; otherwise waits for them, at most `MAX_WAIT` seconds. Raises the same
+        errors as `verify`.
         """
         return await self._confirm(read_access_token(token, policy, now=self.now()))
 
     async def verify_id_token(
         self, token: str, client_ids: Collection[str], leeway: float
     ) -> tuple[dict[str, Any], str]:
-        """Do the same with an ID token of one of these clients; return its algorithm too."""
+        """Do the same for an ID token of one of these clients; return its claims and signature algorithm."""
         unverified = read_id_token(token, client_ids, leeway=leeway, now=self.now())
         return await self._confirm(unverified), unverified.header.alg
 
@@ -210,7 +212,7 @@ class Provider:
         try:
             return self._transport.get(url, timeout=DISCOVERY_TIMEOUT)
         except IssuerUnavailable as error:
-            error.was_sent = False  # nothing is used up by reading a document
+            error.was_sent = False  # fetching a document uses nothing up
             raise
 
     def _fetch_metadata(self) -> ProviderMetadata:
@@ -225,23 +227,21 @@ class Provider:
         metadata = self.metadata()
         url = metadata.jwks_uri
         if url is None:
-            raise IssuerUnavailable(
-                "the issuer's discovery document names no jwks_uri, so its tokens cannot be verified"
-            )
+            raise IssuerUnavailable("the issuer's discovery document has no jwks_uri, so its tokens cannot be verified")
         answer = self._get(url)
         try:
             document = parse_object(answer.body)
         except ValueError:
             document = {}
         if answer.status != 200 or "keys" not in document:
-            raise IssuerUnavailable(f"{printable(url)} answered {answer.status}, not with a set of keys", url=url)
+            raise IssuerUnavailable(f"{printable(url)} answered {answer.status} without a set of keys", url=url)
         return TrustedKeys(metadata.issuer, read_keys(document))
 
 
 class _Cached(Generic[T]):
-    """A document that is fetched when it is first needed and again when it is old; one fetch at a time.
+    """A document that is fetched on first use and again when it is old; one fetch at a time.
 
-    After a failed fetch the old one serves on until it is `stale` seconds old.
+    When a fetch fails, the old document stays in use until it is `stale` seconds old.
     """
 
     def __init__(
@@ -257,13 +257,13 @@ class _Cached(Generic[T]):
         self._attempted_at = 0.0
         self._wanted_anew_at = 0.0
         self._fetching: Future[T] | None = None
-        self._failure: IssuerUnavailable | None = None
-        self._failure_until = 0.0
+        self._error: IssuerUnavailable | None = None
+        self._error_until = 0.0
 
     def get(self, *, anew: bool = False) -> T:
-        """Return the document; with `anew` a newer one than before, at most once in `RETRY_INTERVAL` seconds.
+        """Return the document; with `anew`, fetch it again, at most once in `RETRY_INTERVAL` seconds.
 
-        Callers that come during a fetch share its result and its error; those that an old document serves do not wait.
+        Callers during a fetch share its result or its error. Callers that can use the old document do not wait.
         """
         found, mine = self._look(anew=anew)
         if mine:
@@ -271,7 +271,7 @@ class _Cached(Generic[T]):
         return found.result() if isinstance(found, Future) else found
 
     async def soon(self, *, anew: bool = False) -> T:
-        """Do as `get`, with the fetch in a thread of its own and a bounded wait; a failure is shared for a moment."""
+        """Like `get`, but fetch in a thread and limit the wait. Callers share an error for a short time."""
         found, mine = self._look(anew=anew, patient=False)
         if mine:
             try:
@@ -287,7 +287,7 @@ class _Cached(Generic[T]):
             raise IssuerUnavailable(f"the issuer did not answer within {MAX_WAIT:g} s") from None
 
     def _look(self, *, anew: bool, patient: bool = True) -> tuple["T | Future[T]", "Future[T] | None"]:
-        """Return the document or the fetch to wait for, and that fetch if the caller has to run it."""
+        """Return the document or the fetch to wait for, and that fetch again if the caller must run it."""
         with self._lock:
             now = self._now()
             age = now - self._fetched_at
@@ -298,18 +298,18 @@ class _Cached(Generic[T]):
                 wait = self._wanted_anew_at if anew else self._attempted_at
                 if (0 <= age < self._lifetime and not anew) or 0 <= now - wait < RETRY_INTERVAL:
                     return value, None
-            elif not patient and self._failure is not None and now < self._failure_until:
-                raise self._failure.with_traceback(None)  # or it would collect the traceback of every request
+            elif not patient and self._error is not None and now < self._error_until:
+                raise self._error.with_traceback(None)  # otherwise it collects the traceback of every request
             self._attempted_at = now
             self._wanted_anew_at = now if anew else self._wanted_anew_at
             fetching = self._fetching = Future[T]()
-            fetching.set_running_or_notify_cancel()  # nobody who waits can cancel it now
+            fetching.set_running_or_notify_cancel()  # so that no waiting caller can cancel it
             return fetching, fetching
 
     def _run(self, fetching: "Future[T]") -> None:
         try:
             self._settle(fetching, self._fetch())
-        except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
+        except BaseException as error:  # noqa: BLE001  raised again where the result is awaited
             self._settle(fetching, error)
 
     def _settle(self, fetching: "Future[T]", outcome: T | BaseException) -> None:
@@ -318,10 +318,10 @@ class _Cached(Generic[T]):
             if not isinstance(outcome, BaseException):
                 self._value, self._fetched_at = outcome, self._attempted_at
             elif isinstance(outcome, IssuerUnavailable):
-                self._failure = outcome
-                self._failure_until = now + max(FAILURE_PAUSE, now - self._attempted_at)
+                self._error = outcome
+                self._error_until = now + max(FAILURE_PAUSE, now - self._attempted_at)
                 if self._value is not None and now - self._fetched_at < self._stale:
-                    logger.info("using the issuer's earlier answer: %s", outcome)
+                    logger.info("using the issuer's previous answer: %s", outcome)
                     outcome = self._value
         if isinstance(outcome, BaseException):
             fetching.set_exception(outcome)
@@ -331,12 +331,12 @@ class _Cached(Generic[T]):
 
 def _known(claims: dict[str, Any] | None) -> dict[str, Any]:
     if claims is None:
-        raise TokenInvalid("no key of the issuer fits the token")
+        raise TokenInvalid("none of the issuer's keys matches the token")
     return claims
 
 
 def _retry_after(answer: Answer) -> float | None:
-    """Read Retry-After (RFC 9110 §10.2.3), in seconds; a date counts from the answer's own, whatever our clock says."""
+    """Return Retry-After (RFC 9110 §10.2.3) in seconds. A date is relative to the answer's Date, not to our clock."""
     value = answer.headers.get("Retry-After", "")
     if value.isascii() and value.isdigit():
         return float(value)
@@ -345,4 +345,4 @@ def _retry_after(answer: Answer) -> float | None:
         seconds = max((then - now).total_seconds(), 0.0)
     except (TypeError, ValueError):
         return None
-    return seconds if seconds < 86_400 else None  # or one of the clocks, or the date, is wrong
+    return seconds if seconds < 86_400 else None  # otherwise a clock or the date is wrong

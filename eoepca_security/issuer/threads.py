@@ -1,4 +1,4 @@
-"""Blocking functions in daemon threads, for code that must neither block nor be held up at the end."""
+"""Blocking functions in daemon threads, so that they delay neither the event loop nor the exit of the process."""
 
 import asyncio
 import contextlib
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def in_daemon_thread(function: Callable[[], T]) -> "Future[T]":
-    """Run a blocking function in a thread of its own, which does not hold up the end of the process.
+    """Run a blocking function in a thread of its own, which does not delay the exit of the process.
 
-    Nobody can cancel it. Raises RuntimeError when no thread can be started.
+    It cannot be cancelled. Raises RuntimeError when no thread can be started.
     """
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
@@ -21,7 +21,7 @@ def in_daemon_thread(function: Callable[[], T]) -> "Future[T]":
     def run() -> None:
         try:
             result = function()
-        except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
+        except BaseException as error:  # noqa: BLE001  raised again where the result is awaited
             future.set_exception(error)
         else:
             future.set_result(result)
@@ -31,9 +31,9 @@ def in_daemon_thread(function: Callable[[], T]) -> "Future[T]":
 
 
 async def result_of(future: "Future[T]") -> T:
-    """Wait in the running event loop for what a thread comes to; giving up the wait leaves the thread to itself.
+    """Await a thread's result in the running event loop. Cancelling the wait does not stop the thread.
 
-    Unlike with `asyncio.wrap_future`, the thread may end when the loop is gone.
+    Unlike with `asyncio.wrap_future`, the thread may finish after the loop has closed.
     """
     loop = asyncio.get_running_loop()
     waiting: asyncio.Future[T] = loop.create_future()
@@ -46,28 +46,28 @@ async def result_of(future: "Future[T]") -> T:
         else:
             waiting.set_result(future.result())
 
-    def tell(_: "Future[T]") -> None:
-        # The loop may be gone by now, and nobody waits any more.
+    def notify(_: "Future[T]") -> None:
+        # The loop may have closed by now; then nobody is waiting.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(settle)
 
-    future.add_done_callback(tell)
+    future.add_done_callback(notify)
     return await waiting
 
 
 async def in_thread(function: Callable[[], T]) -> T:
     """Run a blocking function in a daemon thread of its own and return its result.
 
-    Unlike `asyncio.to_thread`, neither a full pool delays it nor does it delay the end of the process.
+    Unlike with `asyncio.to_thread`, a full pool does not delay it, and it does not delay the exit of the process.
     """
     return await result_of(in_daemon_thread(function))
 
 
 class DaemonThreads(ThreadPoolExecutor):
-    """An executor that gives each call a thread of its own, which does not hold up the end of the process.
+    """An executor that runs each call in a thread of its own, which does not delay the exit of the process.
 
-    asyncio looks names up in its executor: a name server that is silent would fill the usual pool, so that nothing else
-    is looked up, and the process would wait for it before it ends.
+    asyncio resolves host names in its executor. With the default pool, a silent name server would block all other
+    lookups, and the process would wait for it before it exits.
     """
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:

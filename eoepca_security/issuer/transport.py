@@ -1,4 +1,4 @@
-"""HTTP with bounds: one exchange that ends in time, reads no more than it should, and goes nowhere else."""
+"""HTTP with limits: each exchange has a deadline and a size cap, and follows no redirects."""
 
 import errno
 import re
@@ -23,7 +23,7 @@ from eoepca_security.issuer.threads import in_daemon_thread
 from eoepca_security.oauth.urls import is_loopback
 
 MAX_BODY: Final = 256 * 1024
-"""Longest answer that is read, in bytes."""
+"""The longest answer that is read, in bytes."""
 
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP response, not shown because its body may carry tokens."""
+    """An HTTP response. Its repr omits the body, which may carry tokens."""
 
     status: int
     body: bytes = field(repr=False)
@@ -39,7 +39,7 @@ class Answer:
 
 
 class Transport(Protocol):
-    """What the provider needs of the network; raises IssuerUnavailable when there is no whole answer in time."""
+    """What the provider needs from the network. Raises IssuerUnavailable without a complete answer in time."""
 
     def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         """Return the answer to a GET within `timeout` seconds."""
@@ -49,10 +49,10 @@ class Transport(Protocol):
 
 
 class HttpTransport:
-    """The real network, through `requests`: no redirects, no ambient credentials, every bound enforced.
+    """HTTP through `requests`, without redirects and without credentials from the environment; enforces all limits.
 
-    `context` says whom to trust, or is a function that does, called once when that is needed: reading all CAs takes
-    a while.
+    `context` is the TLS context, or a function that returns it. The function is called once, on first use, because
+    reading all CAs takes a while.
     """
 
     def __init__(self, context: ssl.SSLContext | Callable[[], ssl.SSLContext]) -> None:
@@ -70,7 +70,7 @@ class HttpTransport:
 
     def _exchange(self, request: requests.Request, timeout: float) -> Answer:
         request.headers = {"Accept": "application/json", "Accept-Encoding": "identity", **request.headers}
-        # requests would overwrite our Authorization header with what ~/.netrc has for the host; an `auth` stops it.
+        # Without an `auth`, requests would replace our Authorization header with credentials from ~/.netrc.
         request.auth = lambda prepared: prepared
         try:
             adapter = _DeadlineAdapter(self._context(), timeout)
@@ -86,7 +86,7 @@ class HttpTransport:
             with requests.Session() as session:
                 session.mount("https://", adapter)
                 session.mount("http://", adapter)
-                # Or requests reads a redirect's whole body, without any bound, though it is not followed.
+                # Otherwise requests reads a redirect's whole body without a limit, although it does not follow it.
                 session.get_redirect_target = lambda _response: None  # type: ignore[method-assign,assignment]
                 answer = self._send(session, request, timeout)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -102,7 +102,7 @@ class HttpTransport:
         finally:
             watchdog.cancel()
             adapter.forget()
-        # A connection that was cut may look like one that ended well, unless the answer says where it ends.
+        # A connection that was cut can look complete, unless the answer states its length.
         is_whole = answer is not None and not {"content-length", "transfer-encoding"}.isdisjoint(
             name.lower() for name in answer.headers
         )
@@ -117,7 +117,7 @@ class HttpTransport:
         return answer
 
     def _environment(self, session: requests.Session, url: str) -> dict[str, Any]:
-        """Return what the environment says of proxies and CAs; this machine itself is behind no proxy."""
+        """Return the environment's settings for proxies and CAs; loopback never goes through a proxy."""
         settings = dict(session.merge_environment_settings(url, {}, True, None, None))
         return settings | {"proxies": {}} if is_loopback(urlsplit(url).hostname) else settings
 
@@ -127,14 +127,14 @@ class HttpTransport:
         with session.send(prepared, timeout=timeout, allow_redirects=False, **settings) as response:
             if response.is_redirect or 300 <= response.status_code < 400:
                 raise IssuerUnavailable(
-                    f"{request.url} answered with a redirect ({response.status_code}), which is not followed",
+                    f"{request.url} answered with a redirect ({response.status_code}), which we do not follow",
                     cause="redirect",
                     url=request.url,
                 )
             if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise IssuerUnavailable(f"{request.url} answered in an encoding that was not asked for", was_sent=True)
+                raise IssuerUnavailable(f"{request.url} answered with an unrequested content encoding", was_sent=True)
             body = b""
-            # Read until nothing comes: only then a body that is shorter than announced is noticed.
+            # Read until the end: only then does urllib3 notice a body that is shorter than announced.
             while len(body) <= MAX_BODY and (part := response.raw.read(MAX_BODY + 1 - len(body), decode_content=False)):
                 body += part
             if len(body) > MAX_BODY:
@@ -143,10 +143,10 @@ class HttpTransport:
 
 
 class _DeadlineAdapter(HTTPAdapter):
-    """An adapter whose connections can all be cut from another thread.
+    """An adapter whose connections another thread can cut.
 
-    A socket's timeout starts anew with every byte, so a peer that sends one now and then is never late. `requests`
-    offers no bound on the whole exchange; shutting its sockets down is one.
+    A socket's timeout restarts with every byte, so a peer that sends one now and then never exceeds it. `requests` has
+    no limit for the whole exchange, so we shut its sockets down.
     """
 
     def __init__(self, context: ssl.SSLContext, timeout: float) -> None:
@@ -181,7 +181,7 @@ class _DeadlineAdapter(HTTPAdapter):
                 adapter.was_connected = True
 
         class WatchedTLS(Watched, HTTPSConnection):
-            """The same over TLS; connected is then after the handshake."""
+            """The same over TLS, where `was_connected` is set after the handshake."""
 
         class PlainPool(HTTPConnectionPool):
             ConnectionCls = Watched
@@ -192,9 +192,9 @@ class _DeadlineAdapter(HTTPAdapter):
         manager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """Connect to the first address that answers; each has its share of the time that is left."""
+        """Connect to the first address that answers; each gets its share of the remaining time."""
         addresses = _resolve(host.strip("[]"), port, self._deadline - time.monotonic())
-        failure: OSError = TimeoutError("the exchange's time is up")
+        last_error: OSError = TimeoutError("the exchange timed out")
         for index, (family, kind, protocol, _, address) in enumerate(addresses):
             left = self._deadline - time.monotonic()
             if left <= 0:
@@ -208,20 +208,20 @@ class _DeadlineAdapter(HTTPAdapter):
                 self._register(connection)
             except OSError as error:
                 connection.close()
-                failure = error
+                last_error = error
             else:
                 return connection
-        raise failure
+        raise last_error
 
     def _register(self, connection: socket.socket) -> None:
         with self._lock:
             if self.was_cut:
-                raise TimeoutError("the exchange's time is up")
-            # A duplicate stays valid when TLS takes the original over, and shuts down the same connection.
+                raise TimeoutError("the exchange timed out")
+            # A duplicate stays valid when TLS takes over the original, and can shut down the same connection.
             self._sockets.append(connection.dup())
 
     def cut(self) -> None:
-        """End every connection now; whoever reads from one sees its end."""
+        """Shut down every connection now; readers see the end of the stream."""
         with self._lock:
             self.was_cut = True
             for connection in self._sockets:
@@ -231,7 +231,7 @@ class _DeadlineAdapter(HTTPAdapter):
                     continue
 
     def forget(self) -> None:
-        """Let go of the duplicates."""
+        """Close the duplicates."""
         with self._lock:
             for connection in self._sockets:
                 connection.close()
@@ -239,17 +239,17 @@ class _DeadlineAdapter(HTTPAdapter):
 
 
 def _resolve(host: str, port: int, timeout: float) -> list[Any]:
-    """Look an address up within `timeout` seconds: the resolver has no bound of its own that could be set."""
+    """Resolve a host within `timeout` seconds: the resolver has no timeout that we could set."""
     found = in_daemon_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     return found.result(max(timeout, 0.0))
 
 
-_UNKNOWN_CA: Final = (18, 19, 20, 21)  # OpenSSL's X509_V_ERR_… for certificates that lead to no known CA
+_UNKNOWN_CA: Final = (18, 19, 20, 21)  # OpenSSL's X509_V_ERR_… for certificates without a known CA
 _TIMEOUTS: Final = (TimeoutError, requests.Timeout, urllib3.exceptions.TimeoutError)
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Return an error and what is behind it; the libraries nest them in four different ways."""
+    """Return an error and its causes, which the libraries nest in four different ways."""
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
@@ -263,14 +263,14 @@ def _causes(error: BaseException) -> list[BaseException]:
 
 
 def _by_proxy(adapter: _DeadlineAdapter) -> str:
-    return " (through the proxy that the environment names)" if adapter.used_proxy else ""
+    return " (through the proxy from the environment)" if adapter.used_proxy else ""
 
 
 def explain(error: BaseException) -> tuple[Cause, str]:
-    """Return what kind of trouble the network had, and in a few words what: the libraries' messages are nests of reprs.
+    """Return the kind of a network error and a short description: the libraries' own messages are nested reprs.
 
     The kinds are `timeout`, `proxy`, `unknown_ca`, `certificate`, `unknown_host`, `refused`, `no_tls`, and `ended` for
-    all else.
+    everything else.
     """
     causes = _causes(error)
     if any(isinstance(cause, _TIMEOUTS) for cause in causes):
@@ -285,14 +285,14 @@ def _explain_one(cause: BaseException) -> tuple[Cause, str] | None:
         kind: Cause = "unknown_ca" if is_unknown else "certificate"
         return kind, f"its certificate is not trusted ({cause.verify_message})"
     if isinstance(cause, socket.gaierror):
-        return "unknown_host", "its host name is not known"
-    # Docker gives `localhost` an IPv6 address where there is no IPv6, too, and the last failure is what is told.
+        return "unknown_host", "its host name is unknown"
+        # Docker gives `localhost` an IPv6 address even without IPv6, and `connect` raises the last address's error.
     if isinstance(cause, ConnectionRefusedError) or getattr(cause, "errno", None) == errno.EADDRNOTAVAIL:
         return "refused", "the connection was refused"
     if isinstance(cause, ssl.SSLError):
-        what = getattr(cause, "reason", None) or "handshake failed"  # Python's own have none
-        return "no_tls", f"no TLS there ({what})"
-    # The library keeps the status of a proxy's refusal in the words alone.
+        what = getattr(cause, "reason", None) or "handshake failed"  # Python's own errors have no reason
+        return "no_tls", f"the server does not speak TLS ({what})"
+        # urllib3 has the status of a proxy's refusal only in the message.
     if refusal := re.search(r"Tunnel connection failed: ([0-9]{3})", str(cause)):
         return "proxy", f"the proxy answered {refusal[1]}"
     return None

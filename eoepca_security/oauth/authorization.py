@@ -1,7 +1,7 @@
-"""How a user logs in and out, as messages without I/O.
+"""Login and logout messages, without I/O.
 
-The device authorization grant (RFC 8628), the authorization code with PKCE (RFC 6749 §4.1, RFC 7636) and the end of a
-session (RFC 7009). As in `protocol`, each exchange is a function that builds the request and one that reads the answer.
+The device authorization grant (RFC 8628), the authorization code with PKCE (RFC 6749 §4.1, RFC 7636) and revocation
+(RFC 7009). As in `protocol`, each exchange has one function that builds the request and one that reads the answer.
 """
 
 import base64
@@ -36,15 +36,15 @@ DEFAULT_SCOPE: Final = "openid offline_access"
 DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 
 POLL_INTERVAL: Final = 5.0
-"""Seconds between two polls unless the issuer says otherwise (RFC 8628 §3.2), and what `slow_down` adds (§3.5)."""
+"""Default seconds between two polls (RFC 8628 §3.2), and what `slow_down` adds to them (§3.5)."""
 
-# The last is Keycloak's, for offline_access.
+# Keycloak sends `not_allowed` for offline_access.
 _FINAL_ERRORS: Final = FINAL_ERRORS | {"expired_token", "not_allowed"}
 
 
 @dataclass(frozen=True)
 class DeviceAuthorization:
-    """A login that a user has to confirm in a browser (RFC 8628 §3.2); times are in seconds."""
+    """A login that the user must confirm in a browser (RFC 8628 §3.2). Times are in seconds."""
 
     device_code: str = field(repr=False)
     verifier: str = field(repr=False)
@@ -53,7 +53,7 @@ class DeviceAuthorization:
     expires_in: float
     interval: float
     verification_uri_complete: str | None = None
-    """The same place with the code filled in."""
+    """The same URI with the code filled in."""
 
 
 class Pending(Enum):
@@ -65,7 +65,7 @@ class Pending(Enum):
 
 @dataclass(frozen=True)
 class AuthorizationRequest:
-    """What sends the user to the issuer, and what its answer will be held against."""
+    """The URL to open in the user's browser, and the values that its answer is checked against."""
 
     url: str = field(repr=False)
     redirect_uri: str
@@ -75,16 +75,17 @@ class AuthorizationRequest:
 
 
 def new_verifier() -> str:
-    """Return a secret that proves later that it was we who began a login (RFC 7636 §4.1)."""
+    """Return a secret that later proves that we started the login (RFC 7636 §4.1)."""
     return secrets.token_urlsafe(48)
 
 
 def build_device_request(
     client: Client, metadata: ProviderMetadata, scope: str, verifier: str, *, now: float
 ) -> TokenRequest:
-    """Build a device authorization request (RFC 8628 §3.1); raises CredentialsRejected where there is no such thing.
+    """Build a device authorization request (RFC 8628 §3.1).
 
-    With PKCE, which RFC 8628 does not know of: Keycloak asks for it where it does so for browsers.
+    It includes PKCE, which RFC 8628 does not mention: Keycloak requires it here if it does for browsers. Raises
+    CredentialsRejected when the issuer does not offer this login.
     """
     url = metadata.device_authorization_endpoint
     if url is None:
@@ -108,7 +109,7 @@ def read_device_response(
         for uri in (answer.get("verification_uri"), answer.get("verification_uri_complete"))
     )
     if device_code is None or user_code is None or uri is None or expires_in is None:
-        raise IssuerUnavailable("the device authorization endpoint's answer lacks what RFC 8628 §3.2 asks for")
+        raise IssuerUnavailable("the device authorization endpoint's answer lacks members that RFC 8628 §3.2 requires")
     interval = read_seconds(answer.get("interval")) or POLL_INTERVAL
     return DeviceAuthorization(device_code, verifier, printable(user_code, 64), uri, expires_in, interval, complete)
 
@@ -129,9 +130,12 @@ def build_device_token_request(
 def read_device_token_response(
     status: int, body: bytes, *, retry_after: float | None = None, secrets: Collection[str] = ()
 ) -> TokenResponse | Pending:
-    """Read the answer to a poll; raises as `read_token_response` does, CredentialsRejected when the login is over."""
+    """Read the answer to a poll.
+
+    Raises the same errors as `read_token_response`, and CredentialsRejected when the login is over.
+    """
     pending = {reason.value: reason for reason in Pending}
-    # Among the final ones, because unknown codes are taken for trouble of the issuer.
+    # Listed as final, because unknown codes raise IssuerUnavailable.
     final = _FINAL_ERRORS | pending.keys()
     try:
         return read_token_response(status, body, retry_after=retry_after, secrets=secrets, final=final)
@@ -144,13 +148,13 @@ def read_device_token_response(
 def build_authorization_request(
     client: Client, metadata: ProviderMetadata, scope: str, *, redirect_uri: str
 ) -> AuthorizationRequest:
-    """Build what the browser is sent to (OpenID Connect Core §3.1.2.1), with PKCE's S256.
+    """Build the URL that the browser opens (OpenID Connect Core §3.1.2.1), with PKCE's S256.
 
-    Raises CredentialsRejected where there is no such thing.
+    Raises CredentialsRejected when the issuer does not offer this login.
     """
     endpoint = metadata.authorization_endpoint
     if endpoint is None:
-        raise CredentialsRejected("the issuer does not offer logins by browser", cause="no_browser_login")
+        raise CredentialsRejected("the issuer does not offer browser login", cause="no_browser_login")
     state, nonce, verifier = (new_verifier() for _ in range(3))
     parameters = {
         "response_type": "code",
@@ -162,13 +166,13 @@ def build_authorization_request(
         **_challenge(verifier),
     }
     if "offline_access" in scope.split():
-        parameters["prompt"] = "consent"  # OpenID Connect Core §11: without it an issuer may give no refresh token
+        parameters["prompt"] = "consent"  # without it, the issuer may omit the refresh token (OpenID Connect Core §11)
     url = f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(parameters)}"
     return AuthorizationRequest(url, redirect_uri, state, nonce, verifier)
 
 
 def is_answer_to(request: AuthorizationRequest, parameters: Sequence[tuple[str, str]]) -> bool:
-    """Tell whether a redirect's query belongs to `request`; others, e.g. of web pages, are not to be listened to."""
+    """Return whether a redirect's query belongs to `request`. Ignore others: any web page can send one."""
     states = [value for name, value in parameters if name == "state"]
     return len(states) == 1 and hmac.compare_digest(states[0].encode(), request.state.encode())
 
@@ -178,11 +182,11 @@ def read_authorization_response(
 ) -> str:
     """Return the code in the query of a redirect (RFC 6749 §4.1.2) that `is_answer_to` this request.
 
-    Its `iss` has to be this issuer's (RFC 9207 §2.4). Raises CredentialsRejected.
+    Its `iss` must be this issuer (RFC 9207 §2.4). Raises CredentialsRejected.
     """
     values = dict(parameters)
     if not is_answer_to(request, parameters) or len(values) != len(parameters):
-        raise CredentialsRejected("the browser came back with another login's answer")
+        raise CredentialsRejected("the browser returned the answer to another login")
     issuer = values.get("iss")
     if (issuer is not None or metadata.names_itself) and issuer != metadata.issuer:
         raise CredentialsRejected(
@@ -200,7 +204,7 @@ def read_authorization_response(
 def build_code_request(
     client: Client, metadata: ProviderMetadata, request: AuthorizationRequest, code: str, *, now: float
 ) -> TokenRequest:
-    """Build the request that turns a code into tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
+    """Build the request that exchanges a code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
     form = {
         "grant_type": "authorization_code",
         "code": code,
@@ -211,19 +215,22 @@ def build_code_request(
 
 
 def read_code_response(status: int, body: bytes, *, secrets: Collection[str] = ()) -> TokenResponse:
-    """Read the answer to that; raises as `read_token_response` does."""
+    """Read the answer to a code request. Raises the same errors as `read_token_response`."""
     return read_token_response(status, body, secrets=secrets, final=_FINAL_ERRORS)
 
 
 def check_nonce(request: AuthorizationRequest, claims: dict[str, object]) -> None:
-    """Check that a verified ID token is of this login (OpenID Connect Core §3.1.3.7); raises TokenInvalid."""
+    """Check that a verified ID token belongs to this login (OpenID Connect Core §3.1.3.7); raises TokenInvalid."""
     nonce = claims.get("nonce")
     if not isinstance(nonce, str) or not hmac.compare_digest(nonce.encode(), request.nonce.encode()):
-        raise TokenInvalid("the ID token is of another login", claim="nonce")
+        raise TokenInvalid("the ID token belongs to another login", claim="nonce")
 
 
 def build_revocation_request(client: Client, metadata: ProviderMetadata, token: str, *, now: float) -> TokenRequest:
-    """Build a request that ends a refresh token's session (RFC 7009 §2.1); the issuer has to offer it."""
+    """Build a request that revokes a refresh token (RFC 7009 §2.1).
+
+    Raises CredentialsRejected when the issuer does not offer revocation.
+    """
     if metadata.revocation_endpoint is None:
         raise CredentialsRejected("the issuer does not offer revocation")
     form = {"token": token, "token_type_hint": "refresh_token"}
@@ -231,7 +238,10 @@ def build_revocation_request(client: Client, metadata: ProviderMetadata, token: 
 
 
 def read_revocation_response(status: int, body: bytes, *, secrets: Collection[str] = ()) -> None:
-    """Read the answer to that: a success says nothing more (RFC 7009 §2.2). Raises as `read_token_response` does."""
+    """Read the answer to a revocation; success has no content (RFC 7009 §2.2).
+
+    Raises the same errors as `read_token_response`.
+    """
     if not 200 <= status < 300:
         read_answer(status, body, secrets=secrets, endpoint="revocation")
 

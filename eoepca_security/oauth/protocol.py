@@ -1,6 +1,6 @@
 """OAuth 2.0 and OpenID Connect messages, without I/O.
 
-Each exchange is a pair: a function that builds the request and one that reads the answer. Neither sends anything.
+Each exchange has one function that builds the request and one that reads the answer. Neither sends anything.
 """
 
 import base64
@@ -41,8 +41,8 @@ GRANTS: Final = ("refresh_token", "client_credentials")
 ASSERTION_LIFETIME: Final = 60
 """How long a client assertion is valid, in seconds (RFC 7523 §3: it must expire)."""
 
-# RFC 6749 §5.2 and RFC 8707 §2: answers that no repetition changes. The server-side ones (`server_error`,
-# `temporarily_unavailable`) are left out, as is everything unknown: those are worth another try.
+# RFC 6749 §5.2 and RFC 8707 §2: retrying does not help. The server-side codes (`server_error`,
+# `temporarily_unavailable`) and unknown ones are left out: for those, a retry may help.
 FINAL_ERRORS: Final = frozenset(
     {
         "invalid_request",
@@ -59,7 +59,7 @@ FINAL_ERRORS: Final = frozenset(
 
 @dataclass(frozen=True)
 class Client:
-    """Who we are at the issuer: an OAuth client and how it proves itself (`CLIENT_AUTH_METHODS`)."""
+    """An OAuth client and how it authenticates (`CLIENT_AUTH_METHODS`)."""
 
     client_id: str
     secret: str | None = field(default=None, repr=False)
@@ -71,7 +71,7 @@ class Client:
 class ProviderMetadata:
     """The part of a discovery document that we use (OpenID Connect Discovery §3).
 
-    `token_endpoint` is empty where there is none: to verify tokens, only keys are needed.
+    `token_endpoint` is empty when the document has none: verifying tokens needs only keys.
     """
 
     issuer: str
@@ -83,13 +83,13 @@ class ProviderMetadata:
     device_authorization_endpoint: str | None = None
     revocation_endpoint: str | None = None
     names_itself: bool = False
-    """Whether it says in authorization responses which issuer it is (RFC 9207)."""
+    """Whether authorization responses name the issuer (RFC 9207)."""
     userinfo_endpoint: str | None = None
 
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A POST to an endpoint where clients prove themselves; `form` and `headers` carry secrets, so are not shown."""
+    """A POST with client authentication. `form` and `headers` carry secrets, so the repr omits them."""
 
     url: str
     form: Mapping[str, str] = field(repr=False)
@@ -97,7 +97,7 @@ class TokenRequest:
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What is secret in it, as it is sent."""
+        """The secrets in the request, as sent."""
         names = ("refresh_token", "client_secret", "client_assertion", "code", "code_verifier", "device_code", "token")
         credentials = self.headers.get("Authorization", "").rpartition(" ")[2]
         return (credentials, *(self.form[name] for name in names if name in self.form))
@@ -105,21 +105,21 @@ class TokenRequest:
 
 @dataclass(frozen=True)
 class TokenResponse:
-    """A successful answer of the token endpoint (RFC 6749 §5.1); lifetimes in seconds, None where not said."""
+    """A successful token response (RFC 6749 §5.1). Lifetimes are in seconds, or None when not given."""
 
     access_token: str = field(repr=False)
     expires_in: float | None = None
     refresh_token: str | None = field(default=None, repr=False)
     refresh_expires_in: float | None = None
-    """Keycloak's: how long the refresh token lives. None where there is no end, as for offline sessions."""
+    """The refresh token's lifetime (Keycloak). None when it does not expire, as in offline sessions."""
     id_token: str | None = field(default=None, repr=False)
 
 
 def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = False) -> ProviderMetadata:
-    """Read the answer from the discovery document's `url`.
+    """Read a discovery document fetched from `url`.
 
-    Its `issuer` has to be the one that was asked (OpenID Connect Discovery §4.3); a trailing slash may differ, because
-    people leave it out. Raises IssuerUnavailable.
+    Its `issuer` must match `url` (OpenID Connect Discovery §4.3), except for a trailing slash, which people leave out.
+    Raises IssuerUnavailable.
     """
     if status != 200:
         cause: Cause | None = "not_there" if status in (400, 401, 403, 404) else None
@@ -130,7 +130,7 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         raise IssuerUnavailable(f"{url} is not a discovery document: {_first_words(error)}", url=url) from None
     issuer = document.get("issuer")
     if not isinstance(issuer, str) or issuer.rstrip("/") != url.removesuffix(WELL_KNOWN).rstrip("/"):
-        raise IssuerUnavailable(f"{url} speaks for another issuer, {printable(issuer)}", cause="other_issuer", url=url)
+        raise IssuerUnavailable(f"{url} names another issuer, {printable(issuer)}", cause="other_issuer", url=url)
     endpoints = {}
     for name in ("token_endpoint", "jwks_uri"):
         value = document.get(name)
@@ -147,12 +147,12 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         issuer=issuer,
         token_endpoint=endpoints.get("token_endpoint", ""),
         jwks_uri=endpoints.get("jwks_uri"),
-        # Of use only for extra headers, so a bad one is none rather than an error.
+        # Only used for extra headers, so an invalid URL is ignored.
         userinfo_endpoint=_good_url(document.get("userinfo_endpoint"), allow_http=allow_http),
-        # OpenID Connect Discovery §3: client_secret_basic is what an absent list means.
+        # OpenID Connect Discovery §3: the default is client_secret_basic.
         auth_methods=_strings(document.get("token_endpoint_auth_methods_supported")) or ("client_secret_basic",),
         auth_signing_algs=_strings(document.get("token_endpoint_auth_signing_alg_values_supported")),
-        # Of use only for logging in and out, so a bad one is none rather than an error.
+        # Only used to log in and out, so invalid URLs are ignored.
         authorization_endpoint=_good_url(document.get("authorization_endpoint"), allow_http=allow_http),
         device_authorization_endpoint=_good_url(document.get("device_authorization_endpoint"), allow_http=allow_http),
         revocation_endpoint=_good_url(document.get("revocation_endpoint"), allow_http=allow_http),
@@ -161,9 +161,9 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
 
 
 def choose_auth_method(client: Client, metadata: ProviderMetadata) -> str:
-    """Return the client authentication method to use: the client's own, or for `auto` one that the issuer offers.
+    """Return the client authentication method to use: the client's own, or for `auto` one that the issuer supports.
 
-    Raises CredentialsRejected when the issuer offers none that the client has the credentials for.
+    Raises CredentialsRejected when the client has no credentials for any method that the issuer supports.
     """
     if client.auth_method != "auto":
         return client.auth_method
@@ -176,8 +176,8 @@ def choose_auth_method(client: Client, metadata: ProviderMetadata) -> str:
         if method in metadata.auth_methods:
             return method
     raise CredentialsRejected(
-        f"the issuer offers the client authentication methods {printable(', '.join(metadata.auth_methods))}, and the "
-        f"client has what {' or '.join(possible)} needs",
+        f"the issuer supports the client authentication methods {printable(', '.join(metadata.auth_methods))}, but the "
+        f"client's credentials are for {' or '.join(possible)}",
         cause="no_auth_method",
     )
 
@@ -190,9 +190,9 @@ def build_token_request(
     refresh_token: str | None = None,
     scope: str | None = None,
 ) -> TokenRequest:
-    """Build a refresh request (RFC 6749 §6), or without a refresh token one for client credentials (RFC 6749 §4.4).
+    """Build a refresh request (RFC 6749 §6), or without a refresh token a client credentials request (RFC 6749 §4.4).
 
-    `now` is epoch seconds. Raises CredentialsRejected as `choose_auth_method` does.
+    `now` is in epoch seconds. Raises the same errors as `choose_auth_method`.
     """
     form = {"grant_type": "client_credentials"}
     if refresh_token is not None:
@@ -205,11 +205,11 @@ def build_token_request(
 def build_client_request(
     client: Client, metadata: ProviderMetadata, url: str, form: Mapping[str, str], *, now: float
 ) -> TokenRequest:
-    """Build a POST of `form` to `url` in which the client proves itself; otherwise as `build_token_request`."""
+    """Build a POST of `form` to `url` with client authentication; otherwise like `build_token_request`."""
     form, headers = dict(form), {}
     match choose_auth_method(client, metadata):
         case "client_secret_basic":
-            # RFC 6749 §2.3.1: both are form-encoded before they are joined, so a colon cannot be mistaken.
+            # RFC 6749 §2.3.1: form-encode both parts before joining them, so that a colon in either is unambiguous.
             pair = f"{quote_plus(client.client_id)}:{quote_plus(client.secret or '')}"
             headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
         case "client_secret_post":
@@ -233,10 +233,10 @@ def read_token_response(
     secrets: Collection[str] = (),
     final: Collection[str] = FINAL_ERRORS,
 ) -> TokenResponse:
-    """Read the token endpoint's answer; `secrets` are not repeated in errors, should the issuer do so.
+    """Read the token endpoint's answer. Errors never contain `secrets`, even if the issuer's answer does.
 
-    Raises CredentialsRejected for the `final` error codes, TokenInvalid (a success without a usable `access_token`) or
-    IssuerUnavailable (everything else).
+    Raises CredentialsRejected for the error codes in `final`, TokenInvalid for a success without a usable
+    `access_token`, and IssuerUnavailable for everything else.
     """
     answer = read_answer(status, body, retry_after=retry_after, secrets=secrets, final=final)
     refresh_token = read_text(answer.get("refresh_token"), "[ -~]+")
@@ -262,17 +262,17 @@ def read_answer(
     final: Collection[str] = FINAL_ERRORS,
     endpoint: str = "token",
 ) -> dict[str, Any]:
-    """Return the JSON object of a success; raises as `read_token_response` does for everything else."""
+    """Return the JSON object of a success; otherwise raises the same errors as `read_token_response`."""
     if status == 429 or status >= 500:
         message = f"the {endpoint} endpoint answered {status}"
         raise IssuerUnavailable(message, retry_after=retry_after, was_sent=status != 429)
     try:
         answer = parse_object(body)
     except ValueError as error:
-        # Whether this refuses something (as Glewlwyd 2.7 refuses a used-up refresh token), or comes from something
-        # in between, cannot be known; RFC 6749 §5.2 wants a refusal to say that it is one.
+        # This may be a refusal (Glewlwyd 2.7 refuses a used-up refresh token like this) or come from something in
+        # between; RFC 6749 §5.2 requires refusals to have an error code.
         raise IssuerUnavailable(
-            f"the {endpoint} endpoint answered {status}, not with the JSON it owes: {_first_words(error)}",
+            f"the {endpoint} endpoint answered {status} without the JSON that OAuth requires: {_first_words(error)}",
             was_sent=True,
             cause="unclear_refusal" if status in (400, 401, 403) else None,
         ) from None
@@ -294,7 +294,7 @@ def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str
 
 
 def read_text(value: object, pattern: str = "[!-~]+") -> str | None:
-    """Return a token; one of other characters than visible ASCII would break out of its header (RFC 6750 §2.1)."""
+    """Return `value` if it is a token, else None. Only visible ASCII is safe in a header (RFC 6750 §2.1)."""
     return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
 
 
@@ -305,9 +305,9 @@ def load_private_key(pem: bytes) -> PrivateKey:
     except TypeError:
         raise ValueError("the key is encrypted with a password: store it without one") from None
     except (ValueError, UnsupportedAlgorithm):
-        raise ValueError("this is not a private key in PEM form") from None
+        raise ValueError("the file is not a private key in PEM format") from None
     if not isinstance(key, PrivateKey):
-        raise ValueError("the key has to be RSA, EC or Ed25519")
+        raise ValueError("the key must be RSA, EC or Ed25519")
     if isinstance(key, EllipticCurvePrivateKey) and key.curve.name not in _EC_ALGORITHMS:
         raise ValueError(f"the curve {key.curve.name} has no signature algorithm in JWTs: use P-256, P-384 or P-521")
     return key
@@ -341,8 +341,8 @@ def _client_assertion(client: Client, metadata: ProviderMetadata, method: str, n
         "exp": int(now) + ASSERTION_LIFETIME,
     }
     signed = f"{_segment({'alg': algorithm, 'typ': 'JWT'})}.{_segment(claims)}"
-    # Signed by the algorithm itself: jwt.encode() warns of short secrets and refuses ones that look like keys, and a
-    # client cannot choose what secret its issuer gave it.
+    # Not jwt.encode(): it warns about short secrets and refuses those that look like keys, but the issuer chose the
+    # secret.
     key: Any = (client.secret or "").encode() if method == "client_secret_jwt" else client.key
     signature = jwt.get_algorithm_by_name(algorithm).sign(signed.encode(), key)
     return f"{signed}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
@@ -363,7 +363,7 @@ def _raise_error(
 
 
 def rejection(error: str, said: str) -> CredentialsRejected:
-    """Return the error for an issuer's refusal, from its error code and what it said to people, if anything."""
+    """Return the error for an issuer's refusal, from its error code and its text for people (may be empty)."""
     message = f"the issuer answered {error}{said and ': '}{said}"
     return CredentialsRejected(message, issuer_error=error, description=said or None)
 
@@ -373,12 +373,12 @@ def _good_url(value: object, *, allow_http: bool) -> str | None:
 
 
 def _first_words(error: ValueError) -> str:
-    # json's messages quote nothing of the document but may end in a position; the class of fault is enough.
+    # json's messages do not quote the document but may end in a position, which says nothing useful here.
     return printable(str(error).partition(":")[0], 80)
 
 
 def read_seconds(value: object) -> float | None:
-    """Read a lifetime; some issuers send it as a string. None for what is no positive number."""
+    """Return a lifetime, which some issuers send as a string. None when it is not a positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""JSON from strangers: strict where Python's `json` is lenient."""
+"""Untrusted JSON: strict where Python's `json` is lenient."""
 
 import json
 from typing import Any, Final, NoReturn
@@ -7,8 +7,8 @@ from typing import Any, Final, NoReturn
 def parse_object(data: bytes, *, unique_keys: bool = False) -> dict[str, Any]:
     """Return the JSON object in `data`.
 
-    Refuses with ValueError what is not UTF-8, not JSON (`NaN` and `Infinity` are not, RFC 8259 §6), nested too deeply,
-    or not an object; with `unique_keys` also an object that has a member twice (RFC 8725 §2.4 on why that matters).
+    Raises ValueError when it is not UTF-8, not JSON (`NaN` and `Infinity` are not, RFC 8259 §6), nested too deeply, or
+    not an object; with `unique_keys`, also when an object has a duplicate member (RFC 8725 §2.4).
     """
     try:
         value = (_UNIQUE if unique_keys else _PLAIN).decode(data.decode("utf-8"))
@@ -30,6 +30,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-# `json.loads` would make one for each call, which takes as long as a small document itself.
+# `json.loads` would build a decoder for each call, which takes as long as decoding a small document.
 _PLAIN: Final = json.JSONDecoder(parse_constant=_refuse_constant)
 _UNIQUE: Final = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_unique)

@@ -1,4 +1,4 @@
-"""Text from strangers, made fit for people: on one line, without secrets; and whose token it is, in words."""
+"""Untrusted text, made safe to show: on one line and without secrets."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,18 +7,18 @@ from urllib.parse import quote, quote_plus
 
 
 def printable(value: object, limit: int = 200) -> str:
-    """Return text from a stranger so that it fits on a log line: printable, at most `limit` characters."""
+    """Return untrusted text that is safe on a log line: printable, at most `limit` characters."""
     text = value if isinstance(value, str) else repr(value)[: limit + 1]
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "…"
 
 
 def without_secrets(text: object, secrets: Collection[str]) -> str:
-    """Return an issuer's text for people; some repeat in their errors what they were sent, or part of it."""
+    """Return an issuer's text without `secrets`: some issuers repeat what they were sent, or part of it."""
     if not isinstance(text, str):
         return ""
     for secret in secrets:
-        # Shorter ones are no secrets, and hiding them would garble the words.
+        # Anything shorter is not a secret, and hiding it would garble the text.
         if len(secret) >= 4:
             for form in (secret, quote_plus(secret), quote(secret, safe="")):
                 text = re.sub(re.escape(form), "…", text, flags=re.IGNORECASE)
@@ -26,7 +26,7 @@ def without_secrets(text: object, secrets: Collection[str]) -> str:
 
 
 def identity(claims: Mapping[str, Any]) -> str:
-    """Say whom claims are about, as far as they tell; for people to read, not for deciding anything."""
+    """Describe the user that claims are about, for people to read. Not for decisions."""
     name, subject = claims.get("preferred_username"), claims.get("sub")
     if not isinstance(name, str):
         return printable(subject) if isinstance(subject, str) else "someone (the token does not say)"

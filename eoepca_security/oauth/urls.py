@@ -1,4 +1,4 @@
-"""Addresses: which URLs, hosts and web origins there are, and which of them are this machine."""
+"""URLs, hosts and web origins: how to parse, compare and check them."""
 
 import ipaddress
 import re
@@ -10,7 +10,7 @@ WELL_KNOWN: Final = "/.well-known/openid-configuration"
 
 
 def is_loopback(host: str | None) -> bool:
-    """Tell whether `host`, a name or an address as `urlsplit().hostname` gives it, is this machine itself."""
+    """Return whether `host`, a name or address as in `urlsplit().hostname`, is a loopback address."""
     if not host:
         return False
     if host.lower() == "localhost":
@@ -22,37 +22,38 @@ def is_loopback(host: str | None) -> bool:
 
 
 def split_url(url: str) -> SplitResult:
-    """Split an http(s) URL; raises ValueError where programs could differ about the host it names (RFC 3986 §3.2)."""
+    """Split an http(s) URL; raises ValueError when programs could disagree about its host (RFC 3986 §3.2)."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
-    # Some versions of urlsplit() pass over what stands around the brackets of an address.
+    # Some versions of urlsplit() ignore text around the brackets of an address.
     if parts.port == 0 or not re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?", host):
-        raise ValueError("no proper host and port")
+        raise ValueError("the host or port is not valid")
     if parts.scheme not in ("http", "https"):
         raise ValueError("not http or https")
     return parts
 
 
 def url_problem(url: str, *, allow_http: bool = False) -> str | None:
-    """Say why the issuer must not be spoken to at `url`, or return None when it may.
+    """Return why `url` must not be used to reach the issuer, or None when it is safe.
 
-    Tokens and secrets travel there, so it is https, or http on loopback (RFC 6749 §3.2, OpenID Connect Discovery §3).
+    Tokens and secrets travel to it, so it must use https, or http on loopback (RFC 6749 §3.2, OpenID Connect Discovery
+    §3).
     """
     if not re.fullmatch(r"[!-~]{0,2000}", url):
         return "has spaces or characters outside ASCII, or is far too long"
     try:
         parts = split_url(url)
     except ValueError:
-        return "is not a URL: it has to look like https://issuer.example/realms/name"
+        return "is not a valid URL: it must look like https://issuer.example/realms/name"
     if parts.username is not None or parts.password is not None:
-        return "carries a user name or password: remove the part before the @"
+        return "contains a user name or password: remove the part before the @"
     if parts.scheme == "http" and not is_loopback(parts.hostname) and not allow_http:
         return "must use https:// (plain http is for localhost only)"
     return None
 
 
 def discovery_url(issuer_or_document: str) -> str:
-    """Return the discovery document's URL for an issuer, or for that URL itself (OpenID Connect Discovery §4.1)."""
+    """Return the discovery document's URL, given the issuer or that URL itself (OpenID Connect Discovery §4.1)."""
     url = issuer_or_document.rstrip("/")
     return url if url.endswith(WELL_KNOWN) else url + WELL_KNOWN
 
@@ -62,11 +63,11 @@ LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  compared with, not bound to
 
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
-"""The ports that need not be named (RFC 9110 §4.2)."""
+"""The default ports (RFC 9110 §4.2)."""
 
 
 class Host(NamedTuple):
-    """A host in lower case, an IPv6 address in brackets, and the port where one is named."""
+    """A host in lower case (an IPv6 address in brackets), and its port or None."""
 
     name: str
     port: int | None
@@ -77,10 +78,10 @@ class Host(NamedTuple):
 
 @lru_cache(64)
 def parse_host(text: str) -> Host:
-    """Read a `Host` header (RFC 9110 §7.2); raises ValueError for what is none, or is one only to some."""
+    """Parse a `Host` header (RFC 9110 §7.2); raises ValueError when it is invalid or ambiguous."""
     match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,255})(?::([0-9]{1,5}))?", text)
     if match is None or int(match[2] or 0) > 65535:
-        raise ValueError("no host")
+        raise ValueError("not a valid host")
     name = match[1].lower()
     if name.startswith("["):
         name = f"[{ipaddress.IPv6Address(name[1:-1])}]"
@@ -88,13 +89,13 @@ def parse_host(text: str) -> Host:
 
 
 def parse_origin(text: str) -> str:
-    """Return a web origin (RFC 6454 §6.2) in the form in which two can be compared; raises ValueError for `null`."""
+    """Return a web origin (RFC 6454 §6.2) in normal form, for comparison; raises ValueError for `null`."""
     scheme, separator, rest = text.partition("://")
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
-        raise ValueError("no origin")
+        raise ValueError("not a valid origin")
     return origin_of(scheme.lower(), parse_host(rest))
 
 
 def origin_of(scheme: str, host: Host) -> str:
-    """Return the web origin (RFC 6454 §6.2) of a scheme and a host, without the scheme's own port."""
+    """Return the web origin (RFC 6454 §6.2) of a scheme and a host, without the scheme's default port."""
     return f"{scheme}://{host.name if host.port == DEFAULT_PORTS.get(scheme) else host}"

@@ -1,6 +1,7 @@
-"""A token string, keys and a policy in; verified claims out. No I/O, and one place for the policy (RFC 8725).
+"""Verification of tokens without I/O: token, keys and policy in, verified claims out (RFC 8725).
 
-What needs no key is checked first: `read_access_token` or `read_id_token`. Only `TrustedKeys.confirm` gives claims.
+`read_access_token` and `read_id_token` first check what needs no key. Only `TrustedKeys.confirm` returns verified
+claims.
 """
 
 import base64
@@ -18,12 +19,12 @@ from eoepca_security.errors import TokenInvalid
 from eoepca_security.oauth.strict_json import parse_object
 
 MAX_TOKEN_SIZE: Final = 16 * 1024
-"""Longest token that is looked at, in bytes: header lines are not longer either."""
+"""The longest token accepted, in bytes. Header lines are not longer either."""
 
 _MIN_RSA_BITS: Final = 2048  # RFC 7518 §3.3
 
-# The algorithms that a key can have made a signature with, by what the key is (RFC 7518 §3.1, RFC 8037 §3.1). Symmetric
-# ones are not here, so a public key can never be taken for a shared secret (RFC 8725 §3.1).
+# The signature algorithms of each type of key (RFC 7518 §3.1, RFC 8037 §3.1). Symmetric algorithms are left out, so
+# that a public key is never used as a shared secret (RFC 8725 §3.1).
 _ALGORITHMS_OF_KEY: Final[Mapping[tuple[str, str | None], frozenset[str]]] = {
     ("RSA", None): frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512"}),
     ("EC", "P-256"): frozenset({"ES256"}),
@@ -33,7 +34,7 @@ _ALGORITHMS_OF_KEY: Final[Mapping[tuple[str, str | None], frozenset[str]]] = {
 }
 ALGORITHMS: Final = frozenset().union(*_ALGORITHMS_OF_KEY.values())
 
-# How issuers call a token of each kind in the claims below; case, "-" and "_" make no difference.
+# What issuers call each kind of token in the claims below. Case does not matter, and "-" equals "_".
 _KINDS: Final = {
     "access": "access",
     "access_token": "access",
@@ -43,14 +44,14 @@ _KINDS: Final = {
     "refresh_token": "refresh",
 }
 
-# Claims that only say what a token is: one that says anything else than the kind that is wanted is refused. Keycloak's
-# `typ` can be the name of any action that a token in an e-mail is for.
+# Claims that only name the kind of token: any value but the expected kind is refused. Keycloak's `typ` can name any
+# action that it sends a token for by e-mail.
 _CLAIMS_OF_KIND: Final = {
     "typ": _KINDS | {"bearer": "access", "dpop": "access", "jwt": "access", "at+jwt": "access"},  # Keycloak
     "token_use": _KINDS,  # Cognito
 }
 
-# Claims that other issuers use for other things, so that only what clearly names another kind counts.
+# Claims that other issuers use for other purposes: refused only when they clearly name another kind.
 _CLAIMS_OF_KIND_OR_OTHER_THINGS: Final = {
     "purpose": _KINDS,  # Curity
     "tokenName": _KINDS,  # PingAM, ForgeRock
@@ -61,16 +62,16 @@ _CLAIMS_OF_KIND_OR_OTHER_THINGS: Final = {
     "tokenType": {"refresh_token": "refresh", "id_token": "ID"},  # Casdoor, where the access token is the ID token, too
 }
 
-# Claims that only ID tokens (OpenID Connect Core §3.3.2.11) and logout tokens (Back-Channel Logout §2.4) have.
+# Claims found only in ID tokens (OpenID Connect Core §3.3.2.11) and logout tokens (Back-Channel Logout §2.4).
 _CLAIMS_OF_OTHER_TOKENS: Final = frozenset({"at_hash", "c_hash", "s_hash", "events"})
 
-# The hash of an `at_hash` by its length in base64url, of which it is the left half (OpenID Connect Core §3.1.3.6).
+# An `at_hash` is the left half of a hash. Its length in base64url tells which hash (OpenID Connect Core §3.1.3.6).
 _HASH_BY_LENGTH: Final = {22: "sha256", 32: "sha384", 43: "sha512"}
 
 
 @dataclass(frozen=True)
 class SigningKey:
-    """A public key of the issuer and the algorithms it may be used with."""
+    """A public key of the issuer and the algorithms that it may be used with."""
 
     kid: str | None
     algorithms: frozenset[str]
@@ -79,11 +80,11 @@ class SigningKey:
 
 @dataclass(frozen=True)
 class Policy:
-    """What an access token has to say besides being the issuer's.
+    """What an access token must contain, besides being the issuer's.
 
-    `leeway` is the accepted clock difference in seconds. With `authorized_parties` the client that it was issued to
-    (`azp`, or `client_id` of RFC 9068) has to be one of these. `accept_bound` takes tokens that are bound to a key,
-    which somebody else has to have verified.
+    `leeway` is the accepted clock difference in seconds. With `authorized_parties`, the token must have been issued to
+    one of these clients (`azp`, or `client_id` of RFC 9068). `accept_bound` accepts tokens that are bound to a key,
+    for when someone else has verified the binding.
     """
 
     audience: str
@@ -94,7 +95,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Header:
-    """The part of a token's header that decides which key is asked for, and its media type."""
+    """The parts of a token's header that select the key, and its media type."""
 
     alg: str
     kid: str | None
@@ -103,7 +104,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Unverified:
-    """A token that passed every check but those of its issuer and its signature. Do not believe it."""
+    """A token whose issuer and signature have not been checked yet. Do not trust it."""
 
     header: Header
     claims: dict[str, Any] = field(repr=False)
@@ -112,15 +113,15 @@ class Unverified:
 
 @dataclass(frozen=True)
 class TrustedKeys:
-    """An issuer and its keys, as fetched from it."""
+    """An issuer and the keys fetched from it."""
 
     issuer: str
     keys: tuple[SigningKey, ...]
 
     def confirm(self, token: Unverified) -> dict[str, Any] | None:
-        """Return the claims of a token that is the issuer's, or None when no key fits it, which a newer set may have.
+        """Return the verified claims, or None when no key matches the token; a newer key set may have one.
 
-        Raises TokenInvalid for a token that is not the issuer's.
+        Raises TokenInvalid when the token is not from this issuer.
         """
         if token.claims.get("iss") != self.issuer:
             raise TokenInvalid("the token is from another issuer")
@@ -134,25 +135,25 @@ class TrustedKeys:
         except ValueError:
             raise TokenInvalid("the token is not well-formed") from None
         if not genuine:
-            raise TokenInvalid("the token's signature does not fit")
+            raise TokenInvalid("the token's signature is not valid")
         return token.claims
 
 
 def looks_like_jwt(token: str) -> bool:
-    """Tell a JWS in compact form from an opaque token, without any judgement of it."""
+    """Return whether a token looks like a compact JWS rather than an opaque token. Checks nothing else."""
     head = token.partition(".")[0]
     if token.count(".") != 2:
         return False
     try:
         parse_object(_decode(head))
     except ValueError:
-        # A JSON object in base64url mostly begins like this, and is meant as a JWT even where it is a bad one.
+        # JSON objects in base64url usually begin like this, so this is meant to be a JWT, even if it is broken.
         return head.startswith("eyJ")
     return True
 
 
 def unverified_claims(token: str) -> Mapping[str, Any]:
-    """Return what a token says of itself, or nothing when it is no JWT. Not for deciding anything about a caller."""
+    """Return a token's claims without verifying them; empty when it is not a JWT. Not for decisions about a caller."""
     parts = token.split(".")
     if len(parts) != 3 or len(token) > MAX_TOKEN_SIZE:
         return {}
@@ -163,16 +164,16 @@ def unverified_claims(token: str) -> Mapping[str, Any]:
 
 
 def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
-    """Read an access token and check what can be checked without keys; `now` is epoch seconds. Raises TokenInvalid."""
+    """Read an access token and check what needs no key. `now` is in epoch seconds. Raises TokenInvalid."""
     unverified = _read(token, policy.leeway, now)
     claims, audience, party = unverified.claims, policy.audience, unverified.claims.get("azp")
     if audience not in _audiences(claims, audience):
         raise TokenInvalid(f"the token is not for the audience {audience}", claim="aud")
     if claim := _claim_of_another_kind(claims, "access"):
-        raise TokenInvalid(f"the token is not an access token, as its {claim} says")
+        raise TokenInvalid(f"the token is not an access token, according to its {claim}")
     if not _CLAIMS_OF_OTHER_TOKENS.isdisjoint(claims):
         raise TokenInvalid("the token is not an access token")
-    # Keycloak before version 24 puts the nonce of the login into access tokens too, but says what they are.
+    # Before version 24, Keycloak also puts the login's nonce into access tokens, but marks them as access tokens.
     if "nonce" in claims and unverified.header.typ == "jwt" and claims.get("typ") not in ("Bearer", "DPoP"):
         raise TokenInvalid("the token is not an access token")
     if policy.authorized_parties is not None:
@@ -184,18 +185,18 @@ def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
 
 
 def check_binding(claims: Mapping[str, Any], policy: Policy) -> None:
-    """Raise TokenInvalid for a token that says it is bound to a key (`cnf` of any shape, RFC 7800 §3.1).
+    """Raise TokenInvalid when the token is bound to a key (any `cnf`, RFC 7800 §3.1) and the policy refuses that.
 
-    Nothing here proves that whoever sent it has that key, as RFC 9449 §7 and RFC 8705 §3 demand.
+    RFC 9449 §7 and RFC 8705 §3 require proof that the sender has the key, which nothing here can check.
     """
     if "cnf" in claims and not policy.accept_bound:
         raise TokenInvalid("the token is bound to a key (cnf), so it is not accepted as a Bearer token", claim="cnf")
 
 
 def read_id_token(token: str, client_ids: Collection[str], *, leeway: float, now: float) -> Unverified:
-    """Read an ID token of one of these clients, as `read_access_token` does (OpenID Connect Core §3.1.3.7).
+    """Read an ID token for one of these clients, like `read_access_token` (OpenID Connect Core §3.1.3.7).
 
-    Whether it belongs to an access token is for `id_token_problem` to say.
+    `id_token_mismatch` checks whether it belongs to an access token.
     """
     unverified = _read(token, leeway, now)
     claims = unverified.claims
@@ -205,36 +206,36 @@ def read_id_token(token: str, client_ids: Collection[str], *, leeway: float, now
     if party is not None and (not isinstance(party, str) or party not in client_ids):
         raise TokenInvalid("the ID token is for another client", claim="azp")
     if claim := _claim_of_another_kind(claims, "ID"):
-        raise TokenInvalid(f"the token is not an ID token, as its {claim} says")
+        raise TokenInvalid(f"the token is not an ID token, according to its {claim}")
     if unverified.header.typ != "jwt" or "events" in claims:
         raise TokenInvalid("the token is not an ID token")
     return unverified
 
 
-def id_token_problem(
+def id_token_mismatch(
     id_claims: Mapping[str, Any], access_claims: Mapping[str, Any], access_token: str, alg: str | None = None
 ) -> str | None:
-    """Say why ID claims do not belong to a verified access token, or None when they do.
+    """Return why ID claims do not belong to a verified access token, or None when they do.
 
-    `alg` is the ID token's signature algorithm. Without a signature only its `at_hash` binds it, so that must be there.
+    `alg` is the ID token's signature algorithm. Without a signature, `at_hash` is required: it is the only link.
     """
     for name in ("iss", "sub"):
         if id_claims.get(name) != access_claims[name]:
-            return f"its {name} is not the access token's"
+            return f"its {name} does not match the access token"
     at_hash = id_claims.get("at_hash")
     if at_hash is None and alg is not None:
         return None
     hash_name = _HASH_BY_LENGTH.get(len(at_hash)) if isinstance(at_hash, str) else None
-    # EdDSA does not name its hash; issuers do not agree on one.
+    # EdDSA does not define its hash, and issuers use different ones.
     if hash_name is None or alg not in (None, "EdDSA", *(kind + hash_name[3:] for kind in ("RS", "PS", "ES"))):
-        return "its at_hash is not one of its algorithm"
+        return "its at_hash does not match its algorithm"
     digest = hashlib.new(hash_name, access_token.encode()).digest()
     half = base64.urlsafe_b64encode(digest[: len(digest) // 2]).rstrip(b"=").decode()
-    return None if half == at_hash else "its at_hash is not the access token's"
+    return None if half == at_hash else "its at_hash does not match the access token"
 
 
 def read_unsigned(value: str, *, leeway: float, now: float) -> dict[str, Any]:
-    """Read the base64 JSON, of either alphabet, that gateways make of an ID token. Anybody can write such a thing.
+    """Read the base64 JSON (either alphabet) that gateways make from an ID token. Anyone can forge it.
 
     Raises TokenInvalid.
     """
@@ -248,7 +249,7 @@ def read_unsigned(value: str, *, leeway: float, now: float) -> dict[str, Any]:
 
 
 def read_header(token: str) -> Header:
-    """Return the token's header after the checks that need no key; raises TokenInvalid."""
+    """Return the token's header after checking it; raises TokenInvalid."""
     if len(token) > MAX_TOKEN_SIZE:
         raise TokenInvalid("the token is longer than 16 KiB")
     if token.count(".") != 2:
@@ -256,7 +257,7 @@ def read_header(token: str) -> Header:
     return _read_header(token.partition(".")[0])
 
 
-@lru_cache(maxsize=64)  # an issuer's tokens all have the same few
+@lru_cache(maxsize=64)  # an issuer's tokens share a few headers
 def _read_header(segment: str) -> Header:
     try:
         header = parse_object(_decode(segment), unique_keys=True)
@@ -264,20 +265,20 @@ def _read_header(segment: str) -> Header:
         raise TokenInvalid("the token's header is not a JSON object in base64url") from None
     alg, kid, typ = header.get("alg"), header.get("kid"), header.get("typ", "JWT")
     if not isinstance(alg, str) or alg not in ALGORITHMS:
-        raise TokenInvalid("the token's signature algorithm is not an accepted one")
+        raise TokenInvalid("the token's signature algorithm is not accepted")
     if not {"crit", "b64", "zip"}.isdisjoint(header):
-        raise TokenInvalid("the token's header asks for an extension (crit, b64 or zip)")
+        raise TokenInvalid("the token's header uses an extension (crit, b64 or zip)")
     if kid is not None and not isinstance(kid, str):
         raise TokenInvalid("the token's kid is not a string")
     # RFC 9068 §2.1; a media type may carry its prefix (RFC 7515 §4.1.9).
     typ = typ.lower().removeprefix("application/") if isinstance(typ, str) else None
     if typ not in ("jwt", "at+jwt"):
-        raise TokenInvalid("the token's header names another type than JWT or at+jwt")
+        raise TokenInvalid("the token's type in its header is not JWT or at+jwt")
     return Header(alg, kid, typ)
 
 
 def read_keys(document: Mapping[str, Any]) -> tuple[SigningKey, ...]:
-    """Return the usable public signature keys of a JWK Set (RFC 7517 §5); others are passed over, as it asks."""
+    """Return the usable public signature keys of a JWK Set; ignores other keys, as RFC 7517 §5 requires."""
     members = document.get("keys")
     if not isinstance(members, list):
         return ()
@@ -285,15 +286,15 @@ def read_keys(document: Mapping[str, Any]) -> tuple[SigningKey, ...]:
 
 
 def select_key(keys: Collection[SigningKey], header: Header) -> SigningKey | None:
-    """Return the one key that can have signed a token with this header, or None; raises TokenInvalid if several can."""
+    """Return the key that matches a token's header, or None; raises TokenInvalid when several match."""
     matching = [key for key in keys if header.alg in key.algorithms and (header.kid is None or key.kid == header.kid)]
     if len(matching) > 1:
-        raise TokenInvalid("more than one key of the issuer fits the token")
+        raise TokenInvalid("more than one of the issuer's keys matches the token")
     return matching[0] if matching else None
 
 
 def _read(token: str, leeway: float, now: float) -> Unverified:
-    """Check what all kinds of tokens have in common."""
+    """Read a token and check what applies to every kind."""
     header = read_header(token)
     try:
         claims = parse_object(_decode(token.split(".")[1]), unique_keys=True)
@@ -302,12 +303,12 @@ def _read(token: str, leeway: float, now: float) -> Unverified:
     _check_times(claims, leeway, now)
     subject = claims.get("sub")
     if not isinstance(subject, str) or not subject:
-        raise TokenInvalid("the token names no subject")
+        raise TokenInvalid("the token has no subject (sub)")
     return Unverified(header, claims, token)
 
 
 def _claim_of_another_kind(claims: Mapping[str, Any], kind: str) -> str | None:
-    """Return the claim that says that a token is of another kind, if there is one."""
+    """Return the name of a claim that marks the token as another kind, or None."""
     for claim, kinds in _CLAIMS_OF_KIND.items():
         if claim in claims and kinds.get(_word(claims[claim])) != kind:
             return claim
@@ -334,7 +335,7 @@ def _check_times(claims: Mapping[str, Any], leeway: float, now: float) -> None:
         if (name == "exp" or name in claims) and type(claims.get(name)) is not int:
             raise TokenInvalid(f"the token's {name} is not an integer")
     if claims["exp"] <= now - leeway:
-        raise TokenInvalid("the token is expired", cause="clock")
+        raise TokenInvalid("the token has expired", cause="clock")
     if max(claims.get("nbf", 0), claims.get("iat", 0)) > now + leeway:
         raise TokenInvalid("the token is from the future", cause="clock")
 
@@ -347,12 +348,12 @@ def _read_key(member: Mapping[str, Any]) -> SigningKey | None:
     for_signatures = member.get("use", "sig") == "sig" and (
         operations is None or (isinstance(operations, list) and "verify" in operations)
     )
-    # A private key in a public place is nobody's any more.
+    # A private key that was published proves nothing.
     if not algorithms or not for_signatures or "d" in member or not isinstance(kid, str | None):
         return None
     try:
         key = jwt.PyJWK(dict(member), algorithm=min(algorithms)).key
-    except Exception:  # noqa: BLE001  odd members fail in as many ways as there are members
+    except Exception:  # noqa: BLE001  invalid members raise many kinds of errors
         return None
     if isinstance(key, RSAPublicKey) and key.key_size < _MIN_RSA_BITS:
         return None
@@ -364,7 +365,7 @@ def _text(value: object) -> str | None:
 
 
 def _decode(segment: str) -> bytes:
-    """Decode base64url without padding, in its one canonical form only (RFC 7515 §2); raises ValueError."""
+    """Decode unpadded base64url, in canonical form only (RFC 7515 §2); raises ValueError."""
     data = base64.b64decode(segment + "=" * (-len(segment) % 4), altchars=b"-_", validate=True)
     if base64.urlsafe_b64encode(data).rstrip(b"=").decode() != segment:
         raise binascii.Error("not in canonical form")

@@ -1,7 +1,7 @@
-"""TokenStore: the session on disk, so that neither a restart nor a second process loses a rotated refresh token.
+"""TokenStore: the session on disk, so that restarts and other processes keep a rotated refresh token.
 
-A folder that only its owner can enter holds a JSON file for each session, and a lock file beside it. A session is on
-the disk before its tokens are used: a process that is killed loses at most an answer that was still on its way.
+A folder that only its owner can enter holds a JSON file and a lock file for each session. A session is written to disk
+before its tokens are used, so a killed process loses at most an answer that was still in transit.
 """
 
 import contextlib
@@ -25,16 +25,16 @@ from eoepca_security.session.session import Stored
 
 VERSION: Final = 1
 MAX_FILE: Final = 256 * 1024
-"""Longest file that is read, in bytes."""
+"""The longest file that is read, in bytes."""
 
 _ROOM: Final = 16 * 1024
-"""Least size of a file, in bytes, so that the next one has room where this one was."""
+"""The smallest size of a file, in bytes, so that the next version fits in the same space."""
 
 LOCK_TIMEOUT: Final = 22.0
-"""How long to wait for another process that holds the lock while it asks the issuer, in seconds."""
+"""How long to wait for the lock, in seconds: another process may hold it while it asks the issuer."""
 
-# What says nothing of the folder, only of the moment.
-_PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+# Temporary errors, which say nothing about the folder.
+_TEMPORARY: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
 _TYPES: Final[dict[str, Any]] = {
     "refresh_token": str,
@@ -51,13 +51,13 @@ logger = logging.getLogger(__name__)
 class TokenStore:
     """The session of one client at one issuer, in `folder`.
 
-    `origin` is the refresh token from the settings, or None where there is none: what is kept is the session that it
-    grew into, so that another one there begins a session of its own. What cannot be read or written raises StoreError,
-    and is never overwritten: the caller goes on in memory.
+    `origin` is the refresh token from the settings, or None. Each has its own session: another token in the settings
+    starts another session. Errors to read or write raise StoreError, and a file that cannot be read is never
+    overwritten: the caller continues in memory.
     """
 
     def __init__(self, folder: Path, *, issuer_url: str, client_id: str, origin: str | None) -> None:
-        issuer = discovery_url(issuer_url).removesuffix(WELL_KNOWN)  # both spellings are one issuer
+        issuer = discovery_url(issuer_url).removesuffix(WELL_KNOWN)  # both forms name the same issuer
         identity = "\n".join((issuer, client_id, origin or ""))
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._folder = folder
@@ -69,14 +69,14 @@ class TokenStore:
 
     @property
     def place(self) -> Path:
-        """The file, which need not be there."""
+        """The session's file, which may not exist."""
         return self._file
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the session for one process; the lock of a dead process is free.
+        """Lock the session for this process. The lock of a dead process is free.
 
-        Raises StoreError when there can be no lock, IssuerUnavailable when another process holds it too long.
+        Raises StoreError when it cannot be locked, and IssuerUnavailable when another process holds it too long.
         """
         try:
             self._prepare_folder()
@@ -85,8 +85,8 @@ class TokenStore:
         except Timeout:
             raise IssuerUnavailable(f"another process has held {self._lock_file} for {LOCK_TIMEOUT:g} s") from None
         except OSError as error:
-            if error.errno in _PASSING:
-                # Whoever has the lock may be replacing the token that would be used without it.
+            if error.errno in _TEMPORARY:
+                # Without the lock, we could use a token that another process is replacing.
                 raise IssuerUnavailable(f"{self._lock_file} cannot be locked now ({error.strerror})") from None
             raise StoreError(f"{self._lock_file} cannot be locked ({error.strerror})") from None
         try:
@@ -95,16 +95,16 @@ class TokenStore:
             lock.release()
 
     def changed_at(self) -> int:
-        """Return what changes whenever another process writes the session; 0 when there is none."""
+        """Return a number that changes whenever a process writes the session; 0 when there is none."""
         try:
             return self._file.stat().st_mtime_ns
         except OSError:
             return 0
 
     def read(self) -> Stored | None:
-        """Return the session, or None when there is none yet; raises StoreError."""
+        """Return the session, or None; raises StoreError."""
         session, self._serial = self._read(self._file)
-        # A process that was killed just before it put its successor in place had written it already.
+        # A process that was killed just before it moved the new version into place had written it already.
         with contextlib.suppress(StoreError):
             successor, serial = self._read(self._next)
             if successor is not None and serial > self._serial:
@@ -112,11 +112,11 @@ class TokenStore:
         return session
 
     def write(self, session: Stored) -> None:
-        """Replace the session, all or nothing, and return when it is on the disk; raises StoreError."""
+        """Replace the session atomically, and return when it is on disk; raises StoreError."""
         members = {"version": VERSION, "serial": self._serial + 1, **self._owner, **asdict(session)}
         data = json.dumps(members).encode().ljust(_ROOM)
         if len(data) > MAX_FILE:
-            raise StoreError(f"{self._file} cannot be written (the tokens are far too long)")
+            raise StoreError(f"{self._file} cannot be written (the tokens are too long)")
         try:
             self._prepare_folder()
             self._fill(self._next, data)
@@ -125,7 +125,7 @@ class TokenStore:
             self._sync_folder()
         except OSError as error:
             raise StoreError(f"{self._file} cannot be written ({error.strerror})") from None
-        # The room of the one that was replaced is there for the next, should the disk be full by then.
+        # Reserve space for the next version, in case the disk is full by then.
         with contextlib.suppress(OSError):
             self._fill(self._next, bytes(_ROOM))
 
@@ -155,7 +155,7 @@ class TokenStore:
             os.close(descriptor)
 
     def forget(self) -> None:
-        """Remove the session, if there is one; raises StoreError."""
+        """Remove the session, if any; raises StoreError."""
         try:
             for file in (self._next, self._file):
                 file.unlink(missing_ok=True)
@@ -167,14 +167,14 @@ class TokenStore:
     def _prepare_folder(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self._folder.stat()
-        # One that was made for us is closed to others; one that has other uses is not ours to change.
+        # An empty folder was made for us, so close it to others. A folder with other files is not ours to change.
         if status.st_mode & 0o077 and status.st_uid == os.geteuid() and not any(self._folder.iterdir()):
             self._folder.chmod(0o700)
 
     def _sync_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # Not every file system can do this with a folder.
+            # Not every file system can sync a folder.
             with contextlib.suppress(OSError):
                 os.fsync(descriptor)
         finally:
@@ -183,7 +183,7 @@ class TokenStore:
     def _check_mode(self, descriptor: int) -> None:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{self._file} is not a file: remove it")
+            raise StoreError(f"{self._file} is not a regular file: remove it")
         if status.st_uid != os.geteuid():
             raise StoreError(
                 f"{self._file} belongs to another user (uid {status.st_uid}): remove it, or run as that user"
@@ -192,8 +192,8 @@ class TokenStore:
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o600)
             closed = os.fstat(descriptor).st_mode & 0o077 == 0
-            now = "its mode is 0600 now" if closed else "make its mode 0600"
-            logger.warning("%s could be read by others: %s; consider a new login", self._file, now)
+            now = "its mode is now 0600" if closed else "set its mode to 0600"
+            logger.warning("other users could read %s: %s; consider logging in again", self._file, now)
 
     def _parse(self, data: bytes) -> tuple[Stored, int]:
         try:
@@ -201,9 +201,9 @@ class TokenStore:
         except ValueError:
             raise StoreError(f"{self._file} is damaged: remove it") from None
         if members.get("version") != VERSION:
-            raise StoreError(f"{self._file} is of another version of this program: use that one, or remove it")
+            raise StoreError(f"{self._file} is from another version of this program: use that, or remove the file")
         if {name: members.get(name) for name in self._owner} != self._owner:
-            raise StoreError(f"{self._file} is of another issuer or client: remove it")
+            raise StoreError(f"{self._file} belongs to another issuer or client: remove it")
         values: dict[str, Any] = {name: members.get(name) for name in _TYPES}
         if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or "" in values.values():
             raise StoreError(f"{self._file} is damaged: remove it")

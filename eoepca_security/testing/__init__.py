@@ -1,4 +1,4 @@
-"""An OpenID Connect issuer for tests, ours and yours. May import `oauth`."""
+"""An OpenID Connect issuer for tests, ours and users'. May import `oauth`."""
 
 from eoepca_security.testing.issuer import Behaviour, FakeIssuer
 from eoepca_security.testing.login import LoginBehaviour

@@ -1,4 +1,4 @@
-"""FakeIssuer: an OpenID Connect issuer in a thread, whose every behaviour can be chosen while it runs.
+"""FakeIssuer: an OpenID Connect issuer in a thread, whose behaviour you can change while it runs.
 
 With pytest::
 
@@ -49,33 +49,33 @@ _NEW_KEY: Final[Mapping[str, Callable[[], PrivateKey]]] = {
 
 @dataclass
 class Behaviour:
-    """How the issuer behaves; change any of it at any time. Times are in seconds."""
+    """How the issuer behaves. You can change it at any time. Times are in seconds."""
 
     lifetime: float = 60
-    """Of access tokens."""
+    """The lifetime of access tokens."""
     refresh_tokens: str = "keep"
-    """`keep` answers with the same one, `omit` with none, `rotate` with a new one: an old one then ends the session."""
+    """`keep` answers with the same one, `omit` with none, `rotate` with a new one. Reuse then ends the session."""
     opaque: bool = False
-    """Access tokens are random strings rather than JWTs."""
+    """Whether access tokens are random strings instead of JWTs."""
     expires_in: bool = True
-    """Whether the answer says how long the token lives."""
+    """Whether token responses include the token's lifetime."""
     refresh_expires_in: float | None = None
-    """What the answer says of the refresh token's own lifetime; it is not enforced."""
+    """The refresh token's lifetime in token responses. It is not enforced."""
     clock_offset: float = 0
     """How far the issuer's clock is ahead of this machine's."""
     delay: float = 0
-    """Time that the token endpoint takes."""
+    """How long the token endpoint takes to answer."""
     auth_methods: tuple[str, ...] = ALL_AUTH_METHODS
-    """Client authentication methods that are advertised, and accepted."""
+    """The client authentication methods that the issuer advertises and accepts."""
     audience: str = "service"
     claims: dict[str, Any] = field(default_factory=lambda: {"sub": "u-1", "preferred_username": "alice"})
     """Claims of every access token, besides the issuer's own."""
     down: bool = False
-    """Every request is hung up on without an answer."""
+    """Whether the issuer closes every connection without an answer."""
     login: LoginBehaviour = field(default_factory=LoginBehaviour)
-    """How logins by device and by browser go."""
+    """How device and browser logins behave."""
     fault: Callable[[Handler], bool] | None = None
-    """Called first with each request; when it returns True it has answered, in whatever way."""
+    """Called first with each request. It returns True if it has handled the request."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class TokenRequestSeen:
 
 
 class FakeIssuer:
-    """An issuer with one client, on a free loopback port while its `with` block lasts.
+    """An issuer with one client, on a free loopback port for the duration of its `with` block.
 
-    `behaviour` can be changed at any time. `refresh_token` is a valid one to begin with, `requests` are the token
-    requests so far, `fetches` counts all requests by the last part of their path (`openid-configuration`, `certs`,
-    `token`), `logins` has those that were begun, `revoked` are the refresh tokens that were given back, and `key` is
-    the signing key, for the `algorithm` ES256, RS256 or EdDSA.
+    `behaviour` can be changed at any time. `refresh_token` is valid at the start. `requests` lists the token requests
+    so far, and `fetches` counts all requests by the last part of their path (`openid-configuration`, `certs`, `token`).
+    `logins` has the logins started so far, `revoked` the revoked refresh tokens. `key` is the signing key, for the
+    `algorithm` ES256, RS256 or EdDSA.
     """
 
     def __init__(
@@ -135,11 +135,11 @@ class FakeIssuer:
         self._server.__exit__(kind, error, trace)
 
     def now(self) -> float:
-        """Return the issuer's time, in epoch seconds."""
+        """Return the issuer's current time in epoch seconds."""
         return time.time() + self.behaviour.clock_offset
 
     def rotate_keys(self) -> None:
-        """Sign with a new key from now on, and publish only that one."""
+        """Sign with a new key from now on, and publish only the new key."""
         self.key = _NEW_KEY[self.algorithm]()
         self.kid = secrets.token_hex(4)
 
@@ -150,12 +150,12 @@ class FakeIssuer:
         return token
 
     def end_sessions(self) -> None:
-        """Log everybody out: all refresh tokens are invalid now."""
+        """End all sessions: their refresh tokens become invalid."""
         with self._lock:
             self._sessions.clear()
 
     def forget_access_tokens(self) -> None:
-        """Make `accepts` refuse all access tokens so far, as a service does when they were revoked."""
+        """Make `accepts` refuse all access tokens issued so far, as a service does after their revocation."""
         self._issued.clear()
 
     def sign(self, claims: Mapping[str, Any], headers: Mapping[str, Any] | None = None) -> str:
@@ -165,7 +165,7 @@ class FakeIssuer:
         )
 
     def issue(self, **claims: Any) -> str:
-        """Return a new access token, as the token endpoint would give it; `claims` are added or come instead."""
+        """Return a new access token, as the token endpoint does. `claims` add to its claims or override them."""
         now, behaviour = self.now(), self.behaviour
         if behaviour.opaque:
             token = "opaque-" + secrets.token_urlsafe(24)
@@ -187,9 +187,9 @@ class FakeIssuer:
         return token
 
     def id_token(self, access_token: str, **claims: Any) -> str:
-        """Return an ID token of the client that belongs to an access token; `claims` are added or come instead."""
+        """Return the client's ID token for an access token. `claims` add to its claims or override them."""
         now = int(self.now())
-        # What EdDSA's hash is, is a custom (SHA-512 for Ed25519), not a standard.
+        # No standard defines the hash for EdDSA; SHA-512 is usual for Ed25519.
         digest = hashlib.new("sha512" if self.algorithm == "EdDSA" else "sha256", access_token.encode()).digest()
         half = base64.urlsafe_b64encode(digest[: len(digest) // 2]).rstrip(b"=").decode()
         own = {"iss": self.url, "aud": self.client_id, "azp": self.client_id, "typ": "ID", "at_hash": half}
@@ -197,7 +197,7 @@ class FakeIssuer:
         return self.sign({**own, **times, **self.behaviour.claims, **claims})
 
     def accepts(self, token: str) -> bool:
-        """Tell whether this is an access token of ours that has not expired, by our clock and without leeway."""
+        """Return whether the issuer issued this access token and it has not expired, without leeway."""
         return self.now() < self._issued.get(token, 0)
 
     def jwks(self) -> dict[str, Any]:
@@ -251,7 +251,7 @@ class FakeIssuer:
         return refusal or (200, self.logins.begin_by_device(self.behaviour.login, form))
 
     def answer_revocation(self, authorization: str | None, body: bytes) -> tuple[int, dict[str, Any]]:
-        """End the session of a refresh token (RFC 7009), and return status and JSON."""
+        """Revoke a refresh token and its session (RFC 7009); return status and JSON."""
         form = _form(body)
         _, refusal = self._refuse_client(authorization, form)
         if refusal:
@@ -263,7 +263,7 @@ class FakeIssuer:
         return 200, {}
 
     def _grant(self, form: Mapping[str, str]) -> tuple[str | None, str | None, str | None]:
-        """Return the error of a token request, the refresh token to answer with, and the nonce of its login."""
+        """Return a token request's error, the refresh token for the answer, and the nonce of its login."""
         if form["grant_type"] in LOGIN_GRANTS:
             error, nonce = self.logins.finish(self.behaviour.login, form)
             gives = error is None and self.behaviour.login.refresh_token
@@ -274,11 +274,11 @@ class FakeIssuer:
         return None, None, None
 
     def _use(self, token: str) -> str | None:
-        """Take a refresh token and return the one that is valid from now on; None when this one is not."""
+        """Use a refresh token and return the one that is valid from now on, or None if it is not valid."""
         session = self._sessions.get(token)
         if session is None:
             if token in self._used:
-                # RFC 9700 §4.14.2: two parties have it, so neither may keep the session.
+                # RFC 9700 §4.14.2: two parties have the token, so the session ends for both.
                 self.reuses += 1
                 self._sessions = {t: s for t, s in self._sessions.items() if s != self._used[token]}
             return None
@@ -293,15 +293,15 @@ class FakeIssuer:
     def _refuse_client(
         self, authorization: str | None, form: Mapping[str, str]
     ) -> tuple[str, tuple[int, dict[str, Any]] | None]:
-        """Return the client authentication method that was used, and the answer to a client that is not ours."""
+        """Return the client authentication method, and the error response if it was not successful."""
         method, authentic = self._authenticate(authorization, form)
         if authentic and method in self.behaviour.auth_methods:
             return method, None
-        why = "the client has to authenticate" if method == "none" else f"{method} was not accepted"
+        why = "the client must authenticate" if method == "none" else f"{method} was not accepted"
         return method, (401, {"error": "invalid_client", "error_description": why})
 
     def _authenticate(self, authorization: str | None, form: Mapping[str, str]) -> tuple[str, bool]:
-        """Return the client authentication method that was used, and whether it holds."""
+        """Return the client authentication method, and whether the credentials are valid."""
         if authorization is not None:
             try:
                 pair = base64.b64decode(authorization.removeprefix("Basic "), validate=True).decode()
@@ -318,7 +318,7 @@ class FakeIssuer:
         return "none", known and self.client_secret is None and self.client_key is None
 
     def _check_assertion(self, assertion: str) -> tuple[str, bool]:
-        """Check a client assertion (RFC 7523 §3) by hand: PyJWT warns of short secrets, and tests may have some."""
+        """Check a client assertion (RFC 7523 §3) ourselves: PyJWT warns about short secrets, which tests may use."""
         try:
             head, payload, signature = assertion.split(".")
             algorithm = jwt.get_unverified_header(assertion)["alg"]
@@ -336,7 +336,7 @@ class FakeIssuer:
                 and isinstance(claims["jti"], str)
                 and claims["iat"] - 10 <= self.now() < claims["exp"]
             )
-        except Exception:  # noqa: BLE001  whatever is wrong with it, it does not hold
+        except Exception:  # noqa: BLE001  any error means that it is not valid
             return "private_key_jwt", False
         return ("client_secret_jwt" if symmetric else "private_key_jwt"), holds
 

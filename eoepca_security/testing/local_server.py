@@ -14,21 +14,21 @@ class Handler(BaseHTTPRequestHandler):
     """A request handler that keeps connections alive, writes no log, and answers with JSON."""
 
     protocol_version = "HTTP/1.1"
-    timeout = 30  # seconds that an idle connection is kept
+    timeout = 30  # seconds until an idle connection is closed
     disable_nagle_algorithm = True
 
     def respond(self) -> None:
-        """Answer the request, whatever its method."""
+        """Answer the request, with any method."""
         raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
-        # The base class looks for a do_<METHOD>.
+        # The base class looks up do_<METHOD>.
         if name.startswith("do_"):
             return self.respond
         raise AttributeError(name)
 
     def log_message(self, *_: object) -> None:
-        """Write nothing: what asks is on the same machine and tells its own story."""
+        """Log nothing: the client is on the same machine and reports its own errors."""
 
     def handle_one_request(self) -> None:
         """Serve the next request of this connection."""
@@ -40,12 +40,12 @@ class Handler(BaseHTTPRequestHandler):
         if self._body is None:
             length = int(self.headers.get("Content-Length") or 0)
             self._body = self.rfile.read(min(length, 1024 * 1024))
-            # What is left of it would be taken for the next request.
+            # Otherwise the rest of the body is read as the next request.
             self.close_connection = self.close_connection or length > len(self._body)
         return self._body
 
     def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
-        """Send `body`, as it is when it is bytes and as JSON otherwise."""
+        """Send `body`: bytes as they are, anything else as JSON."""
         self.read_body()
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
@@ -74,17 +74,17 @@ class _Quiet(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def close_connections(self) -> None:
-        """End the connections that clients keep open."""
+        """Close the connections that clients keep open."""
         for connection in tuple(self._open):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: object) -> None:
-        """Say nothing when a client goes away in the middle."""
+        """Log nothing when a client disconnects early."""
 
 
 class LocalServer:
-    """Serves a handler class while its `with` block lasts."""
+    """Serves a handler class for the duration of its `with` block."""
 
     def __init__(self, handler: type[Handler], port: int = 0) -> None:
         self._server = _Quiet(("127.0.0.1", port), handler)
@@ -92,12 +92,12 @@ class LocalServer:
 
     @property
     def port(self) -> int:
-        """The port that was free."""
+        """The port that the server listens on."""
         return self._server.server_port
 
     @property
     def url(self) -> str:
-        """The server's URL, without a slash at its end."""
+        """The server's URL, without a trailing slash."""
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The part of FakeIssuer where users log in: nobody is asked, and what comes of it can be chosen."""
+"""Logins of FakeIssuer: they need no user, and tests choose the outcome."""
 
 import base64
 import hashlib
@@ -16,22 +16,22 @@ LOGIN_GRANTS: Final = ("authorization_code", DEVICE_GRANT)
 
 @dataclass
 class LoginBehaviour:
-    """How logins go; change any of it at any time. Times are in seconds."""
+    """How logins behave. You can change it at any time. Times are in seconds."""
 
     polls: list[str] = field(default_factory=list)
-    """Errors that polls for a device login are answered with, one each, before there are tokens."""
+    """Errors for the polls of a device login, one for each poll, before the tokens."""
     interval: float | None = None
-    """What a device login is told to wait between polls, if anything; polls that come sooner get `slow_down`."""
+    """The time to wait between polls of a device login, or None. Earlier polls get `slow_down`."""
     expires_in: float = 600
-    """How long a device login can be confirmed."""
+    """How long the user can confirm a device login."""
     redirect: dict[str, str | None] = field(default_factory=dict)
-    """What is different in the answer of the authorization endpoint; None leaves a parameter out."""
+    """Changes to the answer of the authorization endpoint. None removes a parameter."""
     id_claims: dict[str, Any] | None = field(default_factory=dict)
-    """What is different in the ID token; None gives no ID token."""
+    """Changes to the ID token. None means no ID token."""
     refresh_token: bool = True
-    """Whether a login gives one."""
+    """Whether a login returns a refresh token."""
     without: Collection[str] = ()
-    """Members that the discovery document does not have."""
+    """Members to leave out of the discovery document."""
 
 
 @dataclass
@@ -42,9 +42,9 @@ class _Started:
 
 
 class Logins:
-    """The logins that are under way at the issuer `url`, by code and by device code.
+    """The pending logins at the issuer `url`, by code and by device code.
 
-    `seen` are the queries and forms that began one.
+    `seen` lists the queries and forms that started a login.
     """
 
     def __init__(self, url: str, client_id: str) -> None:
@@ -54,7 +54,7 @@ class Logins:
         self.seen: list[Mapping[str, str]] = []
 
     def discovery(self, behaviour: LoginBehaviour) -> dict[str, Any]:
-        """Return what the discovery document says of logins."""
+        """Return the members of the discovery document about logins."""
         members = {
             "authorization_endpoint": f"{self._url}/auth",
             "device_authorization_endpoint": f"{self._url}/auth/device",
@@ -66,7 +66,7 @@ class Logins:
         return {name: value for name, value in members.items() if name not in behaviour.without}
 
     def begin_by_browser(self, behaviour: LoginBehaviour, query: Mapping[str, str]) -> str | None:
-        """Return where the browser goes next, or None for a request that is not to be answered by a redirect."""
+        """Return the URL to redirect the browser to, or None for an invalid request, which must not be redirected."""
         wanted = {"response_type": "code", "client_id": self._client_id, "code_challenge_method": "S256"}
         if {name: query.get(name) for name in wanted} != wanted or "redirect_uri" not in query:
             return None
@@ -88,7 +88,7 @@ class Logins:
         return answer if behaviour.interval is None else answer | {"interval": behaviour.interval}
 
     def finish(self, behaviour: LoginBehaviour, form: Mapping[str, str]) -> tuple[str | None, str | None]:
-        """Return the error of a token request and the nonce of the login that it ends."""
+        """Return a token request's error and the nonce of the login that it completes."""
         by_device = form["grant_type"] == DEVICE_GRANT
         code = form.get("device_code" if by_device else "code", "")
         started = self._started.get(code)
@@ -117,7 +117,7 @@ class Logins:
 
 
 def _fits(query: Mapping[str, str], form: Mapping[str, str]) -> bool:
-    """Tell whether a code of either kind is redeemed by who asked for it (RFC 6749 §4.1.3, RFC 7636 §4.6)."""
+    """Return whether the client that redeems a code is the one that asked for it (RFC 6749 §4.1.3, RFC 7636 §4.6)."""
     digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
     challenge = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
     return query.get("code_challenge") == challenge and query.get("redirect_uri") == form.get("redirect_uri")

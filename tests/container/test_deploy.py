@@ -192,7 +192,7 @@ def test_the_login_and_the_deployment_after_it(image: str, tmp_path: Path) -> No
                 until(lambda: not pod.passes("proxy", "readinessProbe"))
                 assert pod.passes("proxy", "livenessProbe")
                 there.issuer.behaviour.down = False
-                assert "could be read by others" not in pod.logs("proxy")
+                assert "other users could read" not in pod.logs("proxy")
                 assert pod.stop("proxy") == 0
         assert there.issuer.reuses == 0
 

@@ -236,7 +236,7 @@ def test_an_answer_that_is_cut_off_heals_unless_it_had_the_only_token(
             eventually(lambda: client.get(proxy.url).status_code == 502)
             answer = client.get(proxy.url)
             assert answer.headers["X-OIDC-Proxy-Error"] == "credentials_rejected"
-            assert "answer to the refresh before was lost" in answer.json()["detail"]
+            assert "answer to the previous refresh was lost" in answer.json()["detail"]
             assert "login" in answer.json()["detail"]
         else:
             # Asked again while the token before still lives: nobody notices.
@@ -343,6 +343,6 @@ def test_a_spoilt_store_is_told_of_and_the_proxy_works(
         spoil(folder, file)
         proxy = start("launcher", service.url, environment)
         assert client.get(proxy.url).status_code == 200
-        assert proxy.output.count("kept in memory only") == 1
+        assert proxy.output.count("only in memory") == 1
         assert str(folder) in proxy.output
         assert "Traceback" not in proxy.output

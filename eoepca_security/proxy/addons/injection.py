@@ -32,7 +32,7 @@ class Injection:
             token = await self._token(where)
         except TokenError as error:
             flow.metadata[CODE] = error.code
-            if source is None or error is not source.failure:  # what a refresh failed for was told of then
+            if source is None or error is not source.error:  # what a refresh failed for was told of then
                 flow.metadata |= {DETAIL: str(error), REMEDY: self._state.remedy(error)}
             flow.response = messages.answer(
                 error.code,

@@ -120,7 +120,7 @@ class Monitoring:
                 settings=settings,
                 token=source.at_hand if source is not None else None,
                 claims=self._claims,
-                failure=source.failure if source is not None else None,
+                failure=source.error if source is not None else None,
                 last_refresh=self._last_refresh,
                 last_answer=self._last_answer,
                 recent_errors=self._recent_errors.latest(),
@@ -142,7 +142,7 @@ class Monitoring:
             raise CommandError("the proxy is not configured: oidc.status tells more")
         wait = source.forced_in() if source.at_hand is not None else 0.0
         if wait > 0:
-            failed = f": the last attempt failed ({source.failure.code})" if source.failure is not None else ""
+            failed = f": the last attempt failed ({source.error.code})" if source.error is not None else ""
             raise CommandError(f"no refresh now{failed}; try again in {duration(math.ceil(wait))}")
         # Kept, or it might be collected while it runs.
         self._asked = asyncio.get_running_loop().create_task(self._refresh_now(source))
@@ -152,7 +152,7 @@ class Monitoring:
         try:
             before = source.at_hand
             token = await (source.replace(before.value) if before is not None else source.token())
-            failure = source.failure
+            failure = source.error
         except TokenError as error:
             token, failure = None, error
         if token is not None:

@@ -89,7 +89,7 @@ async def unready(source: TokenSource | None) -> TokenError | None:
     await asyncio.wait({asking}, timeout=READY_WAIT)
     if not asking.done():
         asking.cancel()
-        return source.failure or IssuerUnavailable("waiting for the issuer")
+        return source.error or IssuerUnavailable("waiting for the issuer")
     error = asking.exception()
     return error if error is None or isinstance(error, TokenError) else IssuerUnavailable(type(error).__name__)
 

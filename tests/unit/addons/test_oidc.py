@@ -38,12 +38,12 @@ class StubSource:
     """Gives one token, or raises what it is told to."""
 
     def __init__(self, failure: BaseException | None = None) -> None:
-        self.failure = failure
+        self.error = failure
         self.at_hand: AccessToken | None = None
 
     async def token(self) -> AccessToken:
-        if self.failure is not None:
-            raise self.failure
+        if self.error is not None:
+            raise self.error
         return AccessToken("the-token", 0, 60)
 
     def retry_after(self) -> float:

@@ -87,7 +87,7 @@ def test_the_state_is_named(change: dict[str, Any], name: str, headline: str) ->
         (IssuerUnavailable("it answered 500"), "the proxy tries again by itself"),
         (TokenInvalid("the token is not for the audience my-service", claim="aud"), "with my-service as Included"),
         (TokenInvalid("the token is expired", cause="clock"), "set this machine's clock"),
-        (TokenInvalid("the token's signature does not fit"), "run `run-mitmproxy.py check`"),
+        (TokenInvalid("the token's signature is not valid"), "run `run-mitmproxy.py check`"),
     ],
 )
 def test_a_failure_comes_with_its_remedy(failure: TokenError, remedy: str) -> None:

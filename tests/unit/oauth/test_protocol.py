@@ -122,19 +122,19 @@ def test_plain_http_beyond_loopback_is_refused_unless_allowed(host: str) -> None
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("", "not a URL"),
-        ("issuer.example", "not a URL"),
-        ("//issuer.example", "not a URL"),
-        ("https://", "not a URL"),
-        ("https:///realms/test", "not a URL"),
-        ("https://:8443/", "not a URL"),
-        ("ftp://issuer.example", "not a URL"),
-        ("file:///etc/passwd", "not a URL"),
-        ("javascript:alert(1)", "not a URL"),
-        ("https://issuer.example:0", "not a URL"),
-        ("https://issuer.example:port", "not a URL"),
-        ("https://issuer.example:99999", "not a URL"),
-        ("https://[::1", "not a URL"),
+        ("", "not a valid URL"),
+        ("issuer.example", "not a valid URL"),
+        ("//issuer.example", "not a valid URL"),
+        ("https://", "not a valid URL"),
+        ("https:///realms/test", "not a valid URL"),
+        ("https://:8443/", "not a valid URL"),
+        ("ftp://issuer.example", "not a valid URL"),
+        ("file:///etc/passwd", "not a valid URL"),
+        ("javascript:alert(1)", "not a valid URL"),
+        ("https://issuer.example:0", "not a valid URL"),
+        ("https://issuer.example:port", "not a valid URL"),
+        ("https://issuer.example:99999", "not a valid URL"),
+        ("https://[::1", "not a valid URL"),
         ("https://user@issuer.example", "user name or password"),
         ("https://user:password@issuer.example", "user name or password"),
         ("https://:password@issuer.example", "user name or password"),
@@ -268,7 +268,7 @@ def test_a_trailing_slash_of_the_issuer_may_differ_and_its_own_spelling_is_kept(
     ],
 )
 def test_a_document_of_another_issuer_is_refused(issuer: object) -> None:
-    with pytest.raises(IssuerUnavailable, match="speaks for another issuer") as caught:
+    with pytest.raises(IssuerUnavailable, match="names another issuer") as caught:
         read_metadata(200, document(issuer=issuer), url=DOCUMENT_URL)
     assert caught.value.cause == "other_issuer"
 
@@ -287,8 +287,8 @@ def test_the_name_of_another_issuer_is_shown_without_its_control_characters() ->
     [
         ("http://issuer.example/token", "https://"),
         ("https://user:password@issuer.example/token", "user name"),
-        ("/realms/test/token", "not a URL"),
-        ("", "not a URL"),
+        ("/realms/test/token", "not a valid URL"),
+        ("", "not a valid URL"),
         ("https://issuer.example/a b", "spaces"),
         (1, "not a string"),
         (["https://issuer.example/token"], "not a string"),
@@ -538,7 +538,7 @@ def test_an_issuer_that_fails_is_unavailable_and_says_when_to_come_back(status: 
     ids=["empty", "HTML", "list", "string", "null", "NaN", "not UTF-8", "cut off"],
 )
 def test_an_issuer_that_does_not_speak_json_is_unavailable(status: int, body: bytes) -> None:
-    with pytest.raises(IssuerUnavailable, match=f"{status}, not with the JSON") as caught:
+    with pytest.raises(IssuerUnavailable, match=f"{status} without the JSON") as caught:
         read_token_response(status, body)
 
     assert caught.value.retry_after is None
@@ -830,7 +830,7 @@ def test_what_is_no_private_key_is_refused(data: bytes) -> None:
     ids=["DSA", "X25519", "Ed448"],
 )
 def test_a_key_of_a_kind_that_signs_no_jwt_here_is_refused(make_key: Callable[[], object]) -> None:
-    with pytest.raises(ValueError, match="has to be RSA, EC or Ed25519"):
+    with pytest.raises(ValueError, match="must be RSA, EC or Ed25519"):
         load_private_key(pem(make_key()))
 
 

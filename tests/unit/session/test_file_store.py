@@ -160,7 +160,7 @@ def test_a_file_that_others_can_read_is_closed_to_them(file: Path, caplog: pytes
     file.chmod(0o644)
     assert store_in(file.parent).read() == SESSION
     assert file.stat().st_mode & 0o777 == 0o600
-    assert "could be read by others" in caplog.text
+    assert "other users could read" in caplog.text
 
 
 def test_a_file_of_somebody_else_is_not_believed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +182,7 @@ def test_a_folder_a_link_or_a_pipe_in_the_place_of_the_file_is_told(file: Path, 
         store_in(file.parent).read()
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(StoreError, match="not a file"):
+    with pytest.raises(StoreError, match="not a regular file"):
         store_in(file.parent).read()
 
 
@@ -256,7 +256,7 @@ def test_a_mode_that_cannot_be_changed_is_told_and_the_session_read(
     file.chmod(0o644)
     monkeypatch.setattr(os, "fchmod", refuse)
     assert store_in(file.parent).read() == SESSION
-    assert "make its mode 0600" in caplog.text
+    assert "set its mode to 0600" in caplog.text
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EMFILE, IssuerUnavailable), (errno.EROFS, StoreError)])

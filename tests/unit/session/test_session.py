@@ -214,7 +214,7 @@ def test_a_store_that_cannot_be_used_is_told_once_and_the_session_goes_on(
     occupied.write_text("a file")
     broken = session(issuer, clock, occupied)
     assert [broken.renew(None).value for _ in range(3)] == ["at-1", "at-2", "at-3"]
-    assert caplog.text.count("kept in memory only") == 1
+    assert caplog.text.count("only in memory") == 1
 
 
 def test_what_is_stored_is_used_even_where_it_cannot_be_locked_or_written(
@@ -309,7 +309,7 @@ def test_when_a_lost_answer_had_the_only_token_that_is_said(issuer: StrictIssuer
     issuer.lose_answers = 1
     with pytest.raises(IssuerUnavailable):
         mine.renew(None)
-    with pytest.raises(CredentialsRejected, match="answer to the refresh before was lost"):
+    with pytest.raises(CredentialsRejected, match="answer to the previous refresh was lost"):
         mine.renew(None)
 
 

@@ -166,7 +166,7 @@ async def test_a_token_that_ends_while_it_is_checked_is_not_given(issuer: Issuer
         clock.time += 60
 
     source = TokenSource(issuer, refresh_token="first", check=check, now=clock)
-    with pytest.raises(IssuerUnavailable, match="ended"):
+    with pytest.raises(IssuerUnavailable, match="expired"):
         await source.token()
 
 
@@ -346,7 +346,7 @@ async def test_a_failure_is_logged_once_and_so_is_its_end(
     messages = [record.getMessage() for record in caplog.records]
     assert [message for message in messages if "down" in message] == ["no new access token (issuer_unavailable): down"]
     assert sum("no new access token (credentials_rejected)" in message for message in messages) == 1
-    assert messages[-1] == "there are access tokens again"
+    assert messages[-1] == "access tokens are available again"
 
 
 async def test_a_log_that_raises_costs_nothing(
@@ -398,7 +398,7 @@ async def test_the_log_has_an_error_as_it_is_described_and_as_data(
 
 async def test_a_token_that_is_expired_on_arrival_is_not_served(source: TokenSource, issuer: Issuer) -> None:
     issuer.answers = [TokenResponse(jwt_with(exp=START, iat=START)) for _ in range(3)]
-    with pytest.raises(TokenInvalid, match="expired already") as caught:
+    with pytest.raises(TokenInvalid, match="already expired") as caught:
         await source.token()
     assert caught.value.cause == "clock"
 
@@ -552,10 +552,10 @@ async def test_refreshes_are_told_of_and_the_token_at_hand_is_one_to_send(issuer
     issuer.answers = [IssuerUnavailable("down")]
     with pytest.raises(IssuerUnavailable):
         await source.token()
-    assert str(source.failure) == "down"
+    assert str(source.error) == "down"
     token = await source.token()
     assert source.at_hand is token
-    assert source.failure is None
+    assert source.error is None
     assert [error and error.code for error in told] == ["issuer_unavailable", None]
     clock.time += 60
     assert source.at_hand is None

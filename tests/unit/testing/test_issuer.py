@@ -21,7 +21,7 @@ from eoepca_security.oauth.protocol import Client, PrivateKey, ProviderMetadata,
 from eoepca_security.oauth.verify import (
     Policy,
     TrustedKeys,
-    id_token_problem,
+    id_token_mismatch,
     read_access_token,
     read_header,
     read_id_token,
@@ -201,8 +201,8 @@ def test_an_id_token_belongs_to_its_access_token(algorithm: str, length: int) ->
     assert claims is not None
     assert (claims["nonce"], claims["exp"] - claims["iat"], len(claims["at_hash"])) == ("n-1", 60, length)
     access_claims = {"iss": issuer.url, "sub": "u-1"}
-    assert id_token_problem(claims, access_claims, access_token, algorithm) is None
-    assert id_token_problem(claims, access_claims, access_token + "x", algorithm) is not None
+    assert id_token_mismatch(claims, access_claims, access_token, algorithm) is None
+    assert id_token_mismatch(claims, access_claims, access_token + "x", algorithm) is not None
 
 
 def test_an_issuer_that_is_down_hangs_up_until_it_is_up_again(issuer: FakeIssuer, http: requests.Session) -> None:
@@ -428,7 +428,7 @@ def test_a_method_that_is_not_offered_is_not_accepted(method: str, secret: str |
 
         answer = authenticate(issuer, Client("client", secret, method, key))
         assert (answer.status, answer.members["error"]) == (401, "invalid_client")
-        refused = "the client has to authenticate" if method == "none" else f"{method} was not accepted"
+        refused = "the client must authenticate" if method == "none" else f"{method} was not accepted"
         assert answer.members["error_description"] == refused
         assert method not in issuer.discovery()["token_endpoint_auth_methods_supported"]
 
