@@ -1,1 +1,1 @@
-"""Settings, and what is made from them: a provider, a store, a token source. May import `session`."""
+"""Settings, and what the proxy builds from them: provider, store and token source. May import `session`."""

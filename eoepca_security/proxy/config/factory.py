@@ -1,4 +1,4 @@
-"""From settings to what they describe: a TokenSource that talks to the issuer, a file with the CAs."""
+"""Builds what the settings describe: the provider, the store, the token source and a file with the CAs."""
 
 import contextlib
 import tempfile
@@ -20,7 +20,7 @@ from eoepca_security.session.source import TokenSource
 
 
 def ca_bundle_file(ca_file: Path) -> IO[bytes]:
-    """Return a file with all CAs that are trusted, for mitmproxy, which wants one; it is there until it is closed.
+    """Return a temporary file with all trusted CAs, for mitmproxy. Closing it deletes it.
 
     Raises SettingsError.
     """
@@ -31,15 +31,15 @@ def ca_bundle_file(ca_file: Path) -> IO[bytes]:
             file.flush()
         except OSError as error:
             raise SettingsError(
-                f"{CA_FILE.env}: cannot be joined with the system's CAs ({error.strerror}): set TMPDIR to a folder "
-                "that can be written to"
+                f"{CA_FILE.env}: cannot be combined with the system's CAs ({error.strerror}): set TMPDIR to a writable "
+                "folder"
             ) from None
         stack.pop_all()
         return file
 
 
 def make_provider(settings: Settings, transport: Transport | None = None) -> Provider:
-    """Return the issuer as the client in the settings sees it, over the network unless there is a `transport`."""
+    """Return the provider for the issuer and client in the settings. The default `transport` is the network."""
     return Provider(
         settings.issuer_url,
         settings.client,
@@ -50,7 +50,7 @@ def make_provider(settings: Settings, transport: Transport | None = None) -> Pro
 
 
 def make_store(settings: Settings) -> TokenStore | None:
-    """Return where the session in the settings is kept, if it is one and is to be kept."""
+    """Return the store for the session in the settings, or None when there is no session or store."""
     if settings.token_store is None or settings.grant != "refresh_token":
         return None
     return TokenStore(
@@ -70,10 +70,10 @@ def make_source(
     describe: Callable[[TokenError], str] = str,
     learn: Callable[[Provider, str], object] | None = None,
 ) -> TokenSource:
-    """Return the source of access tokens that the settings describe; nothing is asked of the issuer yet.
+    """Return the token source that the settings describe. It does not ask the issuer yet.
 
-    `continues` is a source with the same login, which it goes on with. `joins`, `observe` and `describe` are as
-    TokenSource has them. `learn` is called with each new access token that is good, in the thread that got it.
+    `continues`, `joins`, `observe` and `describe` are the same as for TokenSource. `learn` is called with the provider
+    and each new valid access token, in the thread that fetched it.
     """
     provider = make_provider(settings)
 

@@ -1,4 +1,4 @@
-"""Where settings come from: add-on options, the environment, `.env`."""
+"""Reads settings from add-on options, the environment and `.env`."""
 
 import io
 from collections.abc import Mapping
@@ -32,32 +32,32 @@ from eoepca_security.session.file_store import TokenStore
 
 
 def read_dotenv(folder: Path) -> Mapping[str, str]:
-    """Return the variables of `.env` in `folder`, as they stand there; raises SettingsError when it cannot be read."""
+    """Return the variables of `.env` in `folder`, without interpolation; raises SettingsError."""
     path = folder / ".env"
     try:
         if path.is_fifo():
-            raise SettingsError(f".env: {path} is a pipe, which may never end: make it a file, or remove it")
+            raise SettingsError(f".env: {path} is a pipe, which may never end: replace it with a file, or remove it")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f".env: cannot be read ({_reason(error)}); mend or remove {path}") from None
-    # Parsed only: without the interpolation that would follow, as a secret may have a ${ in it.
+        raise SettingsError(f".env: cannot be read ({_reason(error)}); fix or remove {path}") from None
+        # Only parse: interpolation would change a secret that contains ${.
     bindings = list(parse_stream(io.StringIO(text)))
-    if faults := [binding.original.line for binding in bindings if binding.error]:
-        raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: mend or remove it" for line in faults))
+    if bad := [binding.original.line for binding in bindings if binding.error]:
+        raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: fix or remove it" for line in bad))
     return {binding.key: binding.value for binding in bindings if binding.key and binding.value is not None}
 
 
 def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settings:
-    """As `read_settings`, with the variables of `.env` in `folder`; says so where that is missing and may be why."""
+    """Like `read_settings`, with the variables of `.env` in `folder`. The error says when that file does not exist."""
     try:
         return read_settings(environ, dotenv=read_dotenv(folder), **more)
     except SettingsError as error:
         if not error.is_missing or (folder / ".env").exists():
             raise
         raise SettingsError(
-            *error.problems, f".env: there is none in {folder}, where it is looked for", is_missing=True
+            *error.problems, f".env: not found in {folder}, the folder that it is read from", is_missing=True
         ) from None
 
 
@@ -69,10 +69,10 @@ def read_settings(
     need_upstream: bool = True,
     need_session: bool = True,
 ) -> Settings:
-    """Read and check all settings; options come before the environment, and that before `dotenv`.
+    """Read and check all settings. Options take precedence over the environment, and that over `dotenv`.
 
-    Without `need_session` there may be none yet. Raises SettingsError with a line for every problem, which names the
-    variable and what to do.
+    With `need_session=False`, a session is optional. Raises SettingsError with one line for each wrong setting, which
+    names the variable and the remedy.
     """
     reader = Reader(options or {}, environ, dotenv or {})
     allow_http = reader.boolean(ALLOW_HTTP)
@@ -97,12 +97,12 @@ def read_settings(
     ):
         reader.problem(
             REFRESH_TOKEN,
-            "is required unless there was a `run-mitmproxy.py login`: run that, or set this to the refresh token of a "
-            f"login, or {GRANT.env}=client_credentials with a secret",
+            "is required without a stored login: run `run-mitmproxy.py login`, or set this to the refresh token of a "
+            f"login, or set {GRANT.env}=client_credentials with a secret",
         )
     ca_file = reader.ca_file()
     if grant == "refresh_token" and refresh_token is None and access_token is not None and token_store is None:
-        reader.warnings.append(f"{REFRESH_TOKEN.env} is not set: this works until {ACCESS_TOKEN.env} ends, no longer")
+        reader.warnings.append(f"{REFRESH_TOKEN.env} is not set: this works only until {ACCESS_TOKEN.env} expires")
     tls_no_verify = reader.boolean(TLS_NO_VERIFY)
     if tls_no_verify:
         reader.warnings.append(NO_VERIFY.format(TLS_NO_VERIFY.env))
@@ -110,10 +110,10 @@ def read_settings(
     upstream = reader.upstream(host, port) if need_upstream else None
     admin, admin_is_set = reader.admin(is_on=need_upstream)
     if admin_is_set and admin is not None and admin.port and (admin.host, admin.port) == (host, port):
-        reader.problem(ADMIN, f"{admin} is where the proxy itself listens: choose another port")
+        reader.problem(ADMIN, f"{admin} is the address of the proxy itself: choose another port")
     inject_hosts = reader.hosts(INJECT_HOSTS)
     if need_upstream and inject_hosts:
-        reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher forwards to {UPSTREAM.env} only")
+        reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher only forwards to {UPSTREAM.env}")
     unknown = reader.unknown_names()
     reader.warnings += unknown
     settings = Settings(
@@ -143,7 +143,7 @@ def read_settings(
         warnings=tuple(reader.warnings),
     )
     if reader.problems:
-        # Which may be why another is missing.
+        # A misspelled name may be why a setting is missing.
         raise SettingsError(*unknown, *reader.problems, is_missing=reader.is_missing)
     return settings
 

@@ -1,4 +1,4 @@
-"""Whether the proxy could listen where it is to."""
+"""Checks whether the proxy can listen on an address."""
 
 import errno
 import os
@@ -9,19 +9,19 @@ from typing import Final
 from eoepca_security.proxy.config.settings import Address
 
 USE_LOCAL: Final = "use 127.0.0.1, or 0.0.0.0 for all"
-"""What to do about an address that is foreign."""
+"""The remedy for an address that is not on this machine."""
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why nothing can listen at an address; `is_foreign` says that it is not an address of this machine."""
+    """Why nothing can listen on an address. `is_foreign` is true when the address is not on this machine."""
 
     detail: str
     is_foreign: bool
 
 
 def cannot_listen(host: str, port: int) -> Obstacle | None:
-    """Say why nothing can listen there, or return None."""
+    """Return why nothing can listen on `host` and `port`, or None."""
     foreign = Obstacle(f"{host!r} is not an address of this machine", is_foreign=True)
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -33,6 +33,6 @@ def cannot_listen(host: str, port: int) -> Obstacle | None:
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
             return foreign
-        # What Python adds to the system's words is the address again.
+        # Python's own message repeats the address.
         reason = os.strerror(error.errno) if error.errno else str(error)
         return Obstacle(f"cannot listen on {Address(host, port)} ({reason})", is_foreign=False)

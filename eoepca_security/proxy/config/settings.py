@@ -1,4 +1,4 @@
-"""Settings from add-on options, the environment and `.env`: one frozen `Settings`, or all that is wrong at once."""
+"""The checked settings, as one frozen `Settings`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Final, NamedTuple, TypeVar
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.oauth.urls import discovery_url
 
-NO_VERIFY: Final = "{} is on: whoever is between here and the service can read the token"
+NO_VERIFY: Final = "{} is on: anyone on the network path to the service can read the token"
 
 MAX_WORKERS: Final = 64
-"""Most processes that one listener may have."""
+"""The maximum number of processes for one listener."""
 
 T = TypeVar("T")
 
 
 class Address(NamedTuple):
-    """A host, an IPv6 address without brackets, and a port, which may be 0 for a free one."""
+    """A host (an IPv6 address without brackets) and a port; 0 means any free port."""
 
     host: str
     port: int
@@ -27,10 +27,10 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that can be set, checked. `upstream` is None only where it was not asked for.
+    """All settings, checked. `upstream` is None only when the caller did not need it.
 
-    `admin` is None where there is to be no admin listener; `admin_is_set` says that it must not be left out. Without
-    `allowed_hosts` those of loopback and the listening address are allowed.
+    `admin` is None when the admin listener is off. `admin_is_set` is true when the user set it, so that the proxy must
+    not start without it. An empty `allowed_hosts` allows the names of loopback and the listening address.
     """
 
     issuer_url: str
@@ -60,5 +60,5 @@ class Settings:
 
     @property
     def login(self) -> tuple[str | None, ...]:
-        """What makes another login where it differs."""
+        """The settings that identify the login: if one differs, it is another login."""
         return (discovery_url(self.issuer_url), self.client.client_id, self.grant, self.refresh_token)

@@ -1,4 +1,4 @@
-"""Reads one setting at a time, and collects everything that is wrong with them."""
+"""Reads and checks single settings, and collects the errors."""
 
 import difflib
 import ipaddress
@@ -43,13 +43,13 @@ from eoepca_security.proxy.config.variables import (
 
 _MAX_FILE: Final = 64 * 1024
 
-_TYPO: Final = 0.86  # how similar a name in the environment is to one of ours when it is a typing error
+_TYPO: Final = 0.86  # how similar a name in the environment must be to one of ours to count as a typo
 
 T = TypeVar("T")
 
 
 class Reader:
-    """Reads one setting at a time and collects what is wrong instead of raising it."""
+    """Reads one setting at a time, and collects errors instead of raising them."""
 
     def __init__(self, options: Mapping[str, str], environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
         self._options = options
@@ -64,14 +64,14 @@ class Reader:
         self.problems.append(f"{variable.env}: {text}")
 
     def raw(self, variable: Variable) -> str | None:
-        """Return the value of the first source that has one; an empty one counts as none."""
+        """Return the value from the first source that has one. An empty value counts as unset."""
         if variable.option and (value := self._options.get(variable.option)):
             return value
         for layer in self._layers:
             value, file = layer.get(variable.env), layer.get(variable.env + "_FILE") if variable.secret else None
             if value and file:
                 self._unreadable.add(variable)
-                self.problem(variable, f"is set, and so is {variable.env}_FILE: unset one of the two")
+                self.problem(variable, f"is set together with {variable.env}_FILE: unset one of the two")
                 return None
             if value:
                 return value
@@ -80,39 +80,39 @@ class Reader:
         return None
 
     def _from_file(self, variable: Variable, path: Path) -> str | None:
-        value, fault = None, "is empty"
+        value, error_text = None, "is empty"
         try:
             with path.open("rb") as stream:
                 data = stream.read(_MAX_FILE + 1)
             value = data.decode().removesuffix("\n").removesuffix("\r")
             if len(data) > _MAX_FILE:
-                value, fault = None, "is longer than 64 KiB"
+                value, error_text = None, "is longer than 64 KiB"
         except (OSError, ValueError) as error:
-            fault = f"cannot be read ({_reason(error)})"
+            error_text = f"cannot be read ({_reason(error)})"
         if not value:
             self._unreadable.add(variable)
             self.problems.append(
-                f"{variable.env}_FILE: {_shown(path)} {fault}: put the secret there, readable for this user"
+                f"{variable.env}_FILE: {_shown(path)} {error_text}: put the secret there, readable by this user"
             )
             return None
         return value
 
     def unknown_names(self) -> list[str]:
-        """Tell of names that look like ours but are not: a setting that is misspelt is silently not in force."""
+        """Return a warning for each unknown name that looks like a setting: misspelled settings have no effect."""
         known = {variable.env for variable in VARIABLES} | {f"{v.env}_FILE" for v in VARIABLES if v.secret}
         environ, dotenv = self._layers
         ours = ("OPEN_ID_", "OPENID_", "PROXY_", "TLS_", "REMOTE_")
         names = {name for name in environ if name.startswith(ours[:2])} | {n for n in dotenv if n.startswith(ours)}
-        # Other programs' variables begin like that, too, in an environment that all share.
+        # Variables of other programs begin with these prefixes too, so in the environment only report likely typos.
         names |= {n for n in environ if n.startswith(ours) and difflib.get_close_matches(n, known, 1, _TYPO)}
         lines = []
         for name in sorted(names - known):
             close = difflib.get_close_matches(name, known, 1)
-            lines.append(f"{name} is not a setting" + (f": is {close[0]} meant?" if close else " of this program"))
+            lines.append(f"{name} is not a setting" + (f": did you mean {close[0]}?" if close else " of this program"))
         return lines
 
     def is_unset(self, *variables: Variable) -> bool:
-        """Tell whether none of these was even tried, so that `is required` is said only then."""
+        """Return whether none of these was set, even to an unusable value: only then report that one is required."""
         return self._unreadable.isdisjoint(variables)
 
     def text(self, variable: Variable) -> str | None:
@@ -123,7 +123,7 @@ class Reader:
         return value.strip() or None if value else None
 
     def secret(self, variable: Variable) -> str | None:
-        """As `text`, but spaces at the ends belong to the value."""
+        """Like `text`, but keep spaces at both ends."""
         value = self.raw(variable)
         if value is not None and not value.isprintable():
             self._unreadable.add(variable)
@@ -138,16 +138,16 @@ class Reader:
             self.problem(variable, "has spaces or characters outside ASCII: copy the token alone, without quotes")
             return None
         if value is not None and value[0] in "'\"":
-            # Docker's --env-file and Kubernetes take them literally.
+            # Docker's --env-file and Kubernetes keep quotes as part of the value.
             self._unreadable.add(variable)
-            self.problem(variable, "begins with a quotation mark: copy the token alone, without quotes")
+            self.problem(variable, "starts with a quotation mark: copy the token alone, without quotes")
             return None
         return value
 
     def boolean(self, variable: Variable) -> bool:
         value = (self.text(variable) or variable.default).lower()
         if value not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-            self.problem(variable, f"{value!r} is neither true nor false: use true or false")
+            self.problem(variable, f"{value!r} is not a valid boolean: use true or false")
         return value in ("true", "1", "yes", "on")
 
     def choice(self, variable: Variable, choices: Sequence[str]) -> str:
@@ -165,20 +165,20 @@ class Reader:
         return value or ""
 
     def issuer(self, *, allow_http: bool) -> str:
-        url = self.required(ISSUER, "the issuer's URL, e.g. https://keycloak.example/realms/eoepca")
+        url = self.required(ISSUER, "set it to the issuer's URL, e.g. https://keycloak.example/realms/eoepca")
         if not url:
             return url
         problem = url_problem(url, allow_http=allow_http)
         if problem is not None and url_problem(url, allow_http=True) is None:
-            problem += f"; {ALLOW_HTTP.env}=true allows it all the same"
+            problem += f"; {ALLOW_HTTP.env}=true allows it anyway"
         if problem is None and re.search(r"[?#]", url):
-            problem = "has a ? or # part: an issuer has neither"
+            problem = "has a query or fragment: remove the part after ? or #"
         if problem:
             self.problem(ISSUER, problem)
         return url
 
     def client(self) -> Client:
-        client_id = self.required(CLIENT_ID, "the client's ID as it is registered at the issuer")
+        client_id = self.required(CLIENT_ID, "set it to the client's ID at the issuer")
         secret, key = self.secret(CLIENT_SECRET), self._client_key()
         method = self.choice(CLIENT_AUTH, CLIENT_AUTH_METHODS)
         if method.startswith("client_secret") and secret is None and self.is_unset(CLIENT_SECRET):
@@ -207,7 +207,7 @@ class Reader:
             return None
 
     def token_store(self) -> Path | None:
-        """Return the folder, by default where programs keep their state (XDG Base Directory Specification)."""
+        """Return the folder; the default follows the XDG Base Directory Specification. None means memory only."""
         environ = self._layers[0]
         home = environ.get("HOME")
         value = self.text(TOKEN_STORE)
@@ -219,7 +219,7 @@ class Reader:
             return Path(state, "eoepca-security")
         if home:
             return Path(home, ".local", "state", "eoepca-security")
-        self.warnings.append(f"{TOKEN_STORE.env} is unset and there is no HOME: the session is kept in memory only")
+        self.warnings.append(f"{TOKEN_STORE.env} and HOME are unset: the session is only in memory")
         return None
 
     def host(self) -> str:
@@ -228,30 +228,30 @@ class Reader:
             ipaddress.ip_address(value)
         except ValueError:
             if not re.fullmatch(r"(?!-)[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*\.?", value) or re.fullmatch(r"[0-9.]+", value):
-                self.problem(HOST, f"{value!r} is no address: use 127.0.0.1, or 0.0.0.0 inside a container")
+                self.problem(HOST, f"{value!r} is not a valid address: use 127.0.0.1, or 0.0.0.0 inside a container")
         return value
 
     def port(self) -> int:
         value = self.text(PORT) or PORT.default
         if not _is_port(value):
-            self.problem(PORT, f"{value!r} is no port: use a number from 1 to 65535, or 0 for a free one")
+            self.problem(PORT, f"{value!r} is not a valid port: use a number from 1 to 65535, or 0 for any free port")
             return int(PORT.default)
         return int(value)
 
     def admin(self, *, is_on: bool) -> tuple[Address | None, bool]:
-        """Return the admin listener's address, if it is to be on, and whether that was set; `is_on` without that."""
+        """Return the admin listener's address or None, and whether the user set it. `is_on` is the default."""
         given = self.text(ADMIN)
         value = given or (ADMIN.default if is_on else "off")
         if value == "off":
             return None, given is not None
         host, _, port = value.rpartition(":")
         if not re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+", host) or not _is_port(port):
-            self.problem(ADMIN, f"{value!r} is no address: use host:port, e.g. {ADMIN.default}, or off")
+            self.problem(ADMIN, f"{value!r} is not a valid address: use host:port, e.g. {ADMIN.default}, or off")
             return None, True
         return Address(host.strip("[]"), int(port)), given is not None
 
     def items(self, variable: Variable) -> tuple[str, ...]:
-        """Return a comma-separated list."""
+        """Return the items of a comma-separated list."""
         return tuple(item.strip() for item in (self.text(variable) or "").split(",") if item.strip())
 
     def hosts(self, variable: Variable, *, wildcard: bool = False) -> tuple[str, ...]:
@@ -261,10 +261,12 @@ class Reader:
                 hosts.append(item)
                 continue
             try:
-                # An IPv6 address may come without its brackets.
+                # Accept an IPv6 address without brackets.
                 hosts.append(str(parse_host(f"[{item}]" if item.count(":") > 1 and "[" not in item else item)))
             except ValueError:
-                self.problem(variable, f"{item!r} is no host: use names like service.example, with :port where needed")
+                self.problem(
+                    variable, f"{item!r} is not a valid host: use names like service.example, with :port if needed"
+                )
         return tuple(hosts)
 
     def origins(self) -> tuple[str, ...]:
@@ -274,56 +276,56 @@ class Reader:
                 origins.append(parse_origin(item))
             except ValueError:
                 self.problem(
-                    ALLOWED_ORIGINS, f"{item!r} is no origin: use scheme://host:port, e.g. https://app.example"
+                    ALLOWED_ORIGINS, f"{item!r} is not a valid origin: use scheme://host:port, e.g. https://app.example"
                 )
         return tuple(origins)
 
     def termination_endpoint(self) -> str | None:
         path = self.text(TERMINATION_ENDPOINT)
         if path is not None and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", path):
-            self.problem(TERMINATION_ENDPOINT, f"{path!r} is no path: use one like /quitquitquit")
+            self.problem(TERMINATION_ENDPOINT, f"{path!r} is not a valid path: use one like /quitquitquit")
         return path
 
     def upstream(self, host: str, port: int) -> str:
-        url = self.required(UPSTREAM, "the protected service, e.g. https://service.example:9200")
+        url = self.required(UPSTREAM, "set it to the protected service, e.g. https://service.example:9200")
         if not url:
             return url
         try:
             parts = split_url(url)
         except ValueError:
-            self.problem(UPSTREAM, "is not a URL: it has to look like https://service.example:9200")
+            self.problem(UPSTREAM, "is not a valid URL: it must look like https://service.example:9200")
             return url
         if parts.username is not None or parts.path.strip("/") or parts.query or parts.fragment:
             self.problem(
-                UPSTREAM, "takes scheme, host and port only: requests bring their own path, so put it into those"
+                UPSTREAM, "must be only scheme, host and port: requests have their own path, so put the rest into those"
             )
         elif (
             is_loopback(parts.hostname)
             and (parts.port or DEFAULT_PORTS[parts.scheme]) == port
             and (is_loopback(host) or host in EVERYWHERE)
         ):
-            self.problem(UPSTREAM, f"is the address that the proxy itself listens on: change it or {PORT.env}")
+            self.problem(UPSTREAM, f"is the address of the proxy itself: change it or {PORT.env}")
         elif parts.scheme == "http" and not is_loopback(parts.hostname):
             self.warnings.append(
-                f"{UPSTREAM.env} is plain http: everyone on the way to {parts.hostname} sees the token"
+                f"{UPSTREAM.env} is plain http: anyone on the network path to {parts.hostname} can read the token"
             )
         return f"{parts.scheme}://{parts.netloc.lower()}"
 
     def workers(self) -> int:
         value = self.text(WORKERS) or WORKERS.default
         if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
-            self.problem(WORKERS, f"{value!r} is no number of processes: use 1 to {MAX_WORKERS}")
+            self.problem(WORKERS, f"{value!r} is not a valid number of processes: use 1 to {MAX_WORKERS}")
             return 1
         if int(value) > 1 and not hasattr(os, "fork"):
-            self.problem(WORKERS, "this system cannot fork: use 1")
+            self.problem(WORKERS, "must be 1 on this system, which cannot fork")
         return int(value)
 
     def endpoint(self) -> str:
-        """Return path and query of what the service is asked for; the host of a URL does not count."""
+        """Return the path and query to request from the service. Ignores the host of a URL."""
         value = self.text(ENDPOINT) or ENDPOINT.default
         path = re.sub(r"^https?://[^/?#]*", "", value).partition("#")[0] or "/"
         if not re.fullmatch(r"/[!-~]*", path):
-            self.problem(ENDPOINT, "is no path: use one like /collections")
+            self.problem(ENDPOINT, "is not a valid path: use one like /collections")
         return path
 
 
@@ -332,9 +334,9 @@ def _is_port(text: str) -> bool:
 
 
 def _shown(path: Path | str) -> str:
-    """Return a path for a message, unless it may be a secret that was put where its file's name belongs."""
+    """Return a path for a message, unless it may be a secret that was set instead of a file name."""
     text = str(path)
-    return text if re.match(r"[~./]", text) and len(text) < 200 else "the file that it names"
+    return text if re.match(r"[~./]", text) and len(text) < 200 else "the file"
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Every setting there is: its name, default and description. `.env.example` and `docs/settings.md` are made from this.
+"""All settings: name, default and description. `.env.example` and `docs/settings.md` are generated from this file.
 
 After a change, run `uv run tools/settings_reference.py`.
 """
@@ -15,11 +15,10 @@ FORWARD_AS_CHOICES: Final = ("bearer", "apisix")
 
 @dataclass(frozen=True)
 class Variable:
-    """A setting: its environment variable, its add-on option if it has one, and what it is for.
+    """A setting: its environment variable, its add-on option or None, and its description.
 
-    `help` is a sentence that stands alone, as mitmproxy's `--options` shows it; `more` is what else there is to say.
-    `default` is the text that an unset one counts as; empty where there is none, or where `more` tells it.
-    A secret can be read from a file, too.
+    `help` is a complete sentence, which mitmproxy's `--options` shows; `more` has the details. `default` is the value
+    of an unset variable; it is empty if there is none, or if `more` describes it. Secrets can also be read from a file.
     """
 
     env: str
@@ -35,7 +34,7 @@ ISSUER: Final = Variable(
     "OPEN_ID_CONNECT_URL",
     "oidc_url",
     "The OIDC issuer, or its discovery document (…/.well-known/openid-configuration).",
-    "For Keycloak: https://keycloak.example/realms/NAME. Use the name under which the session was given.",
+    "For Keycloak: https://keycloak.example/realms/NAME. Use the same name as for the login.",
     required=True,
 )
 CLIENT_ID: Final = Variable(
@@ -47,8 +46,8 @@ CLIENT_SECRET: Final = Variable(
 CLIENT_AUTH: Final = Variable(
     "OPEN_ID_CONNECT_CLIENT_AUTH",
     "oidc_client_auth",
-    f"How the client proves itself: {', '.join(CLIENT_AUTH_METHODS)}.",
-    "auto chooses from what the issuer offers and the client has.",
+    f"How the client authenticates: {', '.join(CLIENT_AUTH_METHODS)}.",
+    "auto chooses a method that the issuer supports and the client has credentials for.",
     default=CLIENT_AUTH_METHODS[0],
 )
 CLIENT_KEY_FILE: Final = Variable(
@@ -60,14 +59,14 @@ REFRESH_TOKEN: Final = Variable(
     "OPEN_ID_REFRESH_TOKEN",
     "refresh_token",
     "The refresh token of a login.",
-    "Not needed after `run-mitmproxy.py login`, which keeps one in the token store, nor where OPEN_ID_CONNECT_GRANT is "
-    "client_credentials.",
+    "Not needed after `run-mitmproxy.py login`, which stores one in the token store, or with "
+    "OPEN_ID_CONNECT_GRANT=client_credentials.",
     secret=True,
 )
 ACCESS_TOKEN: Final = Variable(
     "OPEN_ID_AUTH_TOKEN",
     "auth_token",
-    "An access token to begin with, used while it lives.",
+    "An initial access token, used until it expires.",
     "Rarely needed.",
     secret=True,
 )
@@ -75,121 +74,121 @@ GRANT: Final = Variable(
     "OPEN_ID_CONNECT_GRANT",
     "oidc_grant",
     f"The OAuth grant: {' or '.join(GRANTS)}.",
-    "refresh_token acts for the user who logged in; client_credentials acts for the client itself and needs its secret "
+    "refresh_token acts for the user who logged in. client_credentials acts for the client itself and needs its secret "
     "or key.",
     default=GRANTS[0],
 )
 TOKEN_STORE: Final = Variable(
     "OPEN_ID_TOKEN_STORE",
     "oidc_token_store",
-    "Folder that keeps the newest refresh token, so that a restart continues the session; none is memory only.",
-    "Unset is $XDG_STATE_HOME/eoepca-security, or ~/.local/state/eoepca-security.",
+    "Folder for the newest refresh token, so that a restart continues the session; none keeps it in memory only.",
+    "The default is $XDG_STATE_HOME/eoepca-security, or ~/.local/state/eoepca-security.",
 )
 AUDIENCE: Final = Variable(
     "OPEN_ID_CONNECT_AUDIENCE",
     "oidc_audience",
     "The audience that the protected service expects.",
-    "When set, an access token that is a JWT is verified (signature, issuer, audience, times) before it is used, and "
-    "one that does not fit is never forwarded.",
+    "If set, access tokens that are JWTs are verified (signature, issuer, audience, times) before use, and are never "
+    "forwarded if they fail.",
 )
 SCOPE: Final = Variable(
     "OPEN_ID_CONNECT_SCOPE",
     "oidc_scope",
-    "Scopes to ask for, separated by spaces.",
-    "Unset asks for what the login asked for.",
+    "Scopes to request, separated by spaces.",
+    "If unset, the scopes of the login apply.",
 )
 UPSTREAM: Final = Variable(
     "REMOTE_PROTECTED_DOMAIN",
     None,
     "Scheme, host and port of the protected service, without a path, e.g. https://service.example:9200",
-    "(mitmdump -s: `--mode reverse:` takes its place.)",
+    "(mitmdump -s: use `--mode reverse:` instead.)",
     required=True,
 )
 ENDPOINT: Final = Variable(
     "REMOTE_PROTECTED_ENDPOINT",
     None,
-    "What `run-mitmproxy.py check` asks the service for with the token: a path, or a URL of which the path counts.",
+    "What `run-mitmproxy.py check` requests from the service: a path, or a URL, of which only the path is used.",
     default="/",
 )
 TLS_NO_VERIFY: Final = Variable(
     "TLS_NO_VERIFY",
     None,
-    "true turns verification of the service's certificate off: whoever is on the way can read the token.",
-    "Prefer TLS_CA_FILE. (true, 1, yes, on; or false, 0, no, off)",
+    "true turns off verification of the service's certificate: anyone on the network path can read the token.",
+    "Prefer TLS_CA_FILE. (true, 1, yes or on; false, 0, no or off)",
     default="false",
 )
 CA_FILE: Final = Variable(
     "TLS_CA_FILE",
     None,
-    "PEM file with CA certificates to trust besides the system's, for the issuer and the service.",
+    "PEM file with CA certificates to trust in addition to the system's, for the issuer and the service.",
 )
 HOST: Final = Variable(
     "PROXY_HOST",
     None,
     "Address to listen on.",
-    "Everything that can reach it acts with your identity, so keep it on loopback, or inside a container or pod. "
-    "(mitmdump -s: `--listen-host` takes its place.)",
+    "Anything that can reach it acts with your identity, so keep it on loopback, or inside a container or pod. "
+    "(mitmdump -s: use `--listen-host` instead.)",
     default="127.0.0.1",
 )
 PORT: Final = Variable(
     "PROXY_PORT",
     None,
-    "Port to listen on; 0 takes a free one.",
-    "(mitmdump -s: `--listen-port` takes its place.)",
+    "Port to listen on; 0 picks a free port.",
+    "(mitmdump -s: use `--listen-port` instead.)",
     default="8080",
 )
 ADMIN: Final = Variable(
     "PROXY_ADMIN",
     "admin_listen",
     "Address of the admin listener, as host:port, or off.",
-    "Probes, metrics, status and the off switch. When this is not set and the port is taken, the proxy goes on "
-    "without. (mitmdump -s: off unless set.)",
+    "It serves probes, metrics, the status page and the shutdown endpoint. If this is unset and the port is in use, "
+    "the proxy starts without it. (mitmdump -s: off unless set.)",
     default="127.0.0.1:8081",
 )
 ALLOWED_HOSTS: Final = Variable(
     "PROXY_ALLOWED_HOSTS",
     "allowed_hosts",
-    "Names, separated by commas, by which clients may address the proxy, with :port where only that one will do; * is "
-    "all.",
-    "Unset: localhost, 127.0.0.1, [::1] and the address listened on. In a container, set the names it is known by.",
+    "Names that clients may use in `Host`, separated by commas; add :port to allow only that port; * allows all.",
+    "The default is localhost, 127.0.0.1, [::1] and the listening address. In a container, set the names that clients "
+    "use for it.",
 )
 ALLOWED_ORIGINS: Final = Variable(
     "PROXY_ALLOWED_ORIGINS",
     "allowed_origins",
-    "Web origins, separated by commas, whose pages may use the proxy with your identity and read the answers, e.g. "
-    "http://localhost:3000. Each port is an origin of its own.",
+    "Web origins whose pages may use the proxy with your identity and read the answers, separated by commas, e.g. "
+    "http://localhost:3000. Each port is a separate origin.",
 )
 TERMINATION_ENDPOINT: Final = Variable(
     "PROXY_TERMINATION_ENDPOINT",
     "termination_endpoint",
-    "Path on the proxy where a POST ends it, e.g. /quitquitquit (the admin listener has that one anyway).",
+    "Path on the proxy where a POST stops it, e.g. /quitquitquit (the admin listener always has that path).",
 )
 FORWARD_AS: Final = Variable(
     "PROXY_FORWARD_AS",
     "forward_as",
-    f"What the service gets: {' or '.join(FORWARD_AS_CHOICES)}.",
-    "bearer sends the token as Authorization; apisix also sends X-Access-Token, X-ID-Token and X-Userinfo as APISIX's "
-    "openid-connect plugin does, for developing a service that lives behind it.",
+    f"Which headers the service gets: {' or '.join(FORWARD_AS_CHOICES)}.",
+    "bearer sends the token in Authorization. apisix also sends X-Access-Token, X-ID-Token and X-Userinfo, like "
+    "APISIX's openid-connect plugin, for developing a service that runs behind it.",
     default=FORWARD_AS_CHOICES[0],
 )
 WORKERS: Final = Variable(
     "PROXY_WORKERS",
     None,
     "Processes that share the port and the session.",
-    "More than one pays from about a thousand requests a second on; each can use a core.",
+    "More than one helps from about a thousand requests per second; each can use one core.",
     default="1",
 )
 INJECT_HOSTS: Final = Variable(
     "PROXY_INJECT_HOSTS",
     "inject_hosts",
-    "In regular mode (mitmdump -s --mode regular): hosts, separated by commas, with :port where it is not the "
-    "scheme's, that get the token.",
-    "An exact match, and over https only, except on this machine.",
+    "In regular mode (mitmdump -s --mode regular): hosts that get the token, separated by commas, with :port if it is "
+    "not the scheme's default.",
+    "Hosts must match exactly, and only over https, except on this machine.",
 )
 ALLOW_HTTP: Final = Variable(
     "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP",
     "oidc_dangerously_allow_http",
-    "true accepts an http:// issuer beyond localhost: everyone on the way can take the session over.",
+    "true allows an http:// issuer beyond localhost: anyone on the network path can take over the session.",
     "For test networks.",
     default="false",
 )

@@ -33,7 +33,7 @@ def problems(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 def test_the_two_listeners_need_an_address_each() -> None:
     both = GOOD | {"PROXY_PORT": "8080", "PROXY_ADMIN": "127.0.0.1:8080"}
-    assert problems(both) == ("PROXY_ADMIN: 127.0.0.1:8080 is where the proxy itself listens: choose another port",)
+    assert problems(both) == ("PROXY_ADMIN: 127.0.0.1:8080 is the address of the proxy itself: choose another port",)
     assert read_settings(both | {"PROXY_PORT": "0", "PROXY_ADMIN": "127.0.0.1:0"}).admin is not None
 
 
@@ -101,26 +101,30 @@ def test_secrets_do_not_show() -> None:
         ({"REMOTE_PROTECTED_DOMAIN": ""}, "REMOTE_PROTECTED_DOMAIN", "required"),
         ({"REMOTE_PROTECTED_DOMAIN": "service.example"}, "REMOTE_PROTECTED_DOMAIN", "https://"),
         ({"REMOTE_PROTECTED_DOMAIN": "https://service.example/api"}, "REMOTE_PROTECTED_DOMAIN", "path"),
-        ({"REMOTE_PROTECTED_DOMAIN": "https://u:p@service.example"}, "REMOTE_PROTECTED_DOMAIN", "host and port only"),
+        (
+            {"REMOTE_PROTECTED_DOMAIN": "https://u:p@service.example"},
+            "REMOTE_PROTECTED_DOMAIN",
+            "scheme, host and port",
+        ),
         ({"REMOTE_PROTECTED_DOMAIN": "https://service.example:99999"}, "REMOTE_PROTECTED_DOMAIN", "not a valid URL"),
         ({"REMOTE_PROTECTED_DOMAIN": "https://a b"}, "REMOTE_PROTECTED_DOMAIN", "not a valid URL"),
         ({"REMOTE_PROTECTED_DOMAIN": "http://localhost:8080"}, "REMOTE_PROTECTED_DOMAIN", "itself"),
         ({"PROXY_HOST": "not an address"}, "PROXY_HOST", "127.0.0.1"),
-        ({"PROXY_HOST": "300.1.1.1"}, "PROXY_HOST", "no address"),
+        ({"PROXY_HOST": "300.1.1.1"}, "PROXY_HOST", "not a valid address"),
         ({"PROXY_ADMIN": "8081"}, "PROXY_ADMIN", "host:port"),
         ({"PROXY_ADMIN": "localhost:99999"}, "PROXY_ADMIN", "host:port"),
         ({"PROXY_ADMIN": "::1:8081"}, "PROXY_ADMIN", "host:port"),
         ({"PROXY_ALLOWED_HOSTS": "good.example,http://bad.example"}, "PROXY_ALLOWED_HOSTS", "http://bad.example"),
-        ({"PROXY_ALLOWED_HOSTS": "*.example"}, "PROXY_ALLOWED_HOSTS", "no host"),
-        ({"PROXY_ALLOWED_ORIGINS": "*"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
-        ({"PROXY_ALLOWED_ORIGINS": "null"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
-        ({"PROXY_ALLOWED_ORIGINS": "app.example"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
-        ({"PROXY_ALLOWED_ORIGINS": "https://app.example/"}, "PROXY_ALLOWED_ORIGINS", "no origin"),
-        ({"PROXY_TERMINATION_ENDPOINT": "/"}, "PROXY_TERMINATION_ENDPOINT", "no path"),
-        ({"PROXY_TERMINATION_ENDPOINT": "end"}, "PROXY_TERMINATION_ENDPOINT", "no path"),
-        ({"PROXY_TERMINATION_ENDPOINT": "/end?now"}, "PROXY_TERMINATION_ENDPOINT", "no path"),
+        ({"PROXY_ALLOWED_HOSTS": "*.example"}, "PROXY_ALLOWED_HOSTS", "not a valid host"),
+        ({"PROXY_ALLOWED_ORIGINS": "*"}, "PROXY_ALLOWED_ORIGINS", "not a valid origin"),
+        ({"PROXY_ALLOWED_ORIGINS": "null"}, "PROXY_ALLOWED_ORIGINS", "not a valid origin"),
+        ({"PROXY_ALLOWED_ORIGINS": "app.example"}, "PROXY_ALLOWED_ORIGINS", "not a valid origin"),
+        ({"PROXY_ALLOWED_ORIGINS": "https://app.example/"}, "PROXY_ALLOWED_ORIGINS", "not a valid origin"),
+        ({"PROXY_TERMINATION_ENDPOINT": "/"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
+        ({"PROXY_TERMINATION_ENDPOINT": "end"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
+        ({"PROXY_TERMINATION_ENDPOINT": "/end?now"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
         ({"PROXY_FORWARD_AS": "nginx"}, "PROXY_FORWARD_AS", "bearer, apisix"),
-        ({"PROXY_INJECT_HOSTS": "*"}, "PROXY_INJECT_HOSTS", "no host"),
+        ({"PROXY_INJECT_HOSTS": "*"}, "PROXY_INJECT_HOSTS", "not a valid host"),
         ({"PROXY_PORT": "eighty"}, "PROXY_PORT", "number"),
         ({"PROXY_PORT": "65536"}, "PROXY_PORT", "65535"),
         ({"PROXY_PORT": "-1"}, "PROXY_PORT", "number"),
@@ -347,17 +351,17 @@ def test_a_misspelt_name_in_the_environment_is_told_and_another_programs_is_not(
     misspelt = ("PROXY_ALLOWED_HOST", "TLS_CAFILE", "REMOTE_PROTECTED_DOMIAN", "OPEN_ID_REFESH_TOKEN", "OPEN_ID_X")
     warnings = read_settings(GOOD | dict.fromkeys((*others, *misspelt), "x")).warnings
     assert warnings == (
-        "OPEN_ID_REFESH_TOKEN is not a setting: is OPEN_ID_REFRESH_TOKEN meant?",
+        "OPEN_ID_REFESH_TOKEN is not a setting: did you mean OPEN_ID_REFRESH_TOKEN?",
         warnings[1],
-        "PROXY_ALLOWED_HOST is not a setting: is PROXY_ALLOWED_HOSTS meant?",
-        "REMOTE_PROTECTED_DOMIAN is not a setting: is REMOTE_PROTECTED_DOMAIN meant?",
-        "TLS_CAFILE is not a setting: is TLS_CA_FILE meant?",
+        "PROXY_ALLOWED_HOST is not a setting: did you mean PROXY_ALLOWED_HOSTS?",
+        "REMOTE_PROTECTED_DOMIAN is not a setting: did you mean REMOTE_PROTECTED_DOMAIN?",
+        "TLS_CAFILE is not a setting: did you mean TLS_CA_FILE?",
     )
     assert warnings[1].startswith("OPEN_ID_X is not a setting")
 
 
 def test_where_dotenv_was_looked_for_is_told_when_something_is_missing(tmp_path: Path) -> None:
-    hint = f".env: there is none in {tmp_path}, where it is looked for"
+    hint = f".env: not found in {tmp_path}, the folder that it is read from"
     missing = {name: value for name, value in GOOD.items() if name != "OPEN_ID_CONNECT_URL"}
     for environment, says in ((missing, True), (GOOD | {"PROXY_PORT": "x"}, False)):
         with pytest.raises(SettingsError) as caught:
@@ -440,4 +444,4 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "use 1 to 64" in problem
     monkeypatch.delattr(os, "fork")
     assert read_settings(GOOD | {"PROXY_WORKERS": "1"}).workers == 1
-    assert problems(GOOD | {"PROXY_WORKERS": "2"}) == ("PROXY_WORKERS: this system cannot fork: use 1",)
+    assert problems(GOOD | {"PROXY_WORKERS": "2"}) == ("PROXY_WORKERS: must be 1 on this system, which cannot fork",)
