@@ -33,7 +33,7 @@ from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.headers import is_websocket
-from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_fault
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_error
 
 MAX_MESSAGE: Final = 16 * 1024 * 1024
 """Longest message of a WebSocket, in bytes, which is held until it is complete; each of its frames counts for some."""
@@ -215,7 +215,7 @@ class Stream(HttpStream):
     def _blame(self, reason: str) -> CommandGenerator[None]:
         """Answer that the service failed."""
         request = self.flow.request
-        fault = upstream_fault(f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http")
+        fault = upstream_error(f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http")
         self.flow.response = messages.answer(fault.code, fault.detail, method=request.method)
         self.flow.metadata |= {CODE: fault.code, DETAIL: fault.reason, REMEDY: fault.remedy}
         yield from self._answer()

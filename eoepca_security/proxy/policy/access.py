@@ -1,8 +1,8 @@
-"""May this request come in? May the token go there? Pure.
+"""Which requests the proxy accepts. Pure.
 
-Whatever can reach the proxy acts with its identity, and on a desktop that is every web page. Two rules keep pages out:
-a name that a stranger's DNS server gives to this machine is not an allowed `Host`, and what a browser says that another
-site made it send is refused.
+Anything that can reach the proxy acts with its identity, and on a desktop that includes every web page. Two rules keep
+pages out: `Host` must be an allowed name, so a foreign DNS name that points to this machine is refused, and so is a
+request that, according to the browser, another site caused.
 """
 
 import ipaddress
@@ -17,23 +17,23 @@ _PREFLIGHT_LIFETIME: Final = "600"
 _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
 
 Values = Callable[[str], Sequence[str]]
-"""Gives all the values of a header, one for each time that it was sent."""
+"""Returns all values of a header, one for each time that it was sent."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request does not come in; `code` is of the public interface."""
+    """Why a request is refused. `code` is part of the public interface."""
 
     code: str
     detail: str
 
 
 class Guard:
-    """The rules for one listener.
+    """The access rules of one listener.
 
-    `hosts` are names, with or without a port, under which clients may address it; `*` is every name. `origins` are the
-    web origins that may use it though they are others. `ip_addresses` accepts any IP address for a name: none of them
-    can be pointed elsewhere, but a browser does not say which site sent a plain GET there.
+    `hosts` are the names that clients may use, with or without a port; `*` allows every name. `origins` are the foreign
+    web origins that may use it. `ip_addresses` also allows any IP address as the host: DNS cannot redirect an address,
+    but browsers do not say which site sent a plain GET to it.
     """
 
     def __init__(self, hosts: Iterable[str], origins: Iterable[str] = (), *, ip_addresses: bool = False) -> None:
@@ -44,37 +44,38 @@ class Guard:
         self._ip_addresses = ip_addresses
 
     def refusal(self, scheme: str, hosts: Sequence[str], values: Values) -> Refusal | None:
-        """Say why a request must not come in, or return None.
+        """Return why a request must be refused, or None.
 
-        `scheme` is the one that the client spoke; `hosts` are all the names by which the request addresses us: the
-        `Host` header, HTTP/2's `:authority`, the authority of an absolute target.
+        `scheme` is the scheme that the client used. `hosts` are all names for us in the request: the `Host` header,
+        HTTP/2's `:authority`, the authority of an absolute target.
         """
         try:
             (host,) = {parse_host(text) for text in hosts}
         except ValueError:
             host = None
         if host is None or len(values("Host")) > 1:
-            return Refusal("host_not_allowed", "the request has no Host, several, or one that is no host name")
+            return Refusal("host_not_allowed", "the request has no Host, several, or an invalid one")
         if not self._is_allowed(host):
             return Refusal(
                 "host_not_allowed",
-                f"{printable(str(host), 100)} is not a name of this proxy: use localhost, or add it to "
+                f"{printable(str(host), 100)} is not an allowed name of this proxy: use localhost, or add it to "
                 "PROXY_ALLOWED_HOSTS",
             )
         return self.cross_site(origin_of(scheme, host), values)
 
     def cross_site(self, own_origin: str, values: Values) -> Refusal | None:
-        """Say whether a browser sent this for a page of another origin than `own_origin` and the allowed ones.
+        """Return why a browser's request must be refused, or None.
 
-        Or for what would outlive the page: a service worker answers for the whole origin, and stays.
+        Refuses requests for pages of foreign origins that are not allowed, and for service workers, which answer for
+        the whole origin and outlive the page.
         """
         if values("Service-Worker"):
             return Refusal(
-                "cross_site_request", "a browser wants to install a service worker, and the proxy takes none"
+                "cross_site_request", "a browser wants to install a service worker, which the proxy does not allow"
             )
         sites, origins = values("Sec-Fetch-Site"), values("Origin")
         if len(sites) > 1 or len(origins) > 1:
-            return Refusal("cross_site_request", "Origin or Sec-Fetch-Site is there twice")
+            return Refusal("cross_site_request", "the request has Origin or Sec-Fetch-Site twice")
         sender = _parse(origins[0]) if origins else None
         if origins and sender not in (own_origin, *self._origins):
             return _foreign(origins[0])
@@ -82,14 +83,14 @@ class Guard:
         return _foreign(page) if page and not self._is_allowed_origin(sender, values) else None
 
     def allowed_origin(self, values: Values) -> str | None:
-        """Return the value of `Origin` when it is one of the allowed other origins."""
+        """Return the value of `Origin` if it is an allowed foreign origin, else None."""
         origins = values("Origin")
         return origins[0] if len(origins) == 1 and _parse(origins[0]) in self._origins else None
 
     def sharing(self, method: str, values: Values) -> dict[str, str] | None:
-        """Return the headers that share the answer with an allowed origin (Fetch §3.2, §3.6); None if none asks for it.
+        """Return the headers that share the answer with an allowed origin (Fetch §3.2, §3.6), or None.
 
-        `Vary` keeps a browser from taking the answer from its cache for a page of another origin.
+        `Vary` keeps a browser from using the cached answer for a page of another origin.
         """
         if (origin := self.allowed_origin(values)) is not None:
             readable = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
@@ -99,7 +100,7 @@ class Guard:
         return None
 
     def preflight(self, method: str, values: Values) -> dict[str, str] | None:
-        """Return the headers that answer an allowed origin's CORS preflight (Fetch §3.2), or None if this is none."""
+        """Return the headers that answer an allowed origin's CORS preflight (Fetch §3.2); None for other requests."""
         asked = values("Access-Control-Request-Method")
         if method != "OPTIONS" or len(asked) != 1 or self.allowed_origin(values) is None:
             return None
@@ -123,7 +124,7 @@ class Guard:
 
     def _is_allowed_origin(self, sender: str | None, values: Values) -> bool:
         if sender is None:
-            # Browsers leave Origin out of plain GETs. What they put in its place a page can suppress, but not forge.
+            # Browsers omit Origin in plain GETs. A page can suppress Referer, but not forge it.
             referers = values("Referer")
             sender = _parse("/".join(referers[0].split("/", 3)[:3])) if len(referers) == 1 else None
         return sender in self._origins
@@ -145,14 +146,14 @@ def _is_ip_address(name: str) -> bool:
 
 
 def _page_elsewhere(values: Values) -> str:
-    """Return for which page of another origin a browser says that it asks (W3C Fetch Metadata), or nothing."""
-    # A page can have something loaded ahead of a visit, and browsers say that it is for none, as if the user had asked.
+    """Describe the foreign page that caused the request, according to W3C Fetch Metadata; empty if there is none."""
+    # For a page's prefetch, browsers send `none`, as if the user had asked.
     is_ahead = bool(values("Sec-Purpose"))
     match values("Sec-Fetch-Site"):
         case ["same-origin"]:
             return ""
         case [] | ["none"]:
-            return "a page that it does not name, ahead of a visit" if is_ahead else ""
+            return "an unnamed page's prefetch" if is_ahead else ""
         case ["same-site"]:
             return "" if _leaves_its_page(values) and not is_ahead else "another port or name of the same site"
         case _:
@@ -160,13 +161,13 @@ def _page_elsewhere(values: Values) -> str:
 
 
 def _leaves_its_page(values: Values) -> bool:
-    """Tell whether a browser is to show the answer in the place of its page, rather than in a part of it."""
+    """Return whether the browser will replace the whole page with the answer, rather than embed it."""
     return values("Sec-Fetch-Mode") == ["navigate"] and values("Sec-Fetch-Dest") in ([], ["document"])
 
 
 def _foreign(sender: str) -> Refusal:
     return Refusal(
         "cross_site_request",
-        f"a browser sent this for {printable(sender, 100)}: if that may act with the proxy's identity, add its origin "
-        "to PROXY_ALLOWED_ORIGINS",
+        f"a browser sent this for {printable(sender, 100)}: to let it act with the proxy's identity, add its origin to "
+        "PROXY_ALLOWED_ORIGINS",
     )

@@ -1,4 +1,4 @@
-"""The headers that APISIX's openid-connect plugin sends to the services behind it."""
+"""The headers that APISIX's openid-connect plugin sends to its upstream services."""
 
 import base64
 import json
@@ -12,22 +12,22 @@ from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.policy.headers import Fields
 from eoepca_security.session.session import AccessToken
 
-# What APISIX's openid-connect plugin sets, and so what a service behind it believes.
+# Headers that APISIX's openid-connect plugin sets, so services behind it trust them.
 _APISIX: Final = frozenset({b"x-access-token", b"x-id-token", b"x-raw-id-token", b"x-refresh-token", b"x-userinfo"})
 
 logger = logging.getLogger(__name__)
 
 
 def without_gateway_headers(fields: Fields) -> Fields:
-    """Return the fields without a client's copies of what only a gateway may say.
+    """Return the fields without those that only a gateway may set.
 
-    CGI and WSGI would take other spellings for them, too.
+    This includes spellings with underscores, which CGI and WSGI treat as the same.
     """
     return tuple(field for field in fields if field[0].lower().replace(b"_", b"-") not in _APISIX)
 
 
 class ApisixHeaders:
-    """What APISIX's openid-connect plugin sends besides the token: claims, as padded base64 of JSON.
+    """The claims that APISIX's openid-connect plugin sends besides the token, as padded base64 JSON.
 
     `describe` says in the log what an error is and what to do about it.
     """
@@ -35,23 +35,24 @@ class ApisixHeaders:
     def __init__(self, describe: Callable[[TokenError], str] = str) -> None:
         self._describe = describe
         self._userinfo: tuple[str, Mapping[str, Any] | None] = ("", None)
-        self._trouble = ""
+        self._last_error = ""
 
     def learn(self, provider: Provider, token: str) -> None:
-        """Ask the issuer about the user to whom `token` belongs; blocks. That it fails is no reason to stop."""
+        """Ask the issuer for the claims about the token's user; blocks. Errors are logged, not raised."""
         claims = None
         try:
             claims = provider.userinfo(token)
         except TokenError as error:
-            if str(error) != self._trouble:
+            if str(error) != self._last_error:
                 logger.warning(
-                    "no X-Userinfo from the issuer, so it is what the access token says: %s", self._describe(error)
+                    "X-Userinfo has the access token's claims, because the issuer sent none: %s",
+                    self._describe(error),
                 )
-            self._trouble = str(error)
+            self._last_error = str(error)
         self._userinfo = (token, claims)
 
     def of(self, token: AccessToken) -> dict[str, str]:
-        """Return the headers, without those for which there is nothing to say."""
+        """Return the headers, without empty ones."""
         known_token, userinfo = self._userinfo
         if known_token != token.value or userinfo is None:
             userinfo = unverified_claims(token.value)

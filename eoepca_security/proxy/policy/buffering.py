@@ -1,20 +1,20 @@
-"""Which bodies are held in memory, so that they can be sent again, and which pass through as they come."""
+"""Which bodies the proxy buffers, so that it can send them again, and which it streams."""
 
 from typing import Final
 
 from eoepca_security.proxy.policy.headers import Fields, RequestHead, value_of
 
 MAX_HELD: Final = 1024 * 1024
-"""Longest body, in bytes, that is held in memory; longer ones, and those of unknown length, are passed on in parts."""
+"""The longest body to buffer, in bytes. Longer bodies and those of unknown length are streamed."""
 
 _MULTIPLEXED: Final = (b"HTTP/2.0", b"HTTP/3")
-_DIGITS: Final = 18  # of any length that there can be; Python does not read thousands
+_DIGITS: Final = 18  # enough for any real length; Python refuses to parse thousands of digits
 
 
 def streams_request(head: RequestHead) -> bool:
-    """Tell whether a request's body is to pass through as it comes, rather than be held until it is complete.
+    """Return whether to stream a request's body instead of buffering it.
 
-    One that is held can be sent again, so short ones are.
+    Short bodies are buffered, so that the request can be sent again.
     """
     fields = head.headers.fields
     length = value_of(fields, b"content-length")
@@ -24,12 +24,12 @@ def streams_request(head: RequestHead) -> bool:
 
 
 def streams_response(status: int, fields: Fields) -> bool:
-    """Tell whether an answer's body is to pass through as it comes: events, and what may be large."""
+    """Return whether to stream a response's body: events, and bodies that may be large."""
     if status == 101:
         return False
     length = value_of(fields, b"content-length")
     if length is None:
-        # Whoever is refused may be asked again with another token, so this is not on its way to the client yet.
+        # A refused request may be sent again with another token, so do not forward this answer yet.
         return status != 401
     return _is_long(length)
 

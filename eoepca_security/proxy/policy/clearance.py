@@ -1,4 +1,4 @@
-"""That a request may leave, for one target and with the headers that it gets there."""
+"""Clearances: permission for a request to leave, for one target and with given headers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,19 +10,19 @@ from eoepca_security.proxy.policy.destination import Target
 
 @dataclass(frozen=True)
 class Clearance:
-    """That a request may leave for `target`, with these headers in place of its own of the same names."""
+    """Permission for a request to leave for `target`. `headers` replace its own headers of the same names."""
 
     target: Target
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @cached_property
     def fields(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The headers as they are sent."""
+        """The headers, encoded as they are sent."""
         return tuple((name.encode(), value.encode()) for name, value in self.headers.items())
 
     @cached_property
     def names(self) -> frozenset[bytes]:
-        """Their names, in lower case."""
+        """The header names, in lower case."""
         return frozenset(name.lower() for name, _ in self.fields)
 
 
@@ -30,10 +30,10 @@ _cleared: WeakKeyDictionary[object, Clearance] = WeakKeyDictionary()
 
 
 def clear(request: object, clearance: Clearance) -> None:
-    """Let the request leave; it is known by its identity, so copies of it are not cleared."""
+    """Let the request leave. This applies to the object itself, so copies of it are not cleared."""
     _cleared[request] = clearance
 
 
 def clearance(request: object) -> Clearance | None:
-    """Return what the request was given, if anything."""
+    """Return the request's clearance, or None."""
     return _cleared.get(request)

@@ -1,4 +1,4 @@
-"""Where a request goes, and whether the token belongs there."""
+"""Where a request goes, and whether it may carry the token."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from eoepca_security.proxy.config.settings import Settings
 
 @dataclass(frozen=True)
 class Target:
-    """Where a connection goes; the host in lower case."""
+    """Where a connection goes. The host is in lower case."""
 
     scheme: str
     host: str
@@ -18,7 +18,7 @@ class Target:
 
     @cached_property
     def authority(self) -> str:
-        """Host and port as they stand in a URL, without the scheme's own port (RFC 9110 §4.2.3)."""
+        """Host and port as in a URL, without the scheme's default port (RFC 9110 §4.2.3)."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if DEFAULT_PORTS.get(self.scheme) == self.port else f"{host}:{self.port}"
 
@@ -32,8 +32,8 @@ class Target:
 class Destination:
     """Where a request goes.
 
-    `is_reverse`: to the one service that the proxy stands for; otherwise (forward mode) to where the client says.
-    `is_elsewhere`: to a host that gets no token, in forward mode. `is_served`: the proxy knows where that is.
+    `is_reverse`: to the one service behind the proxy; otherwise (forward mode) to the host that the client names.
+    `is_elsewhere`: in forward mode, to a host that gets no token. `is_served`: the add-on supports the request's mode.
     """
 
     target: Target
@@ -43,13 +43,13 @@ class Destination:
 
 
 def may_inject(settings: Settings | None, scheme: str, host: str, port: int) -> bool:
-    """Tell whether a connection in forward mode is to one of the settings' hosts, and cannot be read on the way."""
+    """Return whether a forward-mode connection goes to one of the settings' hosts, and nobody else can read it."""
     hosts = [parse_host(host) for host in settings.inject_hosts] if settings is not None else []
     return may_get_token(hosts, scheme, host, port)
 
 
 def may_get_token(inject_hosts: Collection[Host], scheme: str, host: str, port: int) -> bool:
-    """Tell whether a connection in forward mode is to one of these hosts, and cannot be read on the way."""
+    """Return whether a forward-mode connection goes to one of these hosts, and nobody else can read it."""
     return (scheme == "https" or (scheme == "http" and is_loopback(host))) and any(
         allowed.name.strip("[]") == host.lower() and (allowed.port or DEFAULT_PORTS[scheme]) == port
         for allowed in inject_hosts

@@ -1,16 +1,16 @@
-"""What of a client's request goes on to the protected service."""
+"""Which parts of a client's request the protected service gets."""
 
 import re
 from collections.abc import Iterable
 from typing import Final, Protocol
 
 Fields = tuple[tuple[bytes, bytes], ...]
-"""Header fields in the order in which they came: names, in whatever case, and values."""
+"""Header fields in the order of arrival: names, in any case, and values."""
 
 PLACEHOLDER: Final = "Bearer (added by the proxy)"
-"""What stands in a flow, and so in mitmproxy's console and files, in the place of the token."""
+"""Replaces the token in flows, and so in mitmproxy's console and files."""
 
-# RFC 9110 §7.6.1 and what preceded it. Transfer-Encoding is mitmproxy's to handle.
+# RFC 9110 §7.6.1 and its predecessors. mitmproxy handles Transfer-Encoding.
 _HOP_BY_HOP: Final = frozenset(
     {
         b"keep-alive",
@@ -28,17 +28,17 @@ _CREDENTIALS: Final = frozenset({b"authorization", b"proxy-authorization"})
 _METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PATH: Final = re.compile(rb"\*|/[^\x00-\x20\x7f]*")
 _BREAK: Final = re.compile(rb"[\r\n\x00]")
-# Some programs take these for spaces or line ends, as mitmproxy does around values, and others do not (RFC 9112 §2.2).
+# Programs disagree on whether these are spaces or line ends; mitmproxy strips them around values (RFC 9112 §2.2).
 _ODD: Final = re.compile(rb"^[ \t]|[\r\x00\x0b\x0c]")
 
 
 def is_plain(lines: Iterable[bytes]) -> bool:
-    """Tell whether the lines of an HTTP/1 head are the same lines to everybody: no folded ones, no odd line ends."""
+    """Return whether all programs read the same lines in an HTTP/1 head: no folded lines, no unusual line ends."""
     return not any(map(_ODD.search, lines))
 
 
 class HasFields(Protocol):
-    """Whatever has header fields."""
+    """An object with header fields."""
 
     @property
     def fields(self) -> Fields:
@@ -46,19 +46,19 @@ class HasFields(Protocol):
 
 
 class RequestHead(Protocol):
-    """The head of a request; mitmproxy's `Request.data` is one."""
+    """The head of a request, e.g. mitmproxy's `Request.data`."""
 
     @property
     def method(self) -> bytes:
-        """As it was sent."""
+        """The method, as sent."""
 
     @property
     def path(self) -> bytes:
-        """Path and query, `*`, or nothing with CONNECT."""
+        """Path and query, `*`, or empty for CONNECT."""
 
     @property
     def http_version(self) -> bytes:
-        """As in `HTTP/1.1`."""
+        """The version, e.g. `HTTP/1.1`."""
 
     @property
     def headers(self) -> HasFields:
@@ -66,19 +66,20 @@ class RequestHead(Protocol):
 
 
 def value_of(fields: Fields, name: bytes) -> bytes | None:
-    """Return the values of a field as one (RFC 9110 §5.3), or None where there is none; `name` is in lower case."""
+    """Return the values of a field, joined (RFC 9110 §5.3), or None; `name` is in lower case."""
     values = [value for given, value in fields if given.lower() == name]
     return b", ".join(values) if values else None
 
 
 def is_one_request(head: RequestHead) -> bool:
-    """Tell whether it stays one request as HTTP/1: no line breaks (mitmproxy 11 lets HTTP/2's pass), nor folded lines.
+    """Return whether all servers read this as one request in HTTP/1.
 
-    Nor may `Connection` name the headers that say where the request ends and for whom it is.
+    It must have no line breaks in its fields (mitmproxy 11 accepts them in HTTP/2), and `Connection` must not name the
+    headers that define the end and the host of the request.
     """
     return (
         _METHOD.fullmatch(head.method) is not None
-        # mitmproxy takes these in any case for what they are in capitals, and a service need not (RFC 9110 §9.1).
+        # mitmproxy ignores the case of these, but services may not (RFC 9110 §9.1).
         and (head.method.isupper() or head.method.upper() not in (b"HEAD", b"CONNECT"))
         and (_PATH.fullmatch(head.path) is not None or (head.method == b"CONNECT" and not head.path))
         and head.http_version in (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"HTTP/3")
@@ -88,12 +89,12 @@ def is_one_request(head: RequestHead) -> bool:
 
 
 def is_websocket(head: RequestHead) -> bool:
-    """Tell whether the request asks for a WebSocket (RFC 6455 §4.1)."""
+    """Return whether the request asks for a WebSocket (RFC 6455 §4.1)."""
     return head.method == b"GET" and (value_of(head.headers.fields, b"upgrade") or b"").strip().lower() == b"websocket"
 
 
 def without_hop_by_hop(head: RequestHead) -> Fields:
-    """Return the fields without those that concern the client's connection to us only (RFC 9110 §7.6.1)."""
+    """Return the fields without those for the client's connection to us (RFC 9110 §7.6.1)."""
     fields = head.headers.fields
     options = _connection_options(fields)
     dropped = _HOP_BY_HOP | options
@@ -103,21 +104,21 @@ def without_hop_by_hop(head: RequestHead) -> Fields:
     else:
         dropped |= {b"upgrade"}
         kept = []
-    # gRPC needs it, and is HTTP/2; over HTTP/1 it asks for trailers that mitmproxy cannot read.
+    # gRPC, over HTTP/2, needs `TE: trailers`. Over HTTP/1, mitmproxy cannot read the trailers.
     if not (head.http_version == b"HTTP/2.0" and value_of(fields, b"te") == b"trailers"):
         dropped |= {b"te"}
-    # mitmproxy looks here to see whether the client's connection is to stay.
+    # mitmproxy needs these to decide whether to keep the client's connection open.
     kept += [option for option in (b"close", b"keep-alive") if option in options]
     connection = ((b"Connection", b", ".join(kept)),) if kept else ()
     return (*(field for field in fields if field[0].lower() not in dropped), *connection)
 
 
 def with_hidden_credentials(fields: Fields) -> Fields:
-    """Return the fields with a placeholder for the client's own credentials, which are nobody's business."""
-    # Also where mitmproxy has refused the name.
+    """Return the fields with a placeholder instead of the client's own credentials."""
+    # `in`, because names that mitmproxy refuses, e.g. with spaces, can hold credentials too.
     if not any(b"authorization" in name.lower() for name, _ in fields):
         return fields
-    # One for each name, however often it was sent.
+    # One placeholder for each name, even if it was sent several times.
     hidden = {name.lower(): (name, PLACEHOLDER.encode()) for name, _ in fields if name.strip().lower() in _CREDENTIALS}
     return (*(field for field in fields if field[0].lower() not in hidden), *hidden.values())
 

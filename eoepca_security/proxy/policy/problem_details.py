@@ -1,4 +1,4 @@
-"""The proxy's own answers: problem details (RFC 9457) with a code that programs can rely on. Pure."""
+"""The proxy's own answers: problem details (RFC 9457) with a stable code for programs. Pure."""
 
 import errno
 import json
@@ -14,40 +14,40 @@ from eoepca_security.proxy.policy.remedies import told
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
 
 CODE: Final = "oidc_proxy_error"
-"""In a flow's metadata, the code of the answer that was made here."""
+"""The key in a flow's metadata for the code of the proxy's own answer."""
 
 DETAIL: Final = "oidc_proxy_error_detail"
-"""There too, what happened."""
+"""The key in a flow's metadata for what happened."""
 
 REMEDY: Final = "oidc_proxy_error_remedy"
-"""There too, what to do about it."""
+"""The key in a flow's metadata for the remedy."""
 
 ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
-    "host_not_allowed": (403, "The proxy does not answer to this Host"),
-    "cross_site_request": (403, "The proxy takes no requests from other web sites"),
+    "host_not_allowed": (403, "The proxy does not accept this Host"),
+    "cross_site_request": (403, "The proxy does not accept requests from other web sites"),
     "bad_request": (400, "The request is not well-formed"),
-    IssuerUnavailable.code: (503, "The identity provider does not give a token"),
+    IssuerUnavailable.code: (503, "The identity provider does not provide a token"),
     CredentialsRejected.code: (502, "The identity provider rejected the proxy's credentials"),
     TokenInvalid.code: (502, "The identity provider's token cannot be used"),
     "upstream_unavailable": (502, "The protected service does not answer"),
     "upstream_timeout": (504, "The protected service does not answer in time"),
 }
-"""Every code of the public interface, with its status and its title."""
+"""All codes of the public interface, with status and title."""
 
 MALFORMED: Final = "its answer is malformed"
-"""Begins the reason for which an answer of the service is not passed on."""
+"""The start of the reason for not forwarding the service's answer."""
 
 HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
 
 
 def title(code: str) -> str:
-    """Return in words what a code of the public interface says."""
+    """Return the title of a code of the public interface."""
     return ANSWERS[code][1]
 
 
 @dataclass(frozen=True)
-class UpstreamFault:
-    """Why the protected service gives no answer, and what to do about it; `code` is of the public interface."""
+class UpstreamError:
+    """Why the protected service did not answer, and the remedy. `code` is part of the public interface."""
 
     code: str
     reason: str
@@ -55,38 +55,38 @@ class UpstreamFault:
 
     @property
     def detail(self) -> str:
-        """Both in one line."""
+        """Reason and remedy in one line."""
         return told(self.reason, self.remedy)
 
 
-def upstream_fault(service: str, reason: str, *, is_plain: bool = False) -> UpstreamFault:
-    """Say what mitmproxy's `reason` for a failure of `service` (host:port) means, and what to do.
+def upstream_error(service: str, reason: str, *, is_plain: bool = False) -> UpstreamError:
+    """Return code and remedy for mitmproxy's `reason` that `service` (host:port) did not answer.
 
-    mitmproxy has words for it and nothing else; this is the one place that looks at them. `is_plain` says that the
-    service was addressed without TLS.
+    mitmproxy only gives the reason as text, and only this function parses it. `is_plain` is true for a connection
+    without TLS.
     """
     reason = reason.rstrip(". ")
     if "does not speak TLS" in reason:
-        remedy = "is it http:// rather than https:// in REMOTE_PROTECTED_DOMAIN?"
+        remedy = "should REMOTE_PROTECTED_DOMAIN use http:// instead of https://?"
     elif "certificate verify failed" in reason.lower():
-        remedy = "TLS_CA_FILE adds a CA to those that are trusted"
+        remedy = "to trust another CA, set TLS_CA_FILE"
     elif "server closed connection" in reason:
-        # As servers do that want TLS.
-        other = ", or is it https:// rather than http:// in REMOTE_PROTECTED_DOMAIN?" if is_plain else ""
-        remedy = f"it hung up without an answer: its log may say why{other}"
+        # Servers that expect TLS also do this.
+        other = "; or should REMOTE_PROTECTED_DOMAIN use https:// instead of http://?" if is_plain else ""
+        remedy = f"see the service's log{other}"
     elif reason.startswith((MALFORMED, "Cannot parse HTTP response")):
-        remedy = "the service has to mend that, unless REMOTE_PROTECTED_DOMAIN is the address of something else"
+        remedy = "fix the service, or REMOTE_PROTECTED_DOMAIN if it is the address of something else"
     else:
-        remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
+        remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is running"
     is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason
     code = "upstream_timeout" if is_late else "upstream_unavailable"
-    return UpstreamFault(code, f"{service}: {printable(reason)}", remedy)
+    return UpstreamError(code, f"{service}: {printable(reason)}", remedy)
 
 
 def parts(
     code: str, detail: str, *, retry_after: float = 1, status: int | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Return status (the usual one unless given), headers and body of an answer; `retry_after` is in seconds."""
+    """Return status (by default the code's own), headers and body of an answer; `retry_after` is in seconds."""
     usual, title = ANSWERS[code]
     status = status or usual
     body = {"title": title, "status": status, "detail": detail, "code": code}

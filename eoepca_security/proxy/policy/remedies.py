@@ -1,6 +1,6 @@
-"""What to do about an error: from what was seen of it to the remedy, in terms of our settings and commands. Pure.
+"""Remedies for errors, in terms of the proxy's settings and commands. Pure.
 
-The errors themselves name neither, as they come from code that other programs use, too.
+The errors do not name settings or commands, because other programs use that code too.
 """
 
 import os
@@ -36,36 +36,36 @@ from eoepca_security.session.session import number
 
 LOGIN: Final = "run `run-mitmproxy.py login`"
 
-CHECK: Final = "run `run-mitmproxy.py check`, which says more"
+CHECK: Final = "run `run-mitmproxy.py check` for details"
 
 CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
-"""What an issuer answers (RFC 6749 §5.2) when it is the client that it does not accept."""
+"""The error codes with which an issuer refuses the client (RFC 6749 §5.2)."""
 
 BINDING_REMEDY: Final = "turn off DPoP-bound and certificate-bound access tokens for this client at the issuer"
 
-CLOCK: Final = "set this machine's clock by the network (`timedatectl set-ntp true`), or have the issuer's set"
+CLOCK: Final = "synchronize this machine's clock (`timedatectl set-ntp true`), or have the issuer's clock corrected"
 
-SEE_LOG: Final = "fix what its log names"
+SEE_LOG: Final = "fix the errors in the proxy's log"
 
 CHECK_CLIENT: Final = "check the client's settings at the issuer"
 
-CHOOSE_SCOPE: Final = f"set {SCOPE.env} to scopes that the client may ask for, or leave it unset"
+CHOOSE_SCOPE: Final = f"set {SCOPE.env} to scopes that the client may request, or leave it unset"
 
 CHOOSE_CLIENT_AUTH: Final = f"set {CLIENT_AUTH.env}, or the credential that it needs"
 
-_LATER: Final = f"try again later; if this lasts, {CHECK}"
+_LATER: Final = f"try again later; if the error persists, {CHECK}"
 
-_BY_ITSELF: Final = "the proxy tries again by itself"
+_BY_ITSELF: Final = "the proxy retries automatically"
 
 _PROXY: Final = (
-    "a proxy is in the way: put its user and password into HTTPS_PROXY (or HTTP_PROXY), as in "
-    "http://user:password@proxy:3128, or list the host in NO_PROXY"
+    "a proxy on the network path requires a login: put its user and password into HTTPS_PROXY (or HTTP_PROXY), e.g. "
+    "http://user:password@proxy:3128, or add the host to NO_PROXY"
 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was looked for: the setting that names it, its URL, and whether we run in a container."""
+    """A peer that was contacted: the setting that names it, its URL, and whether we run in a container."""
 
     variable: Variable
     url: str
@@ -74,7 +74,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Reply:
-    """The head of an HTTP answer, its headers' names in small letters, and the beginning of its body."""
+    """An HTTP answer's status, its headers with names in lower case, and the start of its body."""
 
     status: int
     headers: Mapping[str, str]
@@ -82,30 +82,30 @@ class Reply:
 
     @property
     def is_html(self) -> bool:
-        """Whether it is a page for people."""
+        """Whether it is an HTML page."""
         return "html" in self.headers.get("content-type", "").lower() or self.body.lstrip()[:1] == b"<"
 
 
 def told(what: object, remedy: str) -> str:
-    """Say in one line what happened and what to do about it."""
+    """Return in one line what happened and the remedy."""
     return f"{what}; {remedy}" if remedy else str(what)
 
 
 def failure_remedy(error: TokenError, settings: Settings | None, *, in_container: bool) -> str:
-    """Return what to do about an error that keeps a running proxy from a token, as far as it alone tells.
+    """Return the remedy for an error that leaves a running proxy without a token, from the error alone.
 
-    `settings` are None where the proxy has none.
+    `settings` is None when the proxy has no valid settings.
     """
     if settings is None:
         return SEE_LOG
     if not isinstance(error, IssuerUnavailable) or error.cause == "not_configured":
         return command_remedy(error, settings, in_container=in_container)
     remedy = _issuer_remedy(_issuer(settings, error, in_container), error)
-    return f"{remedy}; {_BY_ITSELF}" if remedy else f"{_BY_ITSELF}; if this lasts, {CHECK}"
+    return f"{remedy}; {_BY_ITSELF}" if remedy else f"{_BY_ITSELF}; if the error persists, {CHECK}"
 
 
 def command_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
-    """Do the same for what does not try again by itself."""
+    """Do the same for a command, which does not retry."""
     match error:
         case IssuerUnavailable():
             return _issuer_remedy(_issuer(settings, error, in_container), error) or _LATER
@@ -121,7 +121,7 @@ def command_remedy(error: TokenError, settings: Settings, *, in_container: bool)
 
 
 def login_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
-    """Return what to do about a login that failed; empty where there is nothing to do but to trust it as little."""
+    """Return the remedy for a failed login; empty if there is none."""
     match error:
         case CredentialsRejected(issuer_error=str(said)) if said in _LOGIN_REMEDIES:
             return _LOGIN_REMEDIES[said]
@@ -135,28 +135,28 @@ def login_remedy(error: TokenError, settings: Settings, *, in_container: bool) -
         case CredentialsRejected(issuer_error=None):
             return "log in again"
         case CredentialsRejected():
-            return f"log in again; if that does not help, {CHECK_CLIENT}, or ask whoever runs it"
+            return f"log in again; if that does not help, {CHECK_CLIENT}, or ask its operator"
         case TokenInvalid(cause=None):
             return ""
     return command_remedy(error, settings, in_container=in_container)
 
 
 _ALLOW_LOGIN: Final = (
-    "or allow the client this way of logging in at the issuer (Keycloak: OAuth 2.0 Device Authorization Grant, or "
-    "Standard flow for --browser, in the client's settings)"
+    "or enable this login for the client at the issuer (Keycloak: OAuth 2.0 Device Authorization Grant, or Standard "
+    "flow for --browser, in the client's settings)"
 )
 
 # By the issuer's error code or the error's cause.
 _LOGIN_REMEDIES: Final[Mapping[str, str]] = {
-    "invalid_grant": "the login took too long or was used already: log in again",
-    "access_denied": "the login was refused there: log in again and allow it",
+    "invalid_grant": "the login took too long or was already used: log in again",
+    "access_denied": "the login was denied: log in again and allow it",
     "expired_token": "nobody confirmed the login in time: log in again",
-    "invalid_scope": "choose scopes that the client may ask for with --scope",
-    "not_allowed": "this client or user may have no offline session there: log in with --scope openid",
+    "invalid_scope": "choose scopes that the client may request with --scope",
+    "not_allowed": "this client or user may not have offline sessions: log in with --scope openid",
     "no_device_login": "use login --browser",
     "no_browser_login": "use login without --browser",
-    "no_refresh_token": "allow the client refresh tokens there, or ask for other scopes with --scope",
-    "mix_up": "log in again, and mind at which address you type your password",
+    "no_refresh_token": "enable refresh tokens for the client at the issuer, or request other scopes with --scope",
+    "mix_up": "log in again, and check the address of the page before you enter your password",
 }
 
 
@@ -168,26 +168,26 @@ def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
     match error.issuer_error or error.cause:
         case "invalid_grant":
             return (
-                f"{_NEW_SESSION}. The old one is expired, revoked or used up, or was given to another client or by "
-                "another name of the issuer"
+                f"{_NEW_SESSION}. The old one has expired, was revoked or used up, or was issued to another client or "
+                "under another name of the issuer"
             )
         case "no_session":
             return _NEW_SESSION
         case "invalid_client":
             return _client_remedy(settings)
-        case "unauthorized_client":  # Keycloak says this of a wrong secret, too
-            return f"{_client_remedy(settings)}; or allow the client this {GRANT.env} at the issuer"
+        case "unauthorized_client":  # Keycloak also sends this for a wrong secret
+            return f"{_client_remedy(settings)}; or enable this {GRANT.env} for the client at the issuer"
         case "unsupported_grant_type":
-            return f"the issuer does not offer this grant: set {GRANT.env} to one that it offers"
+            return f"set {GRANT.env} to a grant that the issuer supports"
         case "invalid_scope":
             return CHOOSE_SCOPE
         case "no_auth_method":
             return CHOOSE_CLIENT_AUTH
-    return f"{CHECK_CLIENT} against your settings; {CHECK}"
+    return f"compare the client's settings at the issuer with yours; {CHECK}"
 
 
 _NEW_SESSION: Final = (
-    f"{LOGIN}, which a running proxy notices; or set {REFRESH_TOKEN.env} to the refresh token of a new login, and "
+    f"{LOGIN}, which a running proxy picks up; or set {REFRESH_TOKEN.env} to the refresh token of a new login, and "
     "restart"
 )
 
@@ -195,11 +195,11 @@ _NEW_SESSION: Final = (
 def _client_remedy(settings: Settings) -> str:
     has_secret = settings.client.secret is not None or settings.client.key is not None
     remedy = client_remedy(has_secret=has_secret, works_without=False, client_id=settings.client.client_id)
-    return f"{remedy}; a public client has no secret: unset it" if has_secret else remedy
+    return f"{remedy}; if the client is public, unset {CLIENT_SECRET.env}" if has_secret else remedy
 
 
 def _issuer_remedy(place: Place, error: IssuerUnavailable) -> str:
-    """Return what the error alone tells to do about an issuer; empty when it tells nothing."""
+    """Return the remedy for an issuer's error, from the error alone; empty if there is none."""
     name = place.variable.env
     match error.cause:
         case None:
@@ -209,49 +209,50 @@ def _issuer_remedy(place: Place, error: IssuerUnavailable) -> str:
         case "not_there":
             return _CHECK_PATH.format(name)
         case "other_issuer":
-            return f"set {name} to the issuer's own name, as its discovery document gives it"
+            return f"set {name} to the issuer's name in its discovery document"
         case "plain_http":
-            return f"have the issuer name https:// there, or set {ALLOW_HTTP.env} if nobody can listen on the way"
+            return f"configure the issuer to use https:// there, or set {ALLOW_HTTP.env} on a network that you trust"
         case "unclear_refusal":
             return (
-                f"if it stays so, it may mean to refuse the client (check {CLIENT_SECRET.env}) or the session ({LOGIN})"
+                f"if this persists, the issuer may be refusing the client (check {CLIENT_SECRET.env}) or the session "
+                f"({LOGIN})"
             )
         case cause:
             return network_remedy(place, cause, by_proxy=error.by_proxy)
 
 
-_CHECK_PATH: Final = "check the path in {}: for Keycloak it is /realms/<name>, before version 17 /auth/realms/<name>"
+_CHECK_PATH: Final = "check the path in {}: Keycloak uses /realms/<name>, or /auth/realms/<name> before version 17"
 
 
 def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
-    """Return what to do when the network keeps us from `place`."""
+    """Return the remedy for a network error on the way to `place`."""
     name, host = place.variable.env, urlsplit(place.url).hostname
     if cause == "refused" and place.in_container and is_loopback(host):
         return (
-            f"inside a container {host} is the container itself: name the service, or the host as host.docker.internal "
-            f"(with --add-host host.docker.internal:host-gateway on Linux), in {name}"
+            f"inside a container, {host} is the container itself: set {name} to the service's name, or to "
+            "host.docker.internal for the host (on Linux with --add-host host.docker.internal:host-gateway)"
         )
     if by_proxy and cause in ("refused", "unknown_host", "timeout", "ended"):
-        return f"the way leads through a proxy: check HTTPS_PROXY (or HTTP_PROXY), or list {host} in NO_PROXY"
+        return f"the connection goes through a proxy: check HTTPS_PROXY (or HTTP_PROXY), or add {host} to NO_PROXY"
     if by_proxy and cause == "unknown_ca":
-        return f"the proxy on the way may have put its own certificate there: set {CA_FILE.env} to its CA's PEM file"
+        return f"the proxy on the network path may replace certificates: set {CA_FILE.env} to its CA's PEM file"
     other = "http" if urlsplit(place.url).scheme == "https" else "https"
     return {
-        "refused": f"start it, or check host and port in {name}",
-        "unknown_host": f"check the host in {name}; where only a proxy knows it, set HTTPS_PROXY",
-        "timeout": f"check host and port in {name}, and firewalls; where only a proxy leads there, set HTTPS_PROXY",
+        "refused": f"start it, or check the host and port in {name}",
+        "unknown_host": f"check the host in {name}; if only a proxy can resolve it, set HTTPS_PROXY",
+        "timeout": f"check the host and port in {name}, and firewalls; if only a proxy can reach it, set HTTPS_PROXY",
         "unknown_ca": f"set {CA_FILE.env} to a PEM file with the CA that signed it",
-        "certificate": f"check the host in {name}, or have the certificate renewed for it",
-        "no_tls": f"check port and scheme in {name}: is it {other}:// there?",
+        "certificate": f"check the host in {name}, or renew its certificate",
+        "no_tls": f"check the port and scheme in {name}: should it be {other}://?",
         "proxy": _PROXY,
-        "redirect": f"set {name} to the address that it leads to",
-    }.get(cause, f"check host and port in {name}: is it {other}:// there?")
+        "redirect": f"set {name} to the address that it redirects to",
+    }.get(cause, f"check the host and port in {name}: should it be {other}://?")
 
 
 def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -> str:
-    """Return what to do about an issuer that gives no sensible answer; `reply` is the last that came."""
+    """Return the remedy for an issuer without a usable answer; `reply` is its last answer, or None."""
     name = place.variable.env
-    # What came instead of the document says more than that it was not there.
+    # For "not_there", the reply says more than the cause.
     if reply is None or error.cause not in (None, "not_there"):
         return _issuer_remedy(place, error) or f"check {name}"
     if reply.status == 407:
@@ -260,22 +261,22 @@ def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -
         return _CHECK_PATH.format(name) + _ask_for_tls(place, reply)
     if reply.is_html:
         return (
-            f"a page came instead of an answer: a proxy's or a network's login page, or {name} is not an issuer. Open "
-            f"{printable(place.url)} in a browser; behind a proxy, list the host in NO_PROXY or set HTTPS_PROXY"
+            f"the answer is an HTML page: the login page of a proxy or network, or {name} is not an issuer. Open "
+            f"{printable(place.url)} in a browser; behind a proxy, add the host to NO_PROXY or set HTTPS_PROXY"
         )
     if reply.status == 429 or reply.status >= 500:
-        return "the issuer is in trouble: try again later, or ask whoever runs it"
-    return f"check {name}: it has to be the issuer's own name, as its discovery document gives it"
+        return "the issuer has an internal error or is overloaded: try again later, or ask its operator"
+    return f"check {name}: it must be the issuer's name in its discovery document"
 
 
 def client_remedy(*, has_secret: bool, works_without: bool, client_id: str) -> str:
-    """Return what to do when the issuer does not accept the client; `works_without` the secret was tried."""
+    """Return the remedy for a refused client. `works_without` is true if it was accepted without the secret."""
     if works_without:
-        return f"the client is a public one: unset {CLIENT_SECRET.env} and {CLIENT_AUTH.env}"
+        return f"the client is public: unset {CLIENT_SECRET.env} and {CLIENT_AUTH.env}"
     shown = printable(client_id)
     if has_secret:
         return (
-            f"copy {CLIENT_SECRET.env} anew from the issuer (Keycloak: Clients > {shown} > Credentials), check "
+            f"copy {CLIENT_SECRET.env} from the issuer again (Keycloak: Clients > {shown} > Credentials), and check "
             f"{CLIENT_ID.env}, and {CLIENT_AUTH.env} if it is set"
         )
     return (
@@ -287,53 +288,53 @@ def client_remedy(*, has_secret: bool, works_without: bool, client_id: str) -> s
 def session_remedy(
     refresh_token: str | None, error: CredentialsRejected, *, client_id: str, issuer: str, now: float
 ) -> str:
-    """Return what to do when the refresh token is refused, by what it says of itself or the issuer of it."""
+    """Return the remedy for a refused refresh token, from its claims or the issuer's description."""
     claims = unverified_claims(refresh_token or "")
     party, said_issuer, end = claims.get("azp"), claims.get("iss"), number(claims.get("exp"))
     if isinstance(party, str) and party != client_id:
-        return f"it was given to the client {printable(party)}: set {CLIENT_ID.env} to that, or {LOGIN}"
+        return f"it was issued to the client {printable(party)}: set {CLIENT_ID.env} to that, or {LOGIN}"
     if isinstance(said_issuer, str) and said_issuer != issuer:
-        return f"it was given by {printable(said_issuer)}: set {ISSUER.env} to that, or {LOGIN}"
+        return f"it was issued by {printable(said_issuer)}: set {ISSUER.env} to that, or {LOGIN}"
     if end is not None and end < now:
-        return f"it ended at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC: {LOGIN}"
-    # OAuth has one code for all of this (RFC 6749 §5.2), so the issuer's words are all there is.
+        return f"it expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC: {LOGIN}"
+    # OAuth has one code for all of these (RFC 6749 §5.2), so only the issuer's text can tell them apart.
     if "client" in (error.description or ""):
-        return f"it seems to be another client's: check {CLIENT_ID.env}, or {LOGIN}"
-    return f"the session is over, was logged out or is used up by another program: {LOGIN}"
+        return f"it may belong to another client: check {CLIENT_ID.env}, or {LOGIN}"
+    return f"the session has ended, was logged out, or was used up by another program: {LOGIN}"
 
 
 def audience_remedy(client_id: str, audience: str) -> str:
-    """Return what to do when the access token is not for `audience`."""
+    """Return the remedy for an access token that is not for `audience`."""
     client = printable(client_id)
     return (
-        f"add it to what the issuer gives this client (Keycloak: Clients > {client} > Client scopes > "
+        f"add it to this client's tokens at the issuer (Keycloak: Clients > {client} > Client scopes > "
         f"{client}-dedicated > Add mapper > By configuration > Audience, with {audience} as Included Custom Audience "
-        f"and Add to access token on), or set {AUDIENCE.env} to what the service expects"
+        f"and Add to access token on), or set {AUDIENCE.env} to the audience that the service expects"
     )
 
 
 def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:
-    """Return what to do about the protected service's answer to a request with the token, or None when it is good.
+    """Return the remedy for the protected service's answer to a request with the token, or None for no error.
 
-    `audience` is what the token says it is for.
+    `audience` describes the token's audience.
     """
     challenge = reply.headers.get("www-authenticate", "")
     match reply.status:
         case 401 if challenge and "bearer" not in challenge.lower():
-            return f"the service wants other credentials than a Bearer token: is {UPSTREAM.env} the right service?"
+            return f"the service does not use Bearer tokens: is {UPSTREAM.env} the right service?"
         case 401:
             return (
                 f"the service does not accept the token, which is for {audience}: compare with the issuer and audience "
-                f"that it expects, and set {AUDIENCE.env} to that"
+                f"that the service expects, and set {AUDIENCE.env} accordingly"
             )
         case 403 if "insufficient_scope" in challenge:
             wanted = re.search(r'scope="([^"]*)"', challenge)
-            scope = printable(wanted[1]) if wanted else "the scope it wants"
-            return f"log in again with --scope, or set {SCOPE.env}, so that it has {scope}"
+            scope = printable(wanted[1]) if wanted else "the required scope"
+            return f"log in again with --scope, or set {SCOPE.env}, so that the token has {scope}"
         case 403:
             return (
-                "the service knows the user but refuses this request: ask whoever runs it for the role, or set "
-                f"{ENDPOINT.env} to something that the user may see"
+                "the service knows the user but refuses this request: ask its operator for the role, or set "
+                f"{ENDPOINT.env} to a path that the user may see"
             )
         case 407:
             return _PROXY
@@ -341,17 +342,17 @@ def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:
             return f"check {UPSTREAM.env}{hint}"
         case status if 300 <= status < 400 and _is_login_page(reply.headers.get("location", "")):
             return (
-                "the gateway sends to a login page rather than taking tokens: have it accept Bearer tokens "
+                "the gateway redirects to a login page instead of accepting tokens: let it accept Bearer tokens "
                 f"(APISIX's openid-connect: bearer_only), or set {UPSTREAM.env} to the service itself"
             )
         case status if status >= 500:
-            return "the service is in trouble: look at its log, and at that of the gateway before it"
+            return "the service has an internal error: see its log, and the log of its gateway"
     return None
 
 
 def _ask_for_tls(place: Place, reply: Reply) -> str:
     speaks_tls = b"HTTPS" in reply.body.upper() and place.url.startswith("http://")
-    return "; is it https:// there?" if speaks_tls else ""
+    return "; should it be https://?" if speaks_tls else ""
 
 
 def _is_login_page(location: str) -> bool:
@@ -359,6 +360,6 @@ def _is_login_page(location: str) -> bool:
 
 
 def runs_in_container() -> bool:
-    """Tell whether this machine is a container, as far as it shows."""
+    """Return whether this process seems to run in a container."""
     marks = ("/.dockerenv", "/run/.containerenv")
     return any(Path(mark).exists() for mark in marks) or "KUBERNETES_SERVICE_HOST" in os.environ

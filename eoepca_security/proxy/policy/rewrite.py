@@ -1,8 +1,8 @@
-"""One site under two names: the proxy's, by which its clients know the service, and the service's own. Pure.
+"""Rewrites headers that name the site, which has two names: the proxy's and the service's own. Pure.
 
-The service is called by its own name (`Host`), so what a browser says about pages that came through the proxy has to
-name the service, too: it would take them for another site's otherwise. And where the service sends a client on to
-itself, the client has to come through the proxy again, as it has no token of its own. Bodies stay as they are.
+The service gets its own name in `Host`, so `Origin` and `Referer` of pages that came through the proxy must name the
+service too: otherwise it treats them as another site's. When the service redirects to itself, the client must come
+through the proxy again, because it has no token. Bodies are not changed.
 """
 
 import re
@@ -13,12 +13,12 @@ from eoepca_security.oauth.urls import parse_origin
 from eoepca_security.proxy.policy.headers import Fields
 
 ORIGIN: Final = "oidc_proxy_origin"
-"""In a flow's metadata, the proxy's origin as the client knows it."""
+"""The key in a flow's metadata for the proxy's origin as the client knows it."""
 
 SHARING: Final = "oidc_proxy_sharing"
-"""There too, the headers that share the answer with an allowed origin, where one asks."""
+"""The key in a flow's metadata for the headers that share the answer with an allowed origin."""
 
-# `Vary`: what an allowed origin asks for next must not come from the cache, and so without its headers.
+# `Vary` keeps the cache from using this answer for an allowed origin, which needs other headers.
 _UNSHARED: Final = {"Cross-Origin-Resource-Policy": "same-origin", "Vary": "Origin, Sec-Fetch-Site"}
 
 _ABOUT_SHARING: Final = (b"access-control-", b"cross-origin-resource-policy", b"timing-allow-origin")
@@ -29,17 +29,17 @@ _OF_RESPONSES: Final = frozenset({b"location", b"content-location"})  # RFC 9110
 
 
 def naming_the_service(fields: Fields, proxy: str, service: str) -> Fields:
-    """Return a request's fields with `Origin` and `Referer` as they would be had the page come from the service."""
+    """Return a request's fields with `Origin` and `Referer` as if the page had come from the service."""
     return _moved_in(fields, _OF_REQUESTS, proxy, service)
 
 
 def naming_the_proxy(fields: Fields, proxy: str, service: str) -> Fields:
-    """Return a response's fields, which lead to the proxy where they lead to the service."""
+    """Return a response's fields, with locations at the service changed to the proxy."""
     return _moved_in(fields, _OF_RESPONSES, service, proxy)
 
 
 def shared(fields: Fields, sharing: Mapping[str, str] | None) -> Fields:
-    """Return a response's fields, shared with the origin in `sharing` and no other, whatever the service says."""
+    """Return a response's fields, shared only with the origin in `sharing`, regardless of the service's own headers."""
     kept = _FOR_READERS if sharing else ()
     added = tuple((header.encode(), value.encode()) for header, value in (sharing or _UNSHARED).items())
     passed = (field for field in fields if not (name := field[0].lower()).startswith(_ABOUT_SHARING) or name in kept)
@@ -47,7 +47,7 @@ def shared(fields: Fields, sharing: Mapping[str, str] | None) -> Fields:
 
 
 def _moved_in(fields: Fields, names: frozenset[bytes], old: str, new: str) -> Fields:
-    # Most have none of them.
+    # Most messages have none of them.
     if names.isdisjoint([name.lower() for name, _ in fields]):
         return fields
     return tuple((name, _moved(value, old, new) if name.lower() in names else value) for name, value in fields)

@@ -47,12 +47,12 @@ def test_text_from_strangers_cannot_break_the_json() -> None:
         ("[Errno 111] Connect call failed ('127.0.0.1', 1)", 502, "upstream_unavailable", "REMOTE_PROTECTED_DOMAIN"),
         ("[Errno 110] Connect call failed ('192.0.2.1', 1)", 504, "upstream_timeout", "REMOTE_PROTECTED_DOMAIN"),
         ("Certificate verify failed: self-signed certificate", 502, "upstream_unavailable", "TLS_CA_FILE"),
-        ("server closed connection", 502, "upstream_unavailable", "its log"),
+        ("server closed connection", 502, "upstream_unavailable", "service's log"),
         ("line\nbreak", 502, "upstream_unavailable", "line\N{REPLACEMENT CHARACTER}break"),
     ],
 )
 def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int, code: str, remedy: str) -> None:
-    fault = problem_details.upstream_fault("service.example:443", reason)
+    fault = problem_details.upstream_error("service.example:443", reason)
     answer = messages.answer(fault.code, fault.detail, method="GET")
     assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (status, code)
     body = json.loads(answer.text or "")
@@ -62,7 +62,7 @@ def test_a_fault_of_the_service_has_its_code_and_remedy(reason: str, status: int
 
 def test_a_service_that_hangs_up_without_tls_may_want_it() -> None:
     for is_plain in (True, False):
-        fault = problem_details.upstream_fault("service.example:9200", "server closed connection", is_plain=is_plain)
+        fault = problem_details.upstream_error("service.example:9200", "server closed connection", is_plain=is_plain)
         assert ("https://" in fault.detail) is is_plain
 
 

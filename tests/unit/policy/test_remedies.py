@@ -24,14 +24,14 @@ def rejected(issuer_error: str) -> CredentialsRejected:
     ("error", "remedy"),
     [
         (rejected("invalid_grant"), "run `run-mitmproxy.py login`"),
-        (rejected("invalid_grant"), "expired, revoked or used up"),
+        (rejected("invalid_grant"), "expired, was revoked or used up"),
         (rejected("invalid_grant"), "OPEN_ID_REFRESH_TOKEN"),
         (CredentialsRejected("x", cause="no_session"), "run `run-mitmproxy.py login`"),
         (CredentialsRejected("x", cause="no_session"), "OPEN_ID_REFRESH_TOKEN"),
         (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
         (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_ID"),
         (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
-        (rejected("invalid_client"), "a public client has no secret: unset it"),
+        (rejected("invalid_client"), "if the client is public, unset OPEN_ID_CONNECT_CLIENT_SECRET"),
         (rejected("unauthorized_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
         (rejected("unauthorized_client"), "OPEN_ID_CONNECT_GRANT"),
         (rejected("unsupported_grant_type"), "OPEN_ID_CONNECT_GRANT"),
@@ -47,19 +47,19 @@ def rejected(issuer_error: str) -> CredentialsRejected:
         (TokenInvalid("x"), "the client's settings at the issuer"),
         (
             IssuerUnavailable("x", cause="not_there"),
-            "check the path in OPEN_ID_CONNECT_URL: for Keycloak it is /realms/",
+            "check the path in OPEN_ID_CONNECT_URL: Keycloak uses /realms/",
         ),
-        (IssuerUnavailable("x", cause="other_issuer"), "set OPEN_ID_CONNECT_URL to the issuer's own name"),
+        (IssuerUnavailable("x", cause="other_issuer"), "set OPEN_ID_CONNECT_URL to the issuer's name"),
         (IssuerUnavailable("x", cause="plain_http"), "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP"),
         (IssuerUnavailable("x", cause="redirect"), "set OPEN_ID_CONNECT_URL"),
         (IssuerUnavailable("x", cause="unclear_refusal"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
         (IssuerUnavailable("x", cause="unclear_refusal"), "run-mitmproxy.py login"),
         (IssuerUnavailable("x", cause="unknown_ca"), "set TLS_CA_FILE"),
-        (IssuerUnavailable("x", cause="no_tls"), "is it http:// there?"),
-        (IssuerUnavailable("x", cause="ended", url="http://issuer.example/token"), "is it https:// there?"),
+        (IssuerUnavailable("x", cause="no_tls"), "should it be http://?"),
+        (IssuerUnavailable("x", cause="ended", url="http://issuer.example/token"), "should it be https://?"),
         (
             IssuerUnavailable("x", cause="refused", url="https://token.example/t", by_proxy=True),
-            "list token.example in",
+            "add token.example to",
         ),
         (IssuerUnavailable("x"), "later"),
     ],
@@ -68,10 +68,10 @@ def test_each_error_has_its_remedy(error: TokenError, remedy: str) -> None:
     said = command_remedy(error, SETTINGS, in_container=False)
     assert remedy in said
     assert "secret" not in said.replace("no secret", "")
-    assert "tries again by itself" not in said
+    assert "retries automatically" not in said
     running = failure_remedy(error, SETTINGS, in_container=False)
-    assert remedy in running.replace("by itself; if this lasts", "later")
-    assert ("tries again by itself" in running) == isinstance(error, IssuerUnavailable)
+    assert remedy in running.replace("automatically; if the error persists", "later")
+    assert ("retries automatically" in running) == isinstance(error, IssuerUnavailable)
 
 
 def test_a_public_client_is_not_told_of_its_secret() -> None:
@@ -84,7 +84,7 @@ def test_a_public_client_is_not_told_of_its_secret() -> None:
 def test_a_proxy_that_is_not_configured_leads_to_its_log() -> None:
     error = IssuerUnavailable("x", cause="not_configured")
     for settings in (None, SETTINGS):
-        assert failure_remedy(error, settings, in_container=False) == "fix what its log names"
+        assert failure_remedy(error, settings, in_container=False) == "fix the errors in the proxy's log"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_proxy_that_is_not_configured_leads_to_its_log() -> None:
         (CredentialsRejected("x", cause="no_device_login"), "login --browser"),
         (CredentialsRejected("x", cause="no_browser_login"), "without --browser"),
         (CredentialsRejected("x", cause="no_refresh_token"), "--scope"),
-        (CredentialsRejected("x", cause="mix_up"), "at which address you type your password"),
+        (CredentialsRejected("x", cause="mix_up"), "check the address of the page before you enter your password"),
         (CredentialsRejected("x", cause="no_auth_method"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
         (TokenInvalid("x", cause="clock"), "timedatectl"),
         (IssuerUnavailable("x", cause="unknown_ca"), "TLS_CA_FILE"),
