@@ -1,1 +1,1 @@
-"""What mitmproxy calls: public hooks only. May import `patches`, `admin` and `policy`."""
+"""The mitmproxy add-ons, which use public hooks only. May import `patches`, `admin` and `policy`."""

@@ -1,4 +1,4 @@
-"""Where the proxy listens, where it forwards to, and what that means."""
+"""Where the proxy listens and where it forwards to."""
 
 from urllib.parse import urlsplit
 
@@ -12,7 +12,7 @@ from eoepca_security.proxy.config.variables import ALLOWED_HOSTS
 
 
 def addresses(settings: Settings | None) -> tuple[str, str]:
-    """Return the URL that the proxy listens at, and the service's, or the hosts that get the token in forward mode."""
+    """Return the proxy's URL, and the service's URL or, in forward mode, the hosts that get the token."""
     server = ctx.master.addons.get("proxyserver")
     listening = server.listen_addrs() if isinstance(server, Proxyserver) else []
     host, port = listening[0][:2] if listening else ("nowhere", 0)
@@ -24,8 +24,8 @@ def addresses(settings: Settings | None) -> tuple[str, str]:
 
 
 def exposure(listener: str, settings: Settings) -> str:
-    """Say in one line what listening beyond this machine means."""
-    line = f"whatever can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
+    """Return a warning about listening beyond this machine, in one line."""
+    line = f"anything that can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
     if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
-        line += f"; it answers to the names {', '.join(LOOPBACK_NAMES)} only, as {ALLOWED_HOSTS.env} is unset"
+        line += f"; it only accepts the names {', '.join(LOOPBACK_NAMES)}, because {ALLOWED_HOSTS.env} is unset"
     return line

@@ -1,4 +1,4 @@
-"""Requests that must not or need not be forwarded, and their answers."""
+"""Answers requests that must not or need not be forwarded."""
 
 from mitmproxy.http import HTTPFlow, Response
 
@@ -13,14 +13,14 @@ from eoepca_security.proxy.policy.rewrite import SHARING
 
 
 def answer(flow: HTTPFlow, where: Destination, state: State) -> Response | None:
-    """Return the proxy's own answer to a request, or None for one that goes on."""
+    """Return the proxy's own answer to a request, or None to forward it."""
     request = flow.request
     is_explicit = not where.is_reverse and flow.server_conn.address is None
     if not is_one_request(request.data) or (is_explicit and is_origin_form(request)):
-        return _refuse(flow, Refusal("bad_request", "no server would be certain what it asks for"))
-    # A replay was let in before, or comes from whoever sits at mitmproxy's console.
+        return _refuse(flow, Refusal("bad_request", "servers could disagree about its meaning"))
+    # A replay was accepted before, or comes from the user of mitmproxy's console.
     if flow.is_replay is None:
-        # Before the service's name takes the place of the proxy's: the service's own origin may be an allowed one.
+        # Before the headers are rewritten for the service: its own origin may be an allowed one.
         if (sharing := state.guard.sharing(request.method, request.headers.get_all)) is not None:
             flow.metadata[SHARING] = sharing
         if (refusal := _refusal(flow, where, state)) is not None:
@@ -50,6 +50,6 @@ def _termination(flow: HTTPFlow, where: Destination, state: State) -> Response |
         return None
     if flow.request.method != "POST":
         return Response.make(405, b"", {"Allow": "POST"})
-    # Which does not end before this request has its answer.
+    # The proxy drains first, so this request still gets its answer.
     state.end_all()
     return Response.make(200, b"ending\n", {"Content-Type": "text/plain; charset=utf-8"})

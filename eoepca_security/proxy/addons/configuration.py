@@ -1,4 +1,4 @@
-"""mitmproxy's options and our settings."""
+"""Declares the add-on's options and reads the settings from them."""
 
 import os
 from collections.abc import Callable
@@ -26,24 +26,24 @@ from eoepca_security.proxy.policy.apisix import ApisixHeaders
 from eoepca_security.session.source import TokenSource
 
 OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
-"""The names of the add-on's own options."""
+"""The names of the add-on's options."""
 
 _TRUSTED_CA: Final = "ssl_verify_upstream_trusted_ca"
 
-# What add-ons whose script was edited have left to those that take their place, by login.
-_left: dict[tuple[str | None, ...], TokenSource] = {}
+# When mitmproxy reloads the script, the old add-on hands its session to the new one. By login.
+_handed_over: dict[tuple[str | None, ...], TokenSource] = {}
 
 
-def leave(settings: Settings, source: TokenSource) -> None:
-    """Leave a session to the add-on that takes this one's place."""
+def hand_over(settings: Settings, source: TokenSource) -> None:
+    """Hand the session over to the add-on that replaces this one."""
     source.retire()
-    _left[settings.login] = source
+    _handed_over[settings.login] = source
 
 
 class Configuration:
-    """Declares the options, and makes the settings, the guard and the source of tokens from their values.
+    """Declares the options, and creates the settings, the guard and the token source from their values.
 
-    `settings` are the launcher's; `make_source` and `observe` are as in `config.factory`.
+    `settings` come from the launcher, or are None. `make_source` and `observe` are the same as in `config.factory`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Configuration:
         self._settings_problems: list[str] | None = None
 
     def load(self, loader: Loader) -> None:
-        """Declare the options: all are strings, as a mistyped value of another type would unload the add-on."""
+        """Declare the options. All are strings, because an invalid value of another type would unload the add-on."""
         http_clients.install()
         http_stream.install()
         header_lookup.install()
@@ -74,12 +74,12 @@ class Configuration:
         mitmproxy_options.enforce(loader.master.options)
 
     def configure(self, updated: set[str]) -> None:
-        """Read the settings; what is wrong ends the start, and later is refused so that the old ones stay."""
+        """Read the settings. Errors end the start; later, they are raised, and the old settings stay."""
         certificate_authority.load(ctx.master)
         state = self._state
-        # Only when they may have changed: this is called for every option, and a secret's file may be a pipe.
+        # Only if they may have changed: mitmproxy calls this for every option, and a secret's file may be a pipe.
         if self._settings_problems is None or not OPTION_NAMES.isdisjoint(updated):
-            self._settings_problems = []  # reading them may set options of mitmproxy's, which calls this again
+            self._settings_problems = []  # reading them may set mitmproxy's options, which calls this again
             self._settings_problems = self._read_settings()
         problems = mitmproxy_options.problems(ctx.options, state.settings) + self._settings_problems
         if problems and state.is_running:
@@ -90,7 +90,7 @@ class Configuration:
             state.guard = Guard(hosts, state.settings.allowed_origins)
 
     def _read_settings(self) -> list[str]:
-        """Take the settings up, or return a line for everything that is wrong with them."""
+        """Apply the settings, or return a line for each error in them."""
         state = self._state
         try:
             settings = self._given or settings_in(
@@ -105,14 +105,14 @@ class Configuration:
                 self._trust_upstream(settings)
         except SettingsError as error:
             return list(error.problems)
-        before = state.source or _left.pop(settings.login, None)
-        # A new source would forget what is kept in memory only.
-        goes_on = state.settings is None or state.settings.login == settings.login
+        before = state.source or _handed_over.pop(settings.login, None)
+        # A new source would lose a session that is only in memory.
+        is_same_login = state.settings is None or state.settings.login == settings.login
         state.settings = settings
         state.apisix = ApisixHeaders(state.describe) if settings.forward_as == "apisix" else None
         state.source = self._make_source(
             settings,
-            continues=before if goes_on else None,
+            continues=before if is_same_login else None,
             joins=self._joins,
             observe=self._observe,
             describe=state.describe,
@@ -123,16 +123,16 @@ class Configuration:
         return []
 
     def _trust_upstream(self, settings: Settings) -> None:
-        """Do for mitmdump -s what the launcher does with mitmproxy's arguments."""
+        """Set for mitmdump -s what the launcher sets with mitmproxy's arguments."""
         changes: dict[str, Any] = {"ssl_insecure": True} if settings.tls_no_verify else {}
         if settings.ca_file is not None and not getattr(ctx.options, _TRUSTED_CA, None):
-            # It is used until the end.
+            # Keep a reference: closing the file deletes it.
             self._bundle = ca_bundle_file(settings.ca_file)
             changes[_TRUSTED_CA] = self._bundle.name
         ctx.options.update_known(**changes)
 
 
 def _own_hosts() -> list[str]:
-    """Return the addresses listened on, as clients name them, where they are names at all."""
+    """Return the listening addresses as they appear in `Host`, without wildcard addresses."""
     hosts = [ProxyMode.parse(mode).listen_host(ctx.options.listen_host) for mode in ctx.options.mode]
     return [f"[{host}]" if ":" in host else host for host in hosts if host not in EVERYWHERE]

@@ -1,4 +1,4 @@
-"""The connections to the service: whose certificate is verified, and which are not looked into."""
+"""Connections to services: which host's certificate to verify, and which connections to pass through."""
 
 import logging
 
@@ -15,27 +15,27 @@ logger = logging.getLogger("eoepca_security.proxy.addon")
 
 
 class Connections:
-    """Decides about connections to the service as they are made."""
+    """Decides about each connection to a service when it is made."""
 
     def __init__(self, state: State) -> None:
         self._state = state
 
     def server_connect(self, data: ServerConnectionHookData) -> None:
-        """Verify the host that the token is for, and no other that the client named when it spoke TLS to us."""
+        """Verify the certificate for the host that gets the token, not for a host in the client's own TLS handshake."""
         server, address = data.server, data.server.address
         is_reverse = isinstance(data.client.proxy_mode, ReverseMode)
         if address is not None and (is_reverse or may_inject(self._state.settings, "https", *address[:2])):
             server.sni = address[0]
 
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
-        """Say what keeps requests from the service; the client gets a coded 502."""
+        """Log why the service cannot be reached; the client gets a 502 with a code."""
         logger.warning(
-            "the protected service cannot be reached: %s; `run-mitmproxy.py check` says what to do",
+            "the protected service cannot be reached: %s; run `run-mitmproxy.py check` for the remedy",
             printable(data.server.error),
         )
 
     def next_layer(self, data: NextLayer) -> None:
-        """In forward mode, look into no connection to a host that gets no token."""
+        """In forward mode, pass connections to hosts that get no token through untouched."""
         context, address = data.context, data.context.server.address
         if data.layer is not None or address is None or not isinstance(context.client.proxy_mode, RegularMode):
             return

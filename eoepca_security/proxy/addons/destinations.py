@@ -1,4 +1,4 @@
-"""Where mitmproxy is about to send a request, in the terms in which `policy` decides about it."""
+"""Translates where mitmproxy is about to send a request into a `Destination`, on which `policy` decides."""
 
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ from eoepca_security.proxy.policy.destination import Destination, Target, may_in
 
 
 def destination_of(flow: HTTPFlow, settings: Settings | None) -> Destination:
-    """Return where the request goes: what its mode says, and in forward mode where it is about to be connected to."""
+    """Return the request's destination: its mode's, or in forward mode the host that mitmproxy will connect to."""
     request, mode = flow.request, flow.client_conn.proxy_mode
     is_reverse = isinstance(mode, ReverseMode)
     if isinstance(mode, ReverseMode):
@@ -20,12 +20,12 @@ def destination_of(flow: HTTPFlow, settings: Settings | None) -> Destination:
         target = _target(request.scheme, request.host, request.port)
     is_protected = protects(mode, settings)
     is_elsewhere = is_protected and not is_reverse and not may_inject(settings, target.scheme, target.host, target.port)
-    # A flow that is replayed from a file brings a mode of its own.
+    # A flow that is replayed from a file has its own mode.
     return Destination(target, is_reverse, is_elsewhere, is_protected and mode.full_spec in ctx.options.mode)
 
 
 def protects(mode: ProxyMode, settings: Settings | None) -> bool:
-    """Tell whether the add-on knows in this mode where requests go."""
+    """Return whether the add-on supports this mode, so it knows where requests go."""
     if isinstance(mode, RegularMode):
         return settings is not None and bool(settings.inject_hosts)
     return isinstance(mode, ReverseMode) and mode.scheme in ("http", "https")

@@ -1,4 +1,4 @@
-"""Ending without cutting anybody off: requests that are being served get their answers, within a bound."""
+"""Graceful shutdown: running requests get their answers, within a time limit."""
 
 import asyncio
 import contextlib
@@ -9,28 +9,28 @@ from typing import Final
 from mitmproxy.addons.proxyserver import Proxyserver
 
 DRAIN_TIMEOUT: Final = 8.0
-"""Seconds that the end waits for requests that are being served; docker kills after 10."""
+"""Seconds to wait for running requests. Docker kills after 10."""
 
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-"""What ends the proxy, and when it comes a second time, at once."""
+"""The signals that stop the proxy; a second one stops it at once."""
 
 SAME_SIGNAL: Final = 1.0
-"""Seconds in which a second one is taken for the same: a signal to a group of processes reaches each of them, and some
-(uv, the supervisor of several workers) pass theirs on."""
+"""Seconds within which a second signal counts as the same: a signal to a process group reaches all its processes, and
+some (uv, the supervisor of the workers) forward theirs."""
 
 _CLOSING_TIMEOUT: Final = 1.0
 _INTERVAL: Final = 0.02
 
 
 def end_with_the_terminal(end: Callable[[], None]) -> None:
-    """Let the end of the terminal end the process like any other signal, unless it is to outlive that (nohup)."""
+    """Stop the process gracefully when its terminal closes, unless SIGHUP is ignored (nohup)."""
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, end)
 
 
 def end_quietly() -> None:
-    """Take no notice of signals that still come: asyncio and Python restore what they do by default as they end."""
+    """Ignore further signals: asyncio and Python restore the default handlers while they shut down."""
     for number in STOP_SIGNALS:
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             asyncio.get_running_loop().remove_signal_handler(number)
@@ -38,9 +38,9 @@ def end_quietly() -> None:
 
 
 async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
-    """Stop accepting connections, wait until nothing keeps us busy, and close all connections.
+    """Stop accepting connections, wait until the proxy is idle, and close all connections.
 
-    Waits for `DRAIN_TIMEOUT` seconds at most, and no more after a second signal; returns whether there was one.
+    Waits at most `DRAIN_TIMEOUT` seconds, or until a second signal. Returns whether there was a second signal.
     """
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -54,19 +54,19 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
         if instance.is_running:
             await instance.stop()
     for number in STOP_SIGNALS:
-        # Not everywhere, and not outside the main thread.
+        # Not supported on every platform, or outside the main thread.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
             loop.add_signal_handler(number, signalled)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_TIMEOUT):
             await asyncio.sleep(_INTERVAL)
-            # There is no event for a buffer that is empty.
+            # asyncio has no event for an empty buffer.
             while not hurry.is_set() and (is_busy() or _unsent(server)):  # noqa: ASYNC110
                 await asyncio.sleep(_INTERVAL)
     for handler in tuple(server.connections.values()):
         client = handler.transports.get(handler.client)
         if client is not None and client.handler is not None:
-            client.handler.cancel("the proxy ends")
+            client.handler.cancel("the proxy stops")
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_CLOSING_TIMEOUT):
             while server.connections:  # noqa: ASYNC110  as above
@@ -75,7 +75,7 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
 
 
 def _unsent(server: Proxyserver) -> bool:
-    """Tell whether a client has not been sent all of its answer."""
+    """Return whether part of an answer still has to be sent to a client."""
     for handler in server.connections.values():
         transports = handler.transports.get(handler.client)
         if transports is not None and isinstance(transports.writer, asyncio.StreamWriter):

@@ -1,4 +1,4 @@
-"""The token: a request is cleared with it for its destination, or answered where there is none."""
+"""Gives a request the token and clears it for its destination, or answers it with an error."""
 
 import logging
 
@@ -18,21 +18,21 @@ logger = logging.getLogger("eoepca_security.proxy.addon")
 
 
 class Injection:
-    """Gives requests the token that is good now."""
+    """Gives requests the current token."""
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._last = Clearance(Target("", "", 0))
 
     async def authorize(self, flow: HTTPFlow, where: Destination) -> None:
-        """Clear the request for its destination, or put an answer into the flow that says why it cannot be sent."""
+        """Clear the request for its destination, or set a response that says why it cannot be sent."""
         flow.response = flow.response or messages.last_resort()
         source = self._state.source
         try:
             token = await self._token(where)
         except TokenError as error:
             flow.metadata[CODE] = error.code
-            if source is None or error is not source.error:  # what a refresh failed for was told of then
+            if source is None or error is not source.error:  # the refresh already reported its own error
                 flow.metadata |= {DETAIL: str(error), REMEDY: self._state.remedy(error)}
             flow.response = messages.answer(
                 error.code,
@@ -45,15 +45,15 @@ class Injection:
         flow.response = None
 
     def is_current(self, request: Request) -> bool:
-        """Tell whether the request is to be sent with the token that is good now."""
+        """Return whether the request has the current token."""
         source, sent = self._state.source, clearance(request)
         token = source.at_hand if source is not None else None
         return token is not None and sent is not None and sent.headers.get("Authorization") == f"Bearer {token.value}"
 
     async def replace(self, flow: HTTPFlow) -> None:
-        """Get another token where the service refuses this one, and leave no answer in the flow where it is to be sent.
+        """Get another token after the service refused this one; clear the flow's response to send the request again.
 
-        Another one is got also where this request cannot be sent again: the next one will have it.
+        It also gets a token if this request cannot be sent again: the next request will use it.
         """
         source, sent = self._state.source, clearance(flow.request)
         if source is None or sent is None or not sent.headers or flow.is_replay is not None:
@@ -64,14 +64,14 @@ class Injection:
                 self._clear(flow.request, sent.target, token)
                 flow.response = None
         except TokenError as error:
-            logger.info("the service refused the token, and there is no other: %s", error)
-        except Exception as error:  # noqa: BLE001  the client still has the service's own answer
-            logger.warning("a refused request was not repeated because of an unexpected %s", type(error).__name__)
+            logger.info("the service refused the token, and no other is available: %s", error)
+        except Exception as error:  # noqa: BLE001  the client still gets the service's own answer
+            logger.warning("a refused request was not sent again because of an unexpected %s", type(error).__name__)
 
     def _clear(self, request: Request, target: Target, token: AccessToken) -> None:
         apisix = self._state.apisix
         new = Clearance(target, {"Authorization": f"Bearer {token.value}"} | (apisix.of(token) if apisix else {}))
-        # Mostly it is the same again, and its parts are worked out already.
+        # Usually nothing changed; the last clearance has its cached properties.
         if new != self._last:
             self._last = new
         clear(request, self._last)
@@ -82,7 +82,7 @@ class Injection:
         if source is None or self._state.settings is None:
             raise IssuerUnavailable("the proxy is not configured", cause="not_configured")
         if not where.is_served:
-            raise IssuerUnavailable("the proxy does not work in this mode", cause="not_configured")
+            raise IssuerUnavailable("the proxy does not support this mode", cause="not_configured")
         try:
             return await source.token()
         except TokenError:
@@ -92,7 +92,7 @@ class Injection:
 
 
 def _may_be_repeated(flow: HTTPFlow) -> bool:
-    """Tell whether all of the request is here, and nothing of its answer is with the client yet."""
+    """Return whether the whole request is buffered and the client has not received any part of the answer."""
     request, response = flow.request, flow.response
     return (
         response is not None

@@ -1,4 +1,4 @@
-"""Start and end: the first token, the start-up line, the admin listener, and an end that cuts nobody off."""
+"""Start and stop: the first token, the start-up line, the admin listener and the graceful shutdown."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.addons.addresses import addresses, exposure
-from eoepca_security.proxy.addons.configuration import OPTION_NAMES, leave
+from eoepca_security.proxy.addons.configuration import OPTION_NAMES, hand_over
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, end_with_the_terminal
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.admin.status import AdminSource
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from eoepca_security.proxy.admin.server import Admin
 
 STARTED: Final = "OIDC proxy listening at %s -> %s as %s; access tokens live %d s"
-"""The line that says that the proxy works: its URL, the service, whose token it is, seconds."""
+"""The start-up line: the proxy's URL, the service, the token's user and its lifetime in seconds."""
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
 
 
 class Lifecycle:
-    """Starts and ends the proxy.
+    """Starts and stops the proxy.
 
-    `on_started` is called once with the proxy's URL and what kept the first token from coming, if anything did;
-    `on_unloaded` when the add-on ends and mitmproxy does not.
+    `on_started` is called once with the proxy's URL and the error of the first token request, or None. `on_unloaded` is
+    called when the add-on is unloaded while mitmproxy goes on.
     """
 
     def __init__(
@@ -58,48 +58,48 @@ class Lifecycle:
         self._admin: Admin | None = None
 
     def begin(self) -> None:
-        """Get the first token while mitmproxy still starts."""
+        """Start to get the first token while mitmproxy is still starting."""
         if self._state.source is not None and not self._state.problems:
             self._first = asyncio.ensure_future(self._state.source.token())
-            # Nobody may come to look at it.
+            # Retrieve the error, in case nobody else does.
             self._first.add_done_callback(lambda first: first.cancelled() or first.exception())
 
     def running(self) -> "asyncio.Task[None]":
-        """Begin the first refresh.
+        """Start up: log the warnings, start the admin listener and wait for the first token.
 
-        This is no coroutine function, because mitmproxy refuses those where it reloads a script that was edited.
+        This is not a coroutine function, because mitmproxy refuses those when it reloads an edited script.
         """
         self._state.is_running = True
         end_with_the_terminal(ctx.master.shutdown)
         return asyncio.get_running_loop().create_task(self._start())
 
     def done(self) -> "asyncio.Task[None]":
-        """Let requests and a refresh that are under way end; end mitmproxy when it is the add-on alone that ends.
+        """Let running requests and a running refresh finish; stop mitmproxy if only the add-on is unloaded.
 
-        A script that is edited badly is unloaded, and requests would go on without tokens.
+        mitmproxy unloads a script with an error, and would then forward requests without tokens.
         """
         master, state = ctx.master, self._state
         is_end = master.should_exit.is_set()
         if state.is_running and not is_end:
-            # A script that is edited well is loaded anew before the loop comes to this.
+            # A valid script is loaded again before the loop runs this.
             master.event_loop.call_soon(self._on_unloaded, master)
-            # And its admin listener needs the address, and goes on with the session.
+            # The new add-on's admin listener needs the address, and it continues the session.
             self._stop_admin()
             if state.settings is not None and state.source is not None:
-                leave(state.settings, state.source)
+                hand_over(state.settings, state.source)
         return asyncio.get_running_loop().create_task(self._end(master if is_end else None))
 
     async def _start(self) -> None:
         state = self._state
-        # With -s an unknown option is put aside without a word.
-        unknown = [f"{name}: there is no such option" for name in ctx.options.deferred if _looks_like_ours(name)]
+        # With -s, mitmproxy silently ignores unknown options.
+        unknown = [f"{name}: unknown option" for name in ctx.options.deferred if _looks_like_ours(name)]
         for line in state.problems + unknown:
-            logger.error("%s", line)  # mitmproxy ends with exit code 1 when an error is logged while it starts
+            logger.error("%s", line)  # mitmproxy exits with code 1 if an error is logged during its start
         if state.problems or unknown or state.source is None or state.settings is None:
             return
         self._warn(state.settings)
         self._start_admin(state.settings)
-        # mitmproxy does not end before this does, so whoever stops it now would wait for a silent issuer.
+        # mitmproxy waits for this task, so without `stopped` a silent issuer would delay its exit.
         first = self._first or asyncio.ensure_future(state.source.token())
         stopped = asyncio.ensure_future(ctx.master.should_exit.wait())
         either: set[asyncio.Future[Any]] = {first, stopped}
@@ -109,11 +109,11 @@ class Lifecycle:
             first.cancel()
             return
         listener, upstream = addresses(state.settings)
-        failure: TokenError | None = None
+        failed: TokenError | None = None
         try:
             token = first.result()
         except TokenError as error:
-            failure = error
+            failed = error
             if not isinstance(error, CredentialsRejected):
                 logger.log(ALERT, "OIDC proxy listening at %s -> %s, without a token yet", listener, upstream)
         else:
@@ -125,7 +125,7 @@ class Lifecycle:
                 identity(unverified_claims(token.value)),
                 math.ceil(token.ends_at - token.obtained_at),
             )
-        self._on_started(listener, failure)
+        self._on_started(listener, failed)
 
     def _warn(self, settings: Settings) -> None:
         for line in settings.warnings:
@@ -147,7 +147,7 @@ class Lifecycle:
                 requests = "1 request" if number == 1 else f"{number} requests"
                 logger.log(
                     ALERT,
-                    "stopping: waiting up to %g s for %s; a second signal ends it at once",
+                    "stopping: waiting up to %g s for %s; send a second signal to stop at once",
                     DRAIN_TIMEOUT,
                     requests,
                 )
@@ -164,7 +164,7 @@ class Lifecycle:
     def _start_admin(self, settings: Settings) -> None:
         if settings.admin is None:
             return
-        # Takes long to load, which is done when the proxy listens already.
+        # Slow to import, so do it once the proxy is listening.
         with without_cas():
             from eoepca_security.proxy.admin.server import Admin  # noqa: PLC0415
 
@@ -178,11 +178,11 @@ class Lifecycle:
             self._admin = None
 
 
-def exit_if_rejected(_listener: str, failure: TokenError | None) -> None:
-    """Let mitmproxy end with exit code 1 where there can be no token."""
-    if isinstance(failure, CredentialsRejected):
-        # The source has told it at length.
-        logger.error("ending, as there can be no token (%s): `run-mitmproxy.py check` says what to do", failure.code)
+def exit_if_rejected(_listener: str, error: TokenError | None) -> None:
+    """Let mitmproxy exit with code 1 if the issuer rejected the credentials."""
+    if isinstance(error, CredentialsRejected):
+        # The source has already logged the details.
+        logger.error("stopping without a token (%s): run `run-mitmproxy.py check` for the remedy", error.code)
 
 
 def _looks_like_ours(name: str) -> bool:

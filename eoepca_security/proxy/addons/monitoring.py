@@ -1,4 +1,4 @@
-"""What is counted and told of: for the admin listener, and for the commands in mitmproxy's own user interfaces."""
+"""Counts and records what happens, for the admin listener and for commands in mitmproxy's user interfaces."""
 
 import asyncio
 import logging
@@ -32,9 +32,9 @@ logger = logging.getLogger("eoepca_security.proxy.addon")
 
 
 class Monitoring:
-    """Counts requests and refreshes, and keeps the last of what happened.
+    """Counts requests and refreshes, and keeps the most recent events.
 
-    A flow is told of by its metadata: the code of an answer that the proxy made itself, and what it says.
+    It reads a flow's metadata: the code and the detail of the proxy's own answer.
     """
 
     def __init__(self, state: State) -> None:
@@ -47,20 +47,20 @@ class Monitoring:
         self._asked: asyncio.Task[None] | None = None
 
     def requestheaders(self, flow: HTTPFlow) -> None:
-        """Note that a request is being served."""
+        """Record that a request is running."""
         if flow.is_replay is None:
             self._state.in_flight.add(flow)
 
     def response(self, flow: HTTPFlow) -> None:
-        """Count what has its answer."""
+        """Count a request that got its answer."""
         self._ended(flow)
 
     def error(self, flow: HTTPFlow) -> None:
-        """Count what ended without an answer of the service."""
+        """Count a request that ended without an answer from the service."""
         self._ended(flow)
 
     def request_refused(self, refusal: Refusal) -> None:
-        """Count what was refused before it became a flow."""
+        """Count a request that was refused before it became a flow."""
         self._metrics.request_ended(400, refusal.code)
         self._recent_errors.add(refusal.code, refusal.detail)
 
@@ -79,20 +79,20 @@ class Monitoring:
         if not self._state.is_ending:
             self._state.in_flight.discard(flow)
 
-    def refreshed(self, failure: TokenError | None, seconds: float) -> None:
-        """Note what a refresh failed for, if it did, and how long it took."""
-        self._metrics.refreshed(failure, seconds)
+    def refreshed(self, error: TokenError | None, seconds: float) -> None:
+        """Record a refresh: its error or None, and its duration in seconds."""
+        self._metrics.refreshed(error, seconds)
         source = self._state.source
         token = source.at_hand if source is not None else None
         self._metrics.token_ends(token.ends_at if token is not None else None)
-        self._last_refresh = Refresh(time.time(), seconds, failure)
-        if failure is not None:
-            self._recent_errors.add(failure.code, str(failure), self._state.remedy(failure))
+        self._last_refresh = Refresh(time.time(), seconds, error)
+        if error is not None:
+            self._recent_errors.add(error.code, str(error), self._state.remedy(error))
         elif token is not None:
             self._claims = unverified_claims(token.value)
 
     def admin_source(self) -> AdminSource:
-        """Return what the admin listener tells of the proxy, and how it ends it."""
+        """Return what the admin listener needs to describe and stop the proxy."""
 
         async def ready() -> Unready | None:
             error = await status.unready(self._state.source)
@@ -107,7 +107,7 @@ class Monitoring:
         return AdminSource(ready, told, families, self._state.end_all)
 
     def status(self) -> dict[str, Any]:
-        """Return the state as `/status` shows it."""
+        """Return the state, as in `/status`."""
         settings, source = self._state.settings, self._state.source
         listener, upstream = addresses(settings)
         return status.status(
@@ -120,7 +120,7 @@ class Monitoring:
                 settings=settings,
                 token=source.at_hand if source is not None else None,
                 claims=self._claims,
-                failure=source.error if source is not None else None,
+                error=source.error if source is not None else None,
                 last_refresh=self._last_refresh,
                 last_answer=self._last_answer,
                 recent_errors=self._recent_errors.latest(),
@@ -131,39 +131,39 @@ class Monitoring:
 
     @command.command("oidc.status")  # type: ignore[untyped-decorator]
     def show_status(self) -> Sequence[str]:
-        """Show whose token the proxy holds, for how long, and what is wrong, if anything is."""
+        """Show the token's user and lifetime, and current errors."""
         return lines(self.status())
 
     @command.command("oidc.refresh")  # type: ignore[untyped-decorator]
     def refresh(self) -> None:
-        """Get a new access token now. The event log tells what came of it."""
+        """Get a new access token now. The event log shows the result."""
         source = self._state.source
         if source is None:
-            raise CommandError("the proxy is not configured: oidc.status tells more")
+            raise CommandError("the proxy is not configured: see oidc.status")
         wait = source.forced_in() if source.at_hand is not None else 0.0
         if wait > 0:
             failed = f": the last attempt failed ({source.error.code})" if source.error is not None else ""
             raise CommandError(f"no refresh now{failed}; try again in {duration(math.ceil(wait))}")
-        # Kept, or it might be collected while it runs.
+        # Keep a reference, so that the task is not garbage-collected while it runs.
         self._asked = asyncio.get_running_loop().create_task(self._refresh_now(source))
 
     async def _refresh_now(self, source: TokenSource) -> None:
-        """Force a refresh, under the same limits as when the service refuses a token, and log what came of it."""
+        """Force a refresh, with the same limits as after a refused token, and log the result."""
         try:
             before = source.at_hand
             token = await (source.replace(before.value) if before is not None else source.token())
-            failure = source.error
-        except TokenError as error:
-            token, failure = None, error
+            error = source.error
+        except TokenError as raised:
+            token, error = None, raised
         if token is not None:
             logger.log(
                 ALERT,
-                "a new access token: of %s, lives %d s",
+                "new access token for %s, valid for %d s",
                 identity(unverified_claims(token.value)),
                 math.ceil(token.ends_at - token.obtained_at),
             )
-        elif failure is not None:
-            remedy = self._state.remedy(failure)
-            logger.warning("no new access token (%s): %s; what to do: %s", failure.code, failure, remedy)
+        elif error is not None:
+            remedy = self._state.remedy(error)
+            logger.warning("no new access token (%s): %s; remedy: %s", error.code, error, remedy)
         else:
-            logger.warning("no new access token: the issuer gave the one that was there already")
+            logger.warning("no new access token: the issuer sent the same one again")

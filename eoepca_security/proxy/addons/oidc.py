@@ -1,8 +1,8 @@
 """The mitmproxy add-on: options -> TokenSource -> Authorization header.
 
-mitmproxy goes on with a request whose hook raises, and a hook that hangs hangs the client. So a request has an answer,
-an error, while it is decided about; nothing leaves without a clearance (see `policy.clearance`); and every wait has a
-bound.
+mitmproxy forwards a request whose hook raises, and a hook that hangs blocks the client. So each request has an error
+response while we decide about it, nothing leaves without a clearance (see `policy.clearance`), and every wait has a
+limit.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,12 @@ from eoepca_security.session.source import TokenSource
 
 
 class OIDCAuthProxy:
-    """Puts an access token into every request that goes to the protected service, and answers those it has none for.
+    """Adds an access token to every request to the protected service, and answers with an error if it has none.
 
-    `settings` come from the launcher; without them they are read from the add-on's options, the environment and `.env`.
-    `on_started` is called once with the proxy's URL and what kept the first token from coming, if anything did.
-    One that `joins` others goes on with their session, rather than ask the issuer whether it is good. `end` is called
-    when a client ends the proxy, mitmproxy's shutdown unless it is given. `make_source` is called as the function of
-    that name in `config.factory`.
+    `settings` come from the launcher; without them, they come from the add-on's options, the environment and `.env`.
+    `on_started` is called once with the proxy's URL and the error of the first token request, or None. With `joins`, it
+    continues the session of other processes without asking the issuer first. `end` is called when a client stops the
+    proxy; the default is mitmproxy's shutdown. `make_source` replaces the function in `config.factory`.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class OIDCAuthProxy:
             on_unloaded=_exit_if_unprotected,
         )
         self.request_flow = RequestFlow(self.state)
-        # In this order: what is counted is what comes in, and it is decided about before anything else happens to it.
+        # The order matters: count a request as it arrives, and decide about it before anything else handles it.
         self.addons = (
             Configuration(
                 self.state, settings, joins=joins, make_source=make_source, observe=self.monitoring.refreshed
@@ -64,11 +63,11 @@ class OIDCAuthProxy:
         )
 
     def begin(self) -> None:
-        """Get the first token while mitmproxy still starts; the settings are known. There has to be an event loop."""
+        """Start to get the first token while mitmproxy is still starting. Needs the settings and an event loop."""
         self.lifecycle.begin()
 
     def admin_source(self) -> AdminSource:
-        """Return what can be told of the proxy, and how to end it."""
+        """Return what the admin listener needs to describe and stop the proxy."""
         return self.monitoring.admin_source()
 
 
@@ -78,5 +77,5 @@ def _shut_down() -> None:
 
 def _exit_if_unprotected(master: Master) -> None:
     if not any(isinstance(addon, OIDCAuthProxy) for addon in traverse(master.addons.chain)):
-        logger.error("the OIDC add-on was unloaded: ending, as requests would be forwarded without tokens")
+        logger.error("the OIDC add-on was unloaded: stopping, because requests would be forwarded without tokens")
         master.shutdown()

@@ -1,6 +1,6 @@
-"""The way of one request.
+"""The steps of one request.
 
-mitmproxy goes on with a request whose hook raises. So a request has an answer, an error, while it is decided about.
+mitmproxy forwards a request whose hook raises. So each request has an error response while we decide about it.
 """
 
 from mitmproxy.http import HTTPFlow
@@ -31,16 +31,16 @@ class RequestFlow:
         if flow.response is None:
             flow.request.stream = streams_request(flow.request.data)
         else:
-            # Nobody is asked to go on with a body.
+            # Do not ask the client to continue with a body.
             flow.request.headers.pop("Expect", None)
 
     async def _decide(self, flow: HTTPFlow) -> None:
-        # mitmproxy calls this for requests that it has refused already, too.
+        # mitmproxy also calls this for requests that it has already refused.
         if flow.error is not None or flow.response is not None:
             _hide_credentials(flow)
             return
-        # Whatever goes wrong: without a token nothing leaves. Requests are answered, never killed: mitmproxy 12 leaves
-        # the connection open when it kills a request whose body is still arriving, and its client hangs.
+        # Fail closed: nothing leaves without a token. Requests are answered, never killed: when mitmproxy 12 kills a
+        # request whose body is still arriving, it leaves the connection open, and the client hangs.
         flow.response = messages.last_resort()
         where = destination_of(flow, self._state.settings)
         if where.is_elsewhere:
@@ -55,14 +55,14 @@ class RequestFlow:
         await self._injection.authorize(flow, where)
 
     def _rewrite(self, flow: HTTPFlow, where: Destination) -> None:
-        """Make of the client's request the one that the service is to see."""
+        """Turn the client's request into the one for the service."""
         request = flow.request
         fields = without_hop_by_hop(request.data)
         if self._state.apisix is not None:
             fields = without_gateway_headers(fields)
         if where.is_reverse:
             scheme = "https" if flow.client_conn.tls else "http"
-            # A replay has the name that the client used from the first time.
+            # A replay keeps the origin of its first run.
             proxy = flow.metadata.setdefault(ORIGIN, f"{scheme}://{request.host_header}")
             fields = naming_the_service(fields, proxy, where.target.origin)
         request.headers.fields = fields
@@ -72,7 +72,7 @@ class RequestFlow:
             request.authority = ""
 
     async def request(self, flow: HTTPFlow) -> None:
-        """Authorize again what was held back until its body was complete: the token may have ended meanwhile."""
+        """Authorize a buffered request again: the token may have expired while its body arrived."""
         is_ours = flow.error is None and flow.response is None and flow.request.raw_content is not None
         if is_ours and not self._injection.is_current(flow.request):
             where = destination_of(flow, self._state.settings)
@@ -80,7 +80,7 @@ class RequestFlow:
                 await self._injection.authorize(flow, where)
 
     def responseheaders(self, flow: HTTPFlow) -> None:
-        """Say who may read the answer, lead to the proxy, and say on kept connections when the proxy ends."""
+        """Restrict who may read the answer, rewrite locations, and close kept connections when the proxy stops."""
         response, sent = flow.response, clearance(flow.request)
         is_elsewhere = sent is not None and not sent.headers
         if response is None or response.status_code == 101 or is_elsewhere:
@@ -94,11 +94,11 @@ class RequestFlow:
         response.stream = streams_response(response.status_code, fields)
 
     async def token_refused(self, flow: HTTPFlow) -> None:
-        """Get another token where the service refuses this one, and have the request sent again where that can be."""
+        """Get another token after the service refused this one, and send the request again if possible."""
         await self._injection.replace(flow)
 
     def websocket_message(self, flow: HTTPFlow) -> None:
-        """Keep a long conversation from piling up in memory."""
+        """Keep only the last message, so that a long connection does not fill the memory."""
         if flow.websocket is not None:
             del flow.websocket.messages[:-1]
 

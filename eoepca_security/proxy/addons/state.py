@@ -1,4 +1,4 @@
-"""What the add-ons of one proxy share."""
+"""The state that the add-ons of one proxy share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,9 +18,8 @@ from eoepca_security.session.source import TokenSource
 class State:
     """The state of one proxy.
 
-    `settings`, `source`, `guard` and `apisix` are what the configuration makes of the options; `problems` is a line for
-    each thing that is wrong with them. `source` is None while the settings are wrong. `end_all` ends the proxy, with
-    all its processes.
+    The configuration sets `settings`, `source`, `guard` and `apisix` from the options, and `problems` to one line for
+    each error in them. `source` is None while the settings are wrong. `end_all` stops the proxy with all its processes.
     """
 
     end_all: Callable[[], None]
@@ -35,9 +34,9 @@ class State:
     in_flight: WeakSet[HTTPFlow] = field(default_factory=WeakSet)
 
     def remedy(self, error: TokenError) -> str:
-        """Return what to do about an error that keeps the proxy from a token."""
+        """Return the remedy for an error that leaves the proxy without a token."""
         return failure_remedy(error, self.settings, in_container=self.in_container)
 
     def describe(self, error: TokenError) -> str:
-        """Say what happened and what to do about it."""
+        """Return what happened and the remedy, in one line."""
         return told(error, self.remedy(error))

@@ -1,4 +1,4 @@
-"""What the proxy counts, for Prometheus and for the status page."""
+"""The proxy's metrics, for Prometheus and the status page."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,14 +15,14 @@ _NO_ANSWER: Final = "none"
 
 
 class Metrics:
-    """The counts of one proxy since it started; `in_flight` tells how many requests are being served."""
+    """The metrics of one proxy since it started. `in_flight` returns the number of running requests."""
 
     def __init__(self, in_flight: Callable[[], int]) -> None:
         self.started_at = time.time()
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "oidc_proxy_requests_total",
-            "Requests by class of status (none: ended without an answer) and by the proxy's own error code, if any.",
+            "Requests by status class (none: ended without an answer) and by the proxy's own error code, if any.",
             ("status_class", "code"),
             registry=self._registry,
         )
@@ -34,16 +34,16 @@ class Metrics:
         )
         self._refresh_duration = Histogram(
             "oidc_proxy_refresh_duration_seconds",
-            "Time that attempts to get an access token took.",
+            "Duration of attempts to get an access token.",
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20),
             registry=self._registry,
         )
         self._token_expiry = Gauge(
             "oidc_proxy_token_expiry_timestamp_seconds",
-            "When the access token at hand ends, in seconds since 1970; 0 without one.",
+            "When the current access token expires, in seconds since 1970; 0 without one.",
             registry=self._registry,
         )
-        gauge = Gauge("oidc_proxy_requests_in_flight", "Requests that are being served.", registry=self._registry)
+        gauge = Gauge("oidc_proxy_requests_in_flight", "Requests in progress.", registry=self._registry)
         gauge.set_function(in_flight)
 
         self._ended = cache(self._counter)
@@ -52,27 +52,27 @@ class Metrics:
         return self._requests.labels(f"{hundreds}xx" if hundreds else _NO_ANSWER, code)
 
     def request_ended(self, status: int | None, code: str = "") -> None:
-        """Count a request; `status` is None when it got no answer, `code` the proxy's own error code."""
+        """Count a request. `status` is None without an answer; `code` is the proxy's own error code."""
         self._ended(status and status // 100, code).inc()
 
-    def refreshed(self, failure: TokenError | None, seconds: float) -> None:
+    def refreshed(self, error: TokenError | None, seconds: float) -> None:
         """Count an attempt to get a token."""
-        self._refreshes.labels(failure.code if failure else "success").inc()
+        self._refreshes.labels(error.code if error else "success").inc()
         self._refresh_duration.observe(max(0.0, seconds))
 
     def token_ends(self, at: float | None) -> None:
-        """Note when the access token at hand ends, in epoch seconds."""
+        """Record when the current access token expires, in epoch seconds; None without one."""
         self._token_expiry.set(at or 0)
 
     def families(self) -> list[Metric]:
-        """Return everything as it stands now."""
+        """Return all current metrics."""
         return list(self._registry.collect())
 
 
 def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
-    """Return what the status page shows of them.
+    """Return the counts for the status page.
 
-    `requests` are by class of status, `errors` (requests answered by the proxy itself) by code, `refreshes` by result.
+    `requests` are by status class, `errors` (requests that the proxy answered itself) by code, `refreshes` by result.
     """
     found: dict[str, dict[str, int]] = {"refreshes": {}, "requests": {}, "errors": {}}
     for sample in (sample for family in families for sample in family.samples):
@@ -87,7 +87,7 @@ def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
 
 
 def exposition(families: Sequence[Metric], accept: str) -> tuple[bytes, str]:
-    """Return Prometheus' text in the form that fits the `Accept` header, and its media type."""
+    """Return the Prometheus text in a format for the `Accept` header, and its media type."""
     encode, media_type = choose_encoder(accept)
     registry = CollectorRegistry()
     registry.register(_Given(families))
@@ -95,7 +95,7 @@ def exposition(families: Sequence[Metric], accept: str) -> tuple[bytes, str]:
 
 
 def merged(parts: Iterable[Sequence[Metric]]) -> list[Metric]:
-    """Return the families of several processes as those of one."""
+    """Return the families of several processes, merged into one."""
     families: dict[str, Metric] = {}
     values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
     for family in (family for part in parts for family in part):
@@ -114,12 +114,12 @@ def merged(parts: Iterable[Sequence[Metric]]) -> list[Metric]:
 
 
 def lasting(families: Iterable[Metric]) -> list[Metric]:
-    """Return what stays true of a process that has ended: its counts."""
+    """Return the metrics of an ended process that still count."""
     return [family for family in families if family.type in ("counter", "histogram")]
 
 
 def to_json(families: Iterable[Metric]) -> list[Any]:
-    """Return the families as JSON can carry them; `from_json` is the way back."""
+    """Return the families as JSON values, for `from_json`."""
     return [
         [family.name, family.documentation, family.type, [[s.name, s.labels, s.value] for s in family.samples]]
         for family in families
@@ -127,7 +127,7 @@ def to_json(families: Iterable[Metric]) -> list[Any]:
 
 
 def from_json(data: Iterable[Any]) -> list[Metric]:
-    """Return the families that `to_json` was given."""
+    """Return the families from the output of `to_json`."""
     families = []
     for name, documentation, kind, samples in data:
         family = Metric(name, documentation, kind)

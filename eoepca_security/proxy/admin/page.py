@@ -1,4 +1,4 @@
-"""The status in words: as a page, and as lines for mitmproxy's consoles. Pure."""
+"""Shows the status, as an HTML page and as lines for mitmproxy's consoles. Pure."""
 
 import html
 import math
@@ -13,10 +13,10 @@ from eoepca_security.oauth.text import identity
 
 _HEADLINES: Final = {
     "ready": ("Ready", "Requests get a token."),
-    "degraded": ("Ready, but not for long", "Requests get a token while it lives; the last refresh failed."),
-    "failing": ("No token", "The proxy answers requests itself, with an error."),
-    "idle": ("Idle", "The last token has ended. The next request gets a new one."),
-    "starting": ("Starting", "The first token is on its way."),
+    "degraded": ("Ready, but not for long", "Requests get a token until it expires; the last refresh failed."),
+    "failing": ("No token", "The proxy answers requests with an error."),
+    "idle": ("Idle", "The last token has expired. The next request gets a new one."),
+    "starting": ("Starting", "Waiting for the first token."),
 }
 
 _STATUS_CLASSES: Final = {
@@ -35,12 +35,12 @@ RESOURCES: Final = {
         ("icon.svg", "image/svg+xml"),
     )
 }
-"""What the page needs, by path: media type and content."""
+"""The page's resources, by path: media type and content."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A time in epoch seconds, which people read as the time of day and how long ago it is."""
+    """A time in epoch seconds, shown as the time of day and how long ago it is."""
 
     at: float
 
@@ -49,16 +49,16 @@ Value = str | Moment
 
 
 def page(status: Mapping[str, Any]) -> str:
-    """Return the status, as `eoepca_security.proxy.admin.status` has it, as an HTML page.
+    """Return the status (see `eoepca_security.proxy.admin.status`) as an HTML page.
 
-    It is complete without its script, which keeps it up to date.
+    The page is complete without its script, which only keeps it up to date.
     """
     now = status["at"]
     headline, explanation = _HEADLINES[status["state"]]
     sections = [
         *[_alert(problem) for problem in status["problems"]],
         _section("token", "Access token", _countdown(status) + _list(_token_rows(status), now)),
-        _section("way", "Who and where", _list(_way_rows(status), now)),
+        _section("way", "Identity and addresses", _list(_way_rows(status), now)),
         _section("requests", "Requests since the start", _table("Answer", _request_rows(status))),
         _section("own", "Answered by the proxy itself", _table("Error", _own_rows(status))),
         _section("errors", "Recent errors", _errors(status)),
@@ -98,7 +98,7 @@ def lines(status: Mapping[str, Any]) -> list[str]:
     headline, explanation = _HEADLINES[status["state"]]
     found = [f"{headline}: {explanation}"]
     for problem in status["problems"]:
-        found += [f"{problem['title']}: {problem['detail']}", f"what to do: {problem['remedy']}"]
+        found += [f"{problem['title']}: {problem['detail']}", f"remedy: {problem['remedy']}"]
     rows = [*_way_rows(status), *_token_rows(status)]
     rows += [(f"Requests, {label}", number) for label, number in [*_request_rows(status), *_own_rows(status)]]
     found += [f"{label.lower()}: {_text(value, now)}" for label, value in rows]
@@ -114,14 +114,14 @@ def _token_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
     rows: list[tuple[str, Value]] = []
     if token is not None:
         rows += [
-            ("Ends", Moment(token["ends_at"])),
+            ("Expires", Moment(token["ends_at"])),
             ("Obtained", Moment(token["obtained_at"])),
-            ("Lifetime", f"{duration(math.ceil(token['lifetime_seconds']))}, renewed in time"),
+            ("Lifetime", f"{duration(math.ceil(token['lifetime_seconds']))}, renewed automatically"),
         ]
     if refresh is not None:
         rows += [
             ("Last refresh", Moment(refresh["at"])),
-            ("Its result", f"{refresh['result']}, after {_took(refresh['seconds'])}"),
+            ("Result", f"{refresh['result']}, after {_took(refresh['seconds'])}"),
         ]
     rows.append(("Refreshes", _counts(refreshes) or "none yet"))
     return rows
@@ -129,16 +129,16 @@ def _token_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
 
 def _way_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
     return [
-        ("Identity", identity(status["identity"]) if status["identity"] else "not known"),
+        ("Identity", identity(status["identity"]) if status["identity"] else "unknown"),
         ("Listening at", str(status["listener"])),
         ("Forwarding to", str(status["upstream"])),
-        ("Identity provider", str(status["issuer"] or "not known")),
+        ("Identity provider", str(status["issuer"] or "unknown")),
     ]
 
 
 def _request_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [(_STATUS_CLASSES.get(name, name), str(number)) for name, number in sorted(status["requests"].items())]
-    return [*rows, ("being served", str(status["requests_in_flight"]))]
+    return [*rows, ("in progress", str(status["requests_in_flight"]))]
 
 
 def _own_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -167,7 +167,7 @@ def _alert(problem: Mapping[str, str]) -> str:
     remedy = problem["remedy"][:1].upper() + problem["remedy"][1:]
     return (
         f'<section class="problem">\n<h2>{html.escape(problem["title"])}</h2>\n<p>{_prose(problem["detail"])}</p>\n'
-        f"<p><strong>What to do:</strong> {_prose(remedy)}</p>\n</section>\n"
+        f"<p><strong>Remedy:</strong> {_prose(remedy)}</p>\n</section>\n"
     )
 
 
@@ -178,7 +178,7 @@ def _countdown(status: Mapping[str, Any]) -> str:
     left, lifetime = max(token["seconds_left"], 0.0), max(token["lifetime_seconds"], 1.0)
     return (
         f'<p class="countdown"><span data-ends="{token["ends_at"]:.3f}">{duration(left)}</span> left</p>\n'
-        f'<progress aria-label="Part of the lifetime that is left" data-ends="{token["ends_at"]:.3f}" '
+        f'<progress aria-label="Remaining lifetime" data-ends="{token["ends_at"]:.3f}" '
         f'max="{lifetime:.0f}" value="{left:.0f}"></progress>\n'
     )
 
@@ -217,7 +217,7 @@ def _html(value: Value, now: float) -> str:
 
 
 def _prose(text: str) -> str:
-    """Return words as HTML; commands stand between backticks."""
+    """Return text as HTML; backticks mark commands."""
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
 
 
@@ -234,14 +234,14 @@ def _local(at: float) -> datetime:
 
 
 def relative(seconds: float) -> str:
-    """Say how far away a moment is: `12 s ago`, `in 3 min 5 s`, `now`."""
+    """Describe the distance to a moment: `12 s ago`, `in 3 min 5 s`, `now`."""
     if abs(seconds) < 1:
         return "now"
     return f"in {duration(seconds)}" if seconds > 0 else f"{duration(-seconds)} ago"
 
 
 def duration(seconds: float) -> str:
-    """Say how long something takes in its two largest units: `41 s`, `3 min 5 s`, `2 h 10 min`, `3 d 4 h`."""
+    """Format a duration in its two largest units: `41 s`, `3 min 5 s`, `2 h 10 min`, `3 d 4 h`."""
     left = math.floor(seconds)
     parts = []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):

@@ -1,4 +1,4 @@
-"""The errors of the last while, each kind once."""
+"""The most recent errors, each kind once."""
 
 import time
 from collections import deque
@@ -9,14 +9,14 @@ from typing import Final
 from eoepca_security.oauth.text import printable
 
 MAX_RECENT: Final = 20
-"""How many different errors are remembered."""
+"""How many different errors are kept."""
 
 
 @dataclass(frozen=True)
 class RecentError:
-    """An error that occurred `count` times, last `at` (epoch seconds); `code` is of the public interface.
+    """An error that occurred `count` times, last `at` (epoch seconds). `code` is part of the public interface.
 
-    `detail` says what happened, `remedy` what to do about it, where `detail` does not.
+    `detail` says what happened. `remedy` is empty if `detail` includes it.
     """
 
     code: str
@@ -27,14 +27,14 @@ class RecentError:
 
 
 class RecentErrors:
-    """The last errors of different kinds, newest first; `now` is epoch seconds."""
+    """The last errors of different kinds, newest first. `now` returns epoch seconds."""
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._latest: deque[RecentError] = deque(maxlen=MAX_RECENT)
 
     def add(self, code: str, detail: str, remedy: str = "") -> None:
-        """Remember an error; one that is remembered already is counted."""
+        """Record an error, or count it if it is already recorded."""
         detail = printable(detail, 500)
         new = RecentError(code, detail, self._now(), remedy=printable(remedy, 500))
         for old in self._latest:
@@ -42,9 +42,9 @@ class RecentErrors:
                 self._latest.remove(old)
                 new = replace(new, count=old.count + 1)
                 break
-        # A full one drops what is at its other end: the oldest.
+        # A full deque drops the oldest at its other end.
         self._latest.appendleft(new)
 
     def latest(self) -> tuple[RecentError, ...]:
-        """Return what is remembered."""
+        """Return the recorded errors."""
         return tuple(self._latest)

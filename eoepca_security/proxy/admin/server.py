@@ -1,4 +1,4 @@
-"""The admin listener: probes, metrics, the state of things for people, and an off switch."""
+"""The admin listener: probes, metrics, the status page and the shutdown endpoint."""
 
 import json
 import logging
@@ -20,10 +20,10 @@ from eoepca_security.proxy.policy import problem_details
 from eoepca_security.proxy.policy.access import Guard
 
 MAX_SIZE: Final = 16 * 1024
-"""Longest header block, and longest body, that is read, in bytes."""
+"""The longest header block and the longest body to read, in bytes."""
 
 TIMEOUT: Final = 30.0
-"""Seconds that a connection may be idle, or take to send a request's headers."""
+"""Seconds that a connection may be idle, or may take to send a request's headers."""
 
 _NOTHING_ELSE: Final = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 
 class Admin:
-    """The server; it runs in the event loop of the proxy."""
+    """The server, which runs in the proxy's event loop."""
 
     def __init__(self, settings: Settings, subject: AdminSource) -> None:
         if settings.admin is None:
-            raise ValueError("there is to be no admin listener")
+            raise ValueError("the settings turn the admin listener off")
         self._address = settings.admin
         self._is_set = settings.admin_is_set
         arguments = {"guard": admin_guard(settings, settings.admin), "subject": subject}
@@ -65,33 +65,33 @@ class Admin:
         )
 
     def start(self) -> Address | None:
-        """Listen, and return the address, with the port that was free where any was asked for; None if that fails."""
+        """Listen and return the address, with the actual port; None if that fails."""
         try:
             sockets = bind_sockets(self._address.port, self._address.host)
         except OSError as error:
             reason = f"{ADMIN.env}: cannot listen on {self._address} ({error.strerror or error})"
             if self._is_set:
-                logger.error("%s: choose another address, or off", reason)  # noqa: TRY400  one line, for people
+                logger.error("%s: choose another address, or off", reason)  # noqa: TRY400  users need no traceback
             else:
-                logger.warning("%s, so there is no admin listener", reason)
+                logger.warning("%s: continuing without the admin listener", reason)
             return None
         self._server.add_sockets(sockets)
         address = Address(self._address.host, sockets[0].getsockname()[1])
         logger.log(ALERT, "admin listener at http://%s", address)
         if not is_loopback(address.host):
-            logger.warning("whatever can reach http://%s sees the proxy's state and can end it", address)
+            logger.warning("anything that can reach http://%s can see the proxy's state and stop it", address)
         return address
 
     def stop(self) -> None:
-        """Listen no more; the connections end with the process."""
+        """Stop listening. Connections end with the process."""
         self._server.stop()
 
 
 def admin_guard(settings: Settings, address: Address) -> Guard:
-    """Return the rules of the admin listener.
+    """Return the access rules of the admin listener.
 
-    Probes address a pod by its IP address, so where the listener is bound to all addresses, any of them will do: what a
-    GET can do here is nothing, and a POST from a web page tells its origin.
+    Probes use a pod's IP address, so a listener on all addresses accepts any IP address as `Host`. That is safe: a GET
+    changes nothing here, and a POST from a web page names its origin.
     """
     is_everywhere = address.host in EVERYWHERE
     own = () if is_everywhere else (f"[{address.host}]" if ":" in address.host else address.host,)
@@ -131,7 +131,7 @@ class _Page(RequestHandler):
         self.tell(status_code, headers, json.dumps({"status": status_code, "title": self._reason}).encode())
 
     async def head(self) -> None:
-        # Tornado leaves the body out.
+        # Tornado omits the body.
         await self.get()  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""What the proxy tells of itself: whose token it holds, for how long, and what happened lately. Never the token."""
+"""The proxy's status: its identity, its token's times and recent events. Never the token itself."""
 
 import asyncio
 import importlib.metadata
@@ -22,7 +22,7 @@ READY_WAIT: Final = 0.8
 
 @dataclass(frozen=True)
 class AdminSource:
-    """What the admin listener tells of: `ready` gives None or why there is no token, `quit` ends the proxy."""
+    """What the admin listener needs. `ready` returns None or why there is no token; `quit` stops the proxy."""
 
     ready: Callable[[], Awaitable["Unready | None"]]
     status: Callable[[], Awaitable[Mapping[str, Any]]]
@@ -32,7 +32,7 @@ class AdminSource:
 
 @dataclass(frozen=True)
 class Unready:
-    """Why there is no token, and what to do about it; `code` is of the public interface."""
+    """Why there is no token, with the remedy. `code` is part of the public interface."""
 
     code: str
     detail: str
@@ -40,7 +40,7 @@ class Unready:
 
 @dataclass(frozen=True)
 class Answer:
-    """The status of the service's last answer, and when it came, in epoch seconds."""
+    """The status of the service's last answer, and its time in epoch seconds."""
 
     status: int
     at: float
@@ -48,18 +48,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refresh:
-    """How the last attempt to get a token went: when it ended (epoch seconds), how long it took, and its failure."""
+    """The last attempt to get a token: its end (epoch seconds), its duration and its error or None."""
 
     at: float
     seconds: float
-    failure: TokenError | None
+    error: TokenError | None
 
 
 @dataclass(frozen=True)
 class State:
-    """What one process knows of itself at a moment, `at`; times are in epoch seconds.
+    """The state of one process at the time `at`. Times are in epoch seconds.
 
-    `token` is the one that is good to send now, `claims` what the last one said. `counts` is as metrics.py has them.
+    `token` is the current one, `claims` are those of the last one. `counts` come from `metrics.counts`.
     """
 
     at: float
@@ -70,7 +70,7 @@ class State:
     settings: Settings | None
     token: AccessToken | None
     claims: Mapping[str, Any]
-    failure: TokenError | None
+    error: TokenError | None
     last_refresh: Refresh | None
     last_answer: Answer | None
     recent_errors: tuple[RecentError, ...]
@@ -79,9 +79,9 @@ class State:
 
 
 async def unready(source: TokenSource | None) -> TokenError | None:
-    """Return why there is no token to send, or None when there is one.
+    """Return why there is no current token, or None.
 
-    This asks for one, so that a proxy that nobody has used for a while is ready, too.
+    This requests one if needed, so that an idle proxy is ready too.
     """
     if source is None:
         return IssuerUnavailable("the proxy is not configured", cause="not_configured")
@@ -95,21 +95,21 @@ async def unready(source: TokenSource | None) -> TokenError | None:
 
 
 def status(state: State) -> dict[str, Any]:
-    """Return the state as JSON has it; times are in epoch seconds, durations in seconds.
+    """Return the state for JSON. Times are in epoch seconds, durations in seconds.
 
-    `state` is `ready`, `degraded` (there is a token, but the last refresh failed), `failing` (there is none),
-    `idle` (the last token has ended, and nobody has asked for another) or `starting`. `problems` says in words what is
-    wrong now and what to do about it; `recent_errors` is newest first.
+    `state` is `ready`, `degraded` (there is a token, but the last refresh failed), `failing` (there is no token),
+    `idle` (the last token has expired, and nobody has asked for another) or `starting`. `problems` lists the current
+    errors with title, detail and remedy; `recent_errors` is newest first.
     """
-    failure, remedy = state.failure, ""
-    if failure is not None:
-        remedy = failure_remedy(failure, state.settings, in_container=state.in_container)
+    error, remedy = state.error, ""
+    if error is not None:
+        remedy = failure_remedy(error, state.settings, in_container=state.in_container)
     return {
         "at": round(state.at, 3),
         "state": _name(state),
         "ready": state.token is not None,
-        "code": failure.code if failure is not None else None,
-        "detail": told(failure, remedy) if failure is not None else None,
+        "code": error.code if error is not None else None,
+        "detail": told(error, remedy) if error is not None else None,
         "problems": _problems(state, remedy),
         "listener": state.listener,
         "upstream": state.upstream,
@@ -129,7 +129,7 @@ def status(state: State) -> dict[str, Any]:
 
 
 def _name(state: State) -> str:
-    if state.failure is not None or state.settings is None:
+    if state.error is not None or state.settings is None:
         return "degraded" if state.token is not None else "failing"
     if state.token is not None:
         return "ready"
@@ -140,19 +140,18 @@ def _problems(state: State, remedy: str) -> list[dict[str, str]]:
     found = []
     if state.settings is None:
         found.append(_problem("The proxy is not configured", "its settings are missing or wrong", SEE_LOG))
-    elif state.failure is not None:
-        found.append(_problem(problem_details.title(state.failure.code), str(state.failure), remedy))
+    elif state.error is not None:
+        found.append(_problem(problem_details.title(state.error.code), str(state.error), remedy))
     last = state.last_answer
-    fault = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
-    if fault is not None and (last is None or last.at < fault.at):
-        found.append(_problem(problem_details.title(fault.code), fault.detail, fault.remedy))
+    upstream = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
+    if upstream is not None and (last is None or last.at < upstream.at):
+        found.append(_problem(problem_details.title(upstream.code), upstream.detail, upstream.remedy))
     elif last is not None and last.status == 401:
         found.append(
             _problem(
                 "The protected service refuses the token",
                 "its last answer was 401",
-                "run `run-mitmproxy.py check`: often the token is not for the audience, or from the issuer, that the "
-                "service expects",
+                "run `run-mitmproxy.py check`: often the service expects another audience or issuer",
             )
         )
     return found
@@ -175,5 +174,5 @@ def _refresh(refresh: Refresh) -> dict[str, Any]:
     return {
         "at": round(refresh.at, 3),
         "seconds": round(refresh.seconds, 3),
-        "result": refresh.failure.code if refresh.failure is not None else "success",
+        "result": refresh.error.code if refresh.error is not None else "success",
     }

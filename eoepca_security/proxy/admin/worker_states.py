@@ -1,4 +1,4 @@
-"""What several processes tell of themselves, as one: each answers questions, and the admin listener's process asks."""
+"""Merges the states of several processes: the admin listener's process asks, and each worker answers."""
 
 import asyncio
 import contextlib
@@ -19,22 +19,22 @@ from eoepca_security.proxy.admin.status import READY_WAIT, AdminSource, State, U
 from eoepca_security.proxy.config.settings import Address, Settings
 
 ANSWER_TIMEOUT: Final = READY_WAIT + 0.1
-"""Seconds that a process has to answer; one that does not is left out. Probes usually give up after one second."""
+"""Seconds to wait for a process's answer before leaving it out. Probes usually give up after one second."""
 
 SILENT_TIMEOUT: Final = 0.2
-"""The same for one that was silent the last time."""
+"""The same for a process that did not answer the last time."""
 
 _MAX_SIZE: Final = 128 * 1024
 
-_SILENCE: Final = IssuerUnavailable("none of the proxy's processes answers")
+_SILENCE: Final = IssuerUnavailable("none of the proxy's processes answered")
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Connects the process that asks with one that answers, and with those that take the latter's place.
+    """Connects the asking process with one worker, and with the workers that replace it.
 
-    Both ends are open in all processes, so a question may be older than the process that gets it: answers bear its
-    number.
+    Both ends are open in all processes, so a question can be older than the worker that reads it. That is why answers
+    carry the question's number.
     """
 
     asking: socket.socket
@@ -42,8 +42,8 @@ class Channel:
 
     @classmethod
     def make(cls) -> "Channel":
-        """Make one; before the processes part."""
-        # Datagrams, so that a process that dies leaves no half of an answer.
+        """Create a channel. Call this before forking."""
+        # Datagrams, so that a process that dies does not leave half an answer.
         asking, answering = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         for end in (asking, answering):
             end.setblocking(False)
@@ -51,7 +51,7 @@ class Channel:
 
 
 def answer(line: Channel, subject: AdminSource) -> None:
-    """Answer all questions that come, in the running event loop, until that ends."""
+    """Answer all questions in the running event loop, until it closes."""
     loop = asyncio.get_running_loop()
     answering: set[asyncio.Task[None]] = set()
 
@@ -73,13 +73,13 @@ async def _answer(line: Channel, subject: AdminSource, number: int, about: str) 
     else:
         content = {"status": await subject.status(), "families": to_json(await subject.families())}
     with contextlib.suppress(OSError):
-        # Whoever asked may have given up, and its next question finds room again.
+        # The buffer may be full if the asking process gave up. Its next question makes room again.
         line.answering.send(json.dumps({"number": number, "pid": os.getpid(), "content": content}).encode())
 
 
 @dataclass
 class Workers:
-    """All processes that serve requests, as one."""
+    """All workers, seen as one."""
 
     settings: Settings
     lines: Sequence[Channel]
@@ -92,11 +92,11 @@ class Workers:
     _silent_lines: set[Channel] = field(default_factory=set, init=False)
 
     def subject(self) -> AdminSource:
-        """Return what the admin listener tells of."""
+        """Return what the admin listener needs."""
         return AdminSource(self.ready, self.status, self.families, self.quit)
 
     async def ready(self) -> Unready | None:
-        """Return why not everyone who answers has a token, or None when they do."""
+        """Return why an answering worker has no token, or None if all have one."""
         answers = await self._ask("readiness")
         if not answers:
             return Unready(_SILENCE.code, str(_SILENCE))
@@ -104,13 +104,13 @@ class Workers:
         return Unready(*rejected) if rejected else None
 
     async def status(self) -> Mapping[str, Any]:
-        """Return the state as JSON has it."""
+        """Return the merged state for JSON."""
         answers = await self._tell()
         states = [answer["content"]["status"] for answer in answers.values()] or [self._silent()]
         return merged_states(states) | {"processes": len(answers)} | counts(self._counted(answers))
 
     async def families(self) -> Sequence[Metric]:
-        """Return the metrics, with what those that are gone have counted."""
+        """Return the metrics, including the counts of workers that have ended."""
         return self._counted(await self._tell())
 
     def _silent(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class Workers:
                 settings=self.settings,
                 token=None,
                 claims={},
-                failure=_SILENCE,
+                error=_SILENCE,
                 last_refresh=None,
                 last_answer=None,
                 recent_errors=(),
@@ -148,14 +148,14 @@ class Workers:
         return merged([*(self._last[line][1] for line in answers), *silent, self._past])
 
     async def _ask(self, about: str) -> dict[Channel, Any]:
-        """Ask all, together with whoever asks the same meanwhile."""
+        """Ask all workers. Callers that ask the same at the same time share the answers."""
         asking = self._asking.get(about)
         if asking is None or asking.done():
             asking = self._asking[about] = asyncio.get_running_loop().create_task(self._ask_all(about))
         return await asyncio.shield(asking)
 
     async def _ask_all(self, about: str) -> dict[Channel, Any]:
-        # One question at a time: whoever reads takes what is there, and it may be another's.
+        # One question at a time: a reader takes any answer that arrives, also one to another question.
         async with self._turn:
             self._number += 1
             answers = await asyncio.gather(*(self._ask_one(line, self._number, about) for line in self.lines))
@@ -165,7 +165,7 @@ class Workers:
 
     async def _ask_one(self, line: Channel, number: int, about: str) -> Any:
         loop = asyncio.get_running_loop()
-        # BlockingIOError: it has not read the questions before. TimeoutError is an OSError, too. ValueError: no JSON.
+        # BlockingIOError: it has not read earlier questions. TimeoutError is an OSError too. ValueError: not JSON.
         with contextlib.suppress(OSError, ValueError):
             async with asyncio.timeout(SILENT_TIMEOUT if line in self._silent_lines else ANSWER_TIMEOUT):
                 line.asking.send(json.dumps({"number": number, "about": about}).encode())
@@ -176,13 +176,13 @@ class Workers:
         return None
 
 
-# Of processes that share a session, one that nobody has asked for a while says nothing about the others.
+# `idle` comes last: an idle process says nothing about others that share its session.
 _WORST_FIRST: Final = ("failing", "degraded", "ready", "starting", "idle")
 
 
 def merged_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the states of one or more processes that share a session as one, but for what is counted elsewhere."""
-    # They take the token from each other, so one of them has the newest first.
+    """Return one state for processes that share a session. Its counts must come from the merged metrics."""
+    # The processes share the newest token, but one of them has it first.
     ahead = max(states, key=lambda state: state["token"]["ends_at"] if state["token"] else 0)
     worst = min(states, key=lambda state: _WORST_FIRST.index(state["state"]))
     refreshes = [state["last_refresh"] for state in states if state["last_refresh"]]

@@ -66,7 +66,7 @@ async def test_a_refresh_gets_another_token_and_tells_of_it(
     await source.token()
     await refresh(context, addon)
     assert (await source.token()).value == "token-2"
-    assert "a new access token: of someone (the token does not say), lives 60 s" in caplog.messages
+    assert "new access token for someone (the token does not say), valid for 60 s" in caplog.messages
     assert "token-" not in caplog.text
 
 
@@ -110,12 +110,12 @@ async def test_a_refresh_that_fails_tells_the_remedy(
     ]
     await refresh(context, addon)
     assert (
-        "no new access token (credentials_rejected): the issuer answered invalid_grant: over; done; what to do: "
-        "run `run-mitmproxy.py login`, which a running proxy notices"
+        "no new access token (credentials_rejected): the issuer answered invalid_grant: over; done; remedy: "
+        "run `run-mitmproxy.py login`, which a running proxy picks up"
     ) in caplog.text
     with pytest.raises(CommandError, match=r"the last attempt failed \(credentials_rejected\); try again in "):
         context.master.commands.execute("oidc.refresh")
-    [problem] = [line for line in context.master.commands.execute("oidc.status") if line.startswith("what to do: ")]
+    [problem] = [line for line in context.master.commands.execute("oidc.status") if line.startswith("remedy: ")]
     assert "login" in problem
 
 
@@ -124,7 +124,7 @@ async def test_a_first_refresh_that_fails_is_told_too(
 ) -> None:
     issuer.answers = [IssuerUnavailable("it is down")]
     await refresh(context, addon)
-    assert "what to do: the proxy tries again by itself" in caplog.text
+    assert "remedy: the proxy retries automatically" in caplog.text
 
 
 async def test_without_settings_the_commands_say_so(

@@ -35,7 +35,7 @@ class Proxy:
         return self.metrics.families()
 
     async def status(self) -> dict[str, Any]:
-        return status(replace(STATE, failure=self.failure))
+        return status(replace(STATE, error=self.failure))
 
     def quit(self) -> None:
         self.ended += 1

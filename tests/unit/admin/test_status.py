@@ -35,7 +35,7 @@ def test_all_of_it_is_told_and_no_secret() -> None:
         "forwarding to: https://service.example:9200",
         "identity provider: https://issuer.example/realms/x",
         "(in 41 s)",
-        "lifetime: 1 min, renewed in time",
+        "lifetime: 1 min, renewed automatically",
         "(19 s ago)",
         "its result: success, after 31 ms",
         "refreshes: 3 success, 1 issuer_unavailable",
@@ -62,8 +62,8 @@ def test_the_page_shows_no_epoch_seconds() -> None:
     ("change", "name", "headline"),
     [
         ({}, "ready", "Ready"),
-        ({"failure": REFUSED}, "degraded", "Ready, but not for long"),
-        ({"failure": REFUSED, "token": None}, "failing", "No token"),
+        ({"error": REFUSED}, "degraded", "Ready, but not for long"),
+        ({"error": REFUSED, "token": None}, "failing", "No token"),
         ({"token": None}, "idle", "Idle"),
         ({"token": None, "last_refresh": None}, "starting", "Starting"),
         ({"token": None, "settings": None}, "failing", "No token"),
@@ -79,30 +79,33 @@ def test_the_state_is_named(change: dict[str, Any], name: str, headline: str) ->
 @pytest.mark.parametrize(
     ("failure", "remedy"),
     [
-        (REJECTED, "run `run-mitmproxy.py login`, which a running proxy notices; or set OPEN_ID_REFRESH_TOKEN"),
+        (REJECTED, "run `run-mitmproxy.py login`, which a running proxy picks up; or set OPEN_ID_REFRESH_TOKEN"),
         (CredentialsRejected("there is no session", cause="no_session"), "run `run-mitmproxy.py login`"),
-        (CredentialsRejected("no", issuer_error="invalid_client"), "copy OPEN_ID_CONNECT_CLIENT_SECRET anew"),
+        (
+            CredentialsRejected("no", issuer_error="invalid_client"),
+            "copy OPEN_ID_CONNECT_CLIENT_SECRET from the issuer",
+        ),
         (CredentialsRejected("no", issuer_error="invalid_scope"), "set OPEN_ID_CONNECT_SCOPE"),
-        (REFUSED, "start it, or check host and port in OPEN_ID_CONNECT_URL; the proxy tries again by itself"),
-        (IssuerUnavailable("it answered 500"), "the proxy tries again by itself"),
+        (REFUSED, "start it, or check the host and port in OPEN_ID_CONNECT_URL; the proxy retries automatically"),
+        (IssuerUnavailable("it answered 500"), "the proxy retries automatically"),
         (TokenInvalid("the token is not for the audience my-service", claim="aud"), "with my-service as Included"),
-        (TokenInvalid("the token is expired", cause="clock"), "set this machine's clock"),
+        (TokenInvalid("the token has expired", cause="clock"), "synchronize this machine's clock"),
         (TokenInvalid("the token's signature is not valid"), "run `run-mitmproxy.py check`"),
     ],
 )
 def test_a_failure_comes_with_its_remedy(failure: TokenError, remedy: str) -> None:
-    told = status(replace(STATE, token=None, failure=failure))
+    told = status(replace(STATE, token=None, error=failure))
     [problem] = told["problems"]
     assert remedy in problem["remedy"]
     assert problem["detail"] == str(failure)
     assert (told["code"], told["detail"]) == (failure.code, f"{failure}; {problem['remedy']}")
-    assert f"what to do: {problem['remedy']}" in lines(told)
-    assert "What to do:" in page(told)
+    assert f"remedy: {problem['remedy']}" in lines(told)
+    assert "Remedy:" in page(told)
 
 
 def test_in_a_container_localhost_is_the_container() -> None:
     settings = replace(SETTINGS, issuer_url="http://localhost:9000/realms/x")
-    told = status(replace(STATE, settings=settings, failure=REFUSED, in_container=True))
+    told = status(replace(STATE, settings=settings, error=REFUSED, in_container=True))
     assert "host.docker.internal" in told["problems"][0]["remedy"]
 
 
@@ -128,7 +131,7 @@ def test_whatever_comes_from_elsewhere_is_escaped() -> None:
     state = replace(
         STATE,
         claims={"sub": evil, "preferred_username": evil},
-        failure=CredentialsRejected(evil),
+        error=CredentialsRejected(evil),
         listener=evil,
         upstream=evil,
         settings=replace(SETTINGS, issuer_url=evil, client=Client(evil)),

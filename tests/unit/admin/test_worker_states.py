@@ -68,7 +68,7 @@ async def test_processes_are_told_of_as_one(lines: list[Channel]) -> None:
     mishap = RecentError("issuer_unavailable", "it is down", NOW - 60, 3)
     for process, at in zip(processes, (NOW - 60, NOW - 30), strict=True):
         process.state = replace(process.state, recent_errors=(replace(mishap, at=at),))
-    processes[0].state = replace(processes[0].state, token=None, failure=CredentialsRejected("log in"))
+    processes[0].state = replace(processes[0].state, token=None, error=CredentialsRejected("log in"))
     crew = Workers(SETTINGS, lines, lambda: None)
 
     told = await crew.status()

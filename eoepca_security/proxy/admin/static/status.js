@@ -1,11 +1,11 @@
-// Keeps the status page up to date. The server renders it, always; here its parts are exchanged where they have changed,
-// and times are shown in the browser's time zone, counted from the server's clock.
+// Keeps the status page up to date. The server always renders it; this script replaces the parts that have changed, and
+// shows times in the browser's time zone, relative to the server's clock.
 "use strict";
 
 const INTERVAL = 2000;
 const PATIENCE = 5000;
 
-// What to add to the browser's own clock, which may be off, to get the proxy's; milliseconds.
+// The proxy's clock minus the browser's, which may be off, in milliseconds.
 let offset = 0;
 
 function duration(seconds) {
@@ -54,7 +54,7 @@ function exchange(old, fresh) {
 function update(text) {
   const fresh = new DOMParser().parseFromString(text, "text/html");
   const main = fresh.getElementById("main");
-  if (main === null) throw new Error("this is another program's page");
+  if (main === null) throw new Error("the page is from another program");
   offset = Number(fresh.body.dataset.now) * 1000 - Date.now();
   showTimes(document);
   showTimes(fresh);
@@ -63,7 +63,7 @@ function update(text) {
   exchange(document.getElementById("about"), fresh.getElementById("about"));
   const parts = [...document.querySelectorAll("main > section")];
   const others = [...main.children];
-  // A part that has come or gone moves all that follow.
+  // A new or removed section moves all that follow.
   if (parts.length !== others.length) document.getElementById("main").replaceChildren(...others);
   else parts.forEach((part, index) => exchange(part, others[index]));
 }
@@ -75,11 +75,11 @@ function tellLost(reason) {
   const lost = document.getElementById("lost");
   if (lost.hidden) {
     const title = document.createElement("strong");
-    title.textContent = "The proxy is not reachable any more";
+    title.textContent = "The proxy is unreachable";
     const since = new Date(lostSince).toLocaleTimeString();
-    lost.replaceChildren(title, `Since ${since} (${reason}). Below is what it said last. Is it still running? This page looks for it.`);
+    lost.replaceChildren(title, `Since ${since} (${reason}). Below is its last known state. Is it still running? This page keeps trying.`);
     lost.hidden = false;
-    document.title = "Not reachable - OIDC proxy";
+    document.title = "Unreachable - OIDC proxy";
     document.body.classList.add("stale");
   }
 }
@@ -93,7 +93,7 @@ function tellFound() {
 async function look() {
   try {
     const response = await fetch("./", { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
-    if (!response.ok) throw new Error(`it answers ${response.status}`);
+    if (!response.ok) throw new Error(`it answered ${response.status}`);
     update(await response.text());
     tellFound();
   } catch (error) {
@@ -104,7 +104,7 @@ async function look() {
 
 function tick() {
   showTimes(document);
-  // At the next whole second of the proxy's clock, so that the countdown moves evenly.
+  // Wait for the next whole second of the proxy's clock, so that the countdown moves evenly.
   setTimeout(tick, 1000 - ((Date.now() + offset) % 1000));
 }
 
