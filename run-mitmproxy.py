@@ -6,16 +6,16 @@ import signal
 import sys
 
 for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-    if getattr(sys, name) is None:  # closed: what is opened next would take its number
+    if getattr(sys, name) is None:  # closed: otherwise the next opened file takes its number
         os.open(os.devnull, os.O_RDWR)
         setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w"))  # noqa: SIM115, PTH123
 
 if not {"check", "demo", "login", "logout", "token"}.intersection(sys.argv):
-    # The proxy has nothing yet to end in order; it sees to that itself once it has.
+    # The proxy has nothing to shut down yet. It installs its own handlers later.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 elif os.getpid() == 1:
-    # A container's first process: a signal that it has no handler for is lost, and whoever stops it would wait in vain.
+    # The kernel ignores signals without a handler for a container's first process, so `docker stop` would time out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 try:
@@ -24,7 +24,7 @@ except KeyboardInterrupt:
     sys.exit(130)
 except ModuleNotFoundError as error:
     sys.exit(
-        f"not all that the proxy needs is installed ({error.name} is missing): run this with "
+        f"a dependency of the proxy is not installed ({error.name}): run this with "
         "`uv run --no-dev --extra proxy run-mitmproxy.py`"
     )
 

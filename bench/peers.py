@@ -19,7 +19,7 @@ EVENT_GAP = 0.3
 
 
 class Service(asyncio.Protocol):
-    """Answers `/small`, `/large/<bytes>`, `/events`, and whatever is sent to it; trusts its clients' HTTP/1.1."""
+    """Answers `/small`, `/large/<bytes>`, `/events` and uploads; trusts its clients to send valid HTTP/1.1."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -91,7 +91,7 @@ class Service(asyncio.Protocol):
 
 
 async def service(port: int, certificate: str = "") -> None:
-    """Run the service, with TLS when there is a certificate file."""
+    """Run the service, with TLS if there is a certificate file."""
     context = None
     if certificate:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -101,7 +101,7 @@ async def service(port: int, certificate: str = "") -> None:
 
 
 async def relay(port: int, target: int, delay: float) -> None:
-    """Pass bytes on, each way `delay` seconds late, and the first ones as late as a TCP handshake makes them."""
+    """Forward bytes with `delay` seconds each way; the first ones also wait as long as a TCP handshake."""
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, opened_at: float) -> None:
         loop = asyncio.get_running_loop()
@@ -138,7 +138,7 @@ async def relay(port: int, target: int, delay: float) -> None:
 
 
 class Client(asyncio.Protocol):
-    """Sends the same request again as soon as its answer is there."""
+    """Sends the same request again as soon as its answer arrives."""
 
     request = b""
     stop_at = 0.0
@@ -183,7 +183,7 @@ class Client(asyncio.Protocol):
 
 
 async def http2(port: int, requests: int, at_a_time: int = 20) -> None:
-    """Ask for something small over HTTP/2, `at_a_time` on one connection; print the seconds that it took as JSON."""
+    """Send small requests over HTTP/2, `at_a_time` on one connection; print the duration in seconds as JSON."""
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # mitmproxy's own CA
     context.set_alpn_protocols(["h2"])
@@ -212,7 +212,7 @@ async def http2(port: int, requests: int, at_a_time: int = 20) -> None:
 
 
 async def load(port: int, connections: int, seconds: float, requests: int = 0) -> None:
-    """Keep `connections` busy for some seconds, or until there were so many `requests`; print how it went as JSON."""
+    """Keep `connections` busy for some seconds, or for a number of `requests`; print the results as JSON."""
     latencies: list[float] = []
     failures: list[str] = []
     Client.request = b"GET /small HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n" % port

@@ -45,7 +45,7 @@ WITH_WORKERS = (*KINDS, "launcher, 2 workers")
 
 @dataclass
 class Process:
-    """A process with a port that it listens on."""
+    """A process that listens on a port."""
 
     process: "subprocess.Popen[bytes]"
     port: int
@@ -66,14 +66,14 @@ class Process:
         return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
-        """Return the resident size in bytes, of the children, too."""
+        """Return the resident size in bytes, including the children."""
         lines = [line for path in self._all() for line in (path / "status").read_text().splitlines()]
         return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
 @dataclass
 class Bench:
-    """The processes around the proxy, and what was measured: by measure, then by kind."""
+    """The processes around the proxy, and the results by measure and kind."""
 
     folder: Path
     issuer: FakeIssuer
@@ -146,7 +146,7 @@ def free_port() -> int:
 
 
 def make_certificate(folder: Path) -> Path:
-    """Write a certificate for 127.0.0.1, and a file with its key, too."""
+    """Write a certificate for 127.0.0.1, and a file that also has its key."""
     key = generate_private_key(SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.datetime.now(datetime.UTC)
@@ -166,11 +166,11 @@ def make_certificate(folder: Path) -> Path:
     return both
 
 
-# --- what is measured --------------------------------------------------------------------------------------------
+# --- measurements ------------------------------------------------------------------------------------------------
 
 
 def throughput(bench: Bench, rounds: int, seconds: float) -> None:
-    """Measure requests a second, latencies and CPU time, with connections that stay."""
+    """Measure requests per second, latencies and CPU time, with persistent connections."""
     with upstream(bench) as service:
         _throughput(bench, rounds, seconds, service)
 
@@ -183,7 +183,7 @@ def _throughput(bench: Bench, rounds: int, seconds: float, service: str) -> None
                 before = proxy.cpu_seconds()
                 result = load(proxy.port, connections, seconds)
                 if round_number == 0:
-                    continue  # the first warms up
+                    continue  # the first round is for warming up
                 requests = result["requests"]
                 bench.note(f"requests/s, {connections} connections", kind, requests / result["seconds"])
                 bench.note(f"p50 in ms, {connections} connections", kind, 1000 * result["p50"])
@@ -196,7 +196,7 @@ def _throughput(bench: Bench, rounds: int, seconds: float, service: str) -> None
 
 @contextlib.contextmanager
 def upstream(bench: Bench) -> Iterator[str]:
-    """Run the service that is asked for something small: nginx where it is installed, as it is the fastest."""
+    """Run the service for small requests: nginx if it is installed, because it is the fastest."""
     if shutil.which("nginx"):
         port = free_port()
         path = bench.folder / "service.conf"
@@ -213,7 +213,7 @@ def upstream(bench: Bench) -> Iterator[str]:
 
 
 def load(port: int, connections: int, seconds: float, requests: int = 0) -> dict[str, Any]:
-    """Keep connections busy for some seconds, or until there were so many requests."""
+    """Keep connections busy for some seconds, or for a number of requests."""
     command = [sys.executable, str(HERE / "peers.py"), "load", str(port), str(connections), str(seconds), str(requests)]
     result: dict[str, Any] = json.loads(subprocess.check_output(command))
     if result["failures"]:
@@ -222,7 +222,7 @@ def load(port: int, connections: int, seconds: float, requests: int = 0) -> dict
 
 
 def memory(bench: Bench) -> None:
-    """Measure how much memory the launcher takes after many requests."""
+    """Measure the launcher's memory after many requests."""
     with upstream(bench) as service:
         proxy = bench.start("launcher", service)
         for total, more in (("10,000", 10_000), ("100,000", 90_000), ("200,000", 100_000)):
@@ -249,7 +249,7 @@ def http2(bench: Bench, rounds: int) -> None:
 
 
 def one_shot(bench: Bench, rounds: int) -> None:
-    """Measure a client that connects for each request, over a link with a round trip of 50 ms, with TLS."""
+    """Measure a client that opens a TLS connection for each request, over a link with a round trip of 50 ms."""
     service = bench.peer("service", bench.folder / "service-key.pem")
     link = bench.peer("relay", service.port, LINK_DELAY)
     kinds = [*WITH_WORKERS, *(["nginx"] if shutil.which("nginx") else [])]
@@ -274,7 +274,7 @@ def one_shot(bench: Bench, rounds: int) -> None:
 
 
 def streams(bench: Bench) -> None:
-    """Measure large bodies, events, and what they take in memory."""
+    """Measure large bodies and events, and their memory."""
     service = bench.peer("service")
     for kind in KINDS:
         proxy = bench.start(kind, f"http://127.0.0.1:{service.port}")
@@ -331,7 +331,7 @@ def start_up(bench: Bench, rounds: int) -> None:
 
 
 def report(bench: Bench, rounds: int) -> str:
-    """Return all medians, as a table with their ratios to bare mitmdump's."""
+    """Return all medians as a table, with their ratios to bare mitmdump's."""
     kinds = [kind for kind in (*WITH_WORKERS, "nginx") if any(kind in by_kind for by_kind in bench.figures.values())]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mitmproxy", "eoepca-security"))
     setting = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
@@ -360,8 +360,8 @@ def main() -> None:
     """Measure everything and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=3, help="of load for each measurement")
-    parser.add_argument("--write", action="store_true", help="write RESULTS.md, too")
+    parser.add_argument("--seconds", type=float, default=3, help="seconds of load for each measurement")
+    parser.add_argument("--write", action="store_true", help="also write RESULTS.md")
     parser.add_argument("--only", choices=["throughput", "http2", "one-shot", "streams", "start-up", "memory"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, FakeIssuer(Behaviour(lifetime=3600)) as issuer:
@@ -382,7 +382,7 @@ def main() -> None:
         text = report(bench, arguments.rounds)
     print(text)
     if arguments.write:
-        (HERE / "RESULTS.md").write_text(f"# What `bench/proxy.py` measured\n\n{text}")
+        (HERE / "RESULTS.md").write_text(f"# Results of `bench/proxy.py`\n\n{text}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from eoepca_security.oauth.verify import Policy, TrustedKeys, read_access_token,
 from eoepca_security.testing import FakeIssuer
 
 with warnings.catch_warnings():
-    import authlib.deprecate  # noqa: F401  switches on the warning that the next line is about
+    import authlib.deprecate  # noqa: F401  turns on the warning that the next line ignores
 
     warnings.simplefilter("ignore")  # Authlib asks to move on to joserfc
     from authlib.jose import JsonWebKey, JsonWebToken
@@ -38,7 +38,7 @@ REQUIRED = ["exp", "iss", "sub", "aud"]
 
 
 def make_claims(issuer: FakeIssuer) -> dict[str, Any]:
-    """Return the claims of an access token as Keycloak makes them, with what Entra's tokens need."""
+    """Return the claims of a Keycloak access token, with the additional claims of Entra's."""
     now = int(time.time())
     return {
         "exp": now + 3600,
@@ -66,7 +66,7 @@ def make_claims(issuer: FakeIssuer) -> dict[str, Any]:
 
 
 def measure(contenders: dict[str, Callable[[], object]], base: str, unit: str) -> None:
-    """Time all in turns and print medians and ratios."""
+    """Time all alternately, and print medians and ratios."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for contender in contenders.values():
         for _ in range(CALLS):
@@ -84,7 +84,7 @@ def measure(contenders: dict[str, Callable[[], object]], base: str, unit: str) -
 
 
 def run(awaitable_of: Callable[[], Awaitable[object]], loop: asyncio.AbstractEventLoop) -> Callable[[], object]:
-    """Return a call that drives a coroutine on a loop; what that costs is the same for all."""
+    """Return a call that runs a coroutine on a loop, which costs the same for all."""
 
     async def once() -> object:
         return await awaitable_of()
@@ -202,7 +202,7 @@ def compare(issuer: FakeIssuer, loop: asyncio.AbstractEventLoop) -> None:
 
 
 def make_app(dependency: Callable[..., Any]) -> FastAPI:
-    """Return a service with one route."""
+    """Return an application with one route."""
     app = FastAPI()
 
     @app.get("/")

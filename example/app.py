@@ -1,14 +1,15 @@
-"""A service behind a gateway: greets who comes, and calls another protected service in their name.
+"""A service behind a gateway: greets its users, and calls another protected service on their behalf.
 
-Configured by the environment, here from a file::
+The environment configures it, here from a file::
 
     uv run --env-file .env fastapi dev example/app.py --host=0.0.0.0
 
-`OPEN_ID_CONNECT_URL`, `OPEN_ID_CONNECT_CLIENT_ID` and, if the client has one, `OPEN_ID_CONNECT_CLIENT_SECRET` are the
-gateway's, because its refresh tokens are. `OPEN_ID_CONNECT_AUDIENCE` is the service's, the client id unless set.
-`REMOTE_PROTECTED_ENDPOINT` is what is called; without it people are only greeted.
+`OPEN_ID_CONNECT_URL`, `OPEN_ID_CONNECT_CLIENT_ID` and, if the client has one, `OPEN_ID_CONNECT_CLIENT_SECRET` must be
+the gateway's, because the refresh tokens are. `OPEN_ID_CONNECT_AUDIENCE` is this service's audience, by default the
+client id. `REMOTE_PROTECTED_ENDPOINT` is the URL to call; without it, the service only greets.
 
-Where refresh tokens are valid once, gateway and service must not both use one: leave the background calls out then.
+If refresh tokens are valid only once, the gateway and this service must not use the same one: then omit the background
+calls.
 """
 
 import asyncio
@@ -37,10 +38,10 @@ from eoepca_security.oauth.protocol import TokenResponse
 
 INTERVAL = 20.0
 DURATION = 180.0
-"""How often, in seconds, and how long the other service is called after a visit."""
+"""How often and for how long to call the other service after a visit, in seconds."""
 
 MAX_TASKS = 100
-"""People for whom it is called at the same time."""
+"""The maximum number of users with background calls at the same time."""
 
 issuer_url = os.environ.get("OPEN_ID_CONNECT_URL", "")
 client_id = os.environ.get("OPEN_ID_CONNECT_CLIENT_ID", "")
@@ -48,9 +49,9 @@ client_secret = os.environ.get("OPEN_ID_CONNECT_CLIENT_SECRET") or None
 audience = os.environ.get("OPEN_ID_CONNECT_AUDIENCE") or client_id
 endpoint = os.environ.get("REMOTE_PROTECTED_ENDPOINT", "")
 if not issuer_url or not client_id:
-    raise SettingsError("OPEN_ID_CONNECT_URL and OPEN_ID_CONNECT_CLIENT_ID have to be set")
+    raise SettingsError("OPEN_ID_CONNECT_URL and OPEN_ID_CONNECT_CLIENT_ID must be set")
 
-logger = logging.getLogger("uvicorn.error")  # where fastapi and uvicorn show what they do
+logger = logging.getLogger("uvicorn.error")  # fastapi and uvicorn log here
 scheme = OIDCProxyScheme(openIdConnectUrl=issuer_url, audience=audience)
 context = trust()
 provider = Provider(issuer_url, Client(client_id, client_secret), HttpTransport(context))
@@ -59,10 +60,10 @@ tasks: dict[str, asyncio.Task[None]] = {}
 
 @asynccontextmanager
 async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-    """End with the service what it does in the background."""
+    """Stop the background tasks when the service stops."""
     if not os.environ.get("OPEN_ID_CONNECT_AUDIENCE"):
         logger.warning(
-            "OPEN_ID_CONNECT_AUDIENCE is not set, so tokens have to be for %r: set it to what they are for", audience
+            "OPEN_ID_CONNECT_AUDIENCE is not set, so tokens must be for %r: set it to the tokens' audience", audience
         )
     yield
     for task in tasks.values():
@@ -75,7 +76,7 @@ app = FastAPI(title="Example behind a gateway", lifespan=lifespan)
 
 @app.get("/")
 async def greet(auth: Annotated[Authentication, Depends(scheme)]) -> dict[str, Any]:
-    """Greet the caller, call the other service once with their token, and go on with that in the background."""
+    """Greet the caller, call the other service with their token, and keep calling it in the background."""
     claims = auth["claims"]
     name, user = claims.get("preferred_username") or claims["sub"], claims["sub"]
     answer = {"message": f"Hello, {name}!"}
@@ -88,10 +89,10 @@ async def greet(auth: Annotated[Authentication, Depends(scheme)]) -> dict[str, A
 
 
 async def call_endpoint(access_token: str) -> str:
-    """Call the other service and say how that went; what it says is for nobody, it may hold tokens."""
+    """Call the other service and return the outcome, without its body, which may contain tokens."""
     headers = {"Authorization": f"Bearer {access_token}"}
     try:
-        # A redirect is not followed: it would take the token elsewhere.
+        # Do not follow redirects: they would send the token elsewhere.
         async with (
             asyncio.timeout(10),
             httpx.AsyncClient(verify=context, follow_redirects=False) as http,
@@ -103,11 +104,11 @@ async def call_endpoint(access_token: str) -> str:
 
 
 async def keep_calling(user: str, access_token: str, refresh_token: str | None) -> None:
-    """Call the other service again and again, with fresh tokens while there is a refresh token for them."""
+    """Keep calling the other service, with new tokens if there is a refresh token."""
 
     def request_token(refresh_token: str | None) -> TokenResponse:
-        if refresh_token is None:  # the provider would get the client's own token
-            raise CredentialsRejected("the access token has ended, and the gateway sent no refresh token")
+        if refresh_token is None:  # otherwise the provider requests a token for the client itself
+            raise CredentialsRejected("the access token has expired, and the gateway sent no refresh token")
         return provider.request_token(refresh_token)
 
     source = TokenSource(request_token, refresh_token=refresh_token, access_token=access_token)
@@ -116,9 +117,9 @@ async def keep_calling(user: str, access_token: str, refresh_token: str | None) 
             while True:
                 await asyncio.sleep(INTERVAL)
                 token = await source.token()
-                logger.info("%s in the name of %r: %s", endpoint, user, await call_endpoint(token.value))
+                logger.info("%s on behalf of %r: %s", endpoint, user, await call_endpoint(token.value))
     except TimeoutError:
         pass
     except TokenError as error:
-        logger.warning("no more calls in the name of %r: %s", user, error)
+        logger.warning("no more calls on behalf of %r: %s", user, error)
     await source.finish()

@@ -1,1 +1,1 @@
-"""The proxy: everything that knows mitmproxy."""
+"""The proxy: everything that depends on mitmproxy."""

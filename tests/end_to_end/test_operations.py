@@ -298,7 +298,7 @@ def test_readiness_is_the_token_and_not_the_service(
     status = client.get(f"{admin}/status").json()
     assert status["errors"] == {"issuer_unavailable": 1}
     assert (status["state"], status["recent_errors"][0]["code"]) == ("failing", "issuer_unavailable")
-    assert [problem["title"] for problem in status["problems"]] == ["The identity provider does not give a token"]
+    assert [problem["title"] for problem in status["problems"]] == ["The identity provider does not provide a token"]
     issuer.behaviour.fault = None
     # Nobody but the probe asks.
     eventually(lambda: client.get(f"{admin}/readyz").status_code == 200, timeout=30)
@@ -308,7 +308,7 @@ def test_readiness_is_the_token_and_not_the_service(
     [problem] = status["problems"]
     assert problem["title"] == "The protected service does not answer"
     assert "127.0.0.1:9" in problem["detail"]
-    assert problem["remedy"] == "check REMOTE_PROTECTED_DOMAIN, and that the service is up"
+    assert problem["remedy"] == "check REMOTE_PROTECTED_DOMAIN, and that the service is running"
 
 
 # --- TLS to the service ------------------------------------------------------------------------------------------

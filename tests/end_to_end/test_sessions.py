@@ -116,7 +116,7 @@ def test_at_a_terminal_people_see_a_summary_a_qr_code_and_colours(
         assert "▀▄" in logged_in
         checked = at_terminal(environment, tmp_path, "check", until="upstream")
         assert "\x1b[32m✓ token" in checked
-        served = at_terminal(environment, tmp_path, "serve", until="Ctrl-C ends it")
+        served = at_terminal(environment, tmp_path, "serve", until="Ctrl-C to stop")
         assert re.search(r"listening at.*http://127\.0\.0\.1:\d+", served)
         assert "OIDC proxy listening" not in served
 

@@ -409,7 +409,7 @@ def test_an_answer_that_is_who_knows_what_is_not_passed_on(entry: str, said: byt
             for method, content in (("GET", None), ("PUT", b"x"), ("PUT", b"x" * 3_000_000), ("GET", None)):
                 answer = client.request(method, proxy.url, content=content)
                 assert (answer.status_code, answer.headers["X-OIDC-Proxy-Error"]) == (502, "upstream_unavailable")
-                assert "the service has to mend that" in answer.json()["detail"]
+                assert "fix the service" in answer.json()["detail"]
         assert http2_get(int(proxy.url.rpartition(":")[2]), {}) == 502
 
 

@@ -42,7 +42,7 @@ def test_an_unknown_ca_is_refused_unless_it_is_added_or_verification_is_off(
         for proxy in (added, unverified, insecure):
             response = client.get(proxy.url)
             assert response.status_code == 200, proxy.output
-            assert ("whoever is between here and the service" in proxy.output) == (proxy is not added)
+            assert ("anyone on the network path to the service" in proxy.output) == (proxy is not added)
             assert [issuer.accepts(given.removeprefix("Bearer ")) for given in response.json()["authorization"]] == [
                 True
             ]

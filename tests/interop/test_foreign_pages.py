@@ -283,10 +283,10 @@ def test_a_frame_on_a_page_of_another_port_does_not(world: World, load: Callable
 @pytest.mark.parametrize("kind", ["prefetch", "prerender"])
 @pytest.mark.parametrize("site", ["localhost", "evil.test"])
 def test_nothing_is_loaded_ahead_of_a_visit_for_a_page_of_another_origin(world: World, site: str, kind: str) -> None:
-    url, before = world.new_url("/page"), world.refusals("ahead of a visit")
+    url, before = world.new_url("/page"), world.refusals("prefetch")
     world.visit(world.foreign, site)
     world.driver.execute_script(AHEAD, url, kind)
-    eventually(lambda: world.refusals("ahead of a visit") > before or world.has_reached_the_service(url))
+    eventually(lambda: world.refusals("prefetch") > before or world.has_reached_the_service(url))
     assert not world.has_reached_the_service(url)
 
 

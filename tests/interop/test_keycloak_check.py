@@ -61,13 +61,13 @@ def test_nothing_is_wrong(check: Check) -> None:
 @pytest.mark.parametrize(
     ("changes", "name", "says"),
     [
-        ({"OPEN_ID_CONNECT_CLIENT_SECRET": "wrong"}, "client", "copy OPEN_ID_CONNECT_CLIENT_SECRET anew"),
+        ({"OPEN_ID_CONNECT_CLIENT_SECRET": "wrong"}, "client", "copy OPEN_ID_CONNECT_CLIENT_SECRET from the issuer"),
         ({"OPEN_ID_CONNECT_CLIENT_SECRET": ""}, "client", "set OPEN_ID_CONNECT_CLIENT_SECRET"),
         ({"OPEN_ID_CONNECT_CLIENT_ID": "unknown"}, "client", "check OPEN_ID_CONNECT_CLIENT_ID"),
         (
             {"OPEN_ID_CONNECT_CLIENT_ID": PUBLIC.client_id, "OPEN_ID_CONNECT_CLIENT_SECRET": ""},
             "token",
-            f"given to the client {CONFIDENTIAL.client_id}",
+            f"issued to the client {CONFIDENTIAL.client_id}",
         ),
         ({"OPEN_ID_REFRESH_TOKEN": "nonsense"}, "token", "run-mitmproxy.py login"),
         ({"OPEN_ID_CONNECT_SCOPE": "no-such-scope"}, "token", "OPEN_ID_CONNECT_SCOPE"),
@@ -88,7 +88,7 @@ def test_a_session_that_was_logged_out(check: Check, keycloak: Keycloak) -> None
     login = keycloak.login(REALM, CONFIDENTIAL)
     keycloak.logout(REALM, CONFIDENTIAL, login.refresh_token)
     fault = check(OPEN_ID_REFRESH_TOKEN=login.refresh_token)
-    assert (fault["name"], "the session is over" in fault["remedy"]) == ("token", True), fault
+    assert (fault["name"], "the session has ended" in fault["remedy"]) == ("token", True), fault
 
 
 def test_a_public_client_that_was_sent_a_secret(check: Check, keycloak: Keycloak) -> None:

@@ -149,7 +149,7 @@ def test_an_error_shows_its_remedy_and_goes_when_it_is_over(page: Page) -> None:
     eventually(lambda: page.ask() == 502, timeout=30)
     # While the last token lived the page had the remedy already, with another state.
     eventually(lambda: page.shows("No token", "#state"))
-    assert page.shows("What to do: Run run-mitmproxy.py login", ".problem")
+    assert page.shows("Remedy: Run run-mitmproxy.py login", ".problem")
     assert page.text("#state").startswith("No token")
     assert page.driver.title == "No token - OIDC proxy"
     assert "Token is not active" in page.text("#errors")
@@ -161,9 +161,9 @@ def test_an_error_shows_its_remedy_and_goes_when_it_is_over(page: Page) -> None:
 def test_it_says_when_the_proxy_is_not_reachable_any_more(page: Page) -> None:
     assert not page.driver.find_element(By.ID, "lost").is_displayed()
     assert page.proxy.stop() == 0
-    eventually(lambda: page.shows("The proxy is not reachable any more", "#lost"))
+    eventually(lambda: page.shows("The proxy is unreachable", "#lost"))
     assert not page.driver.find_element(By.ID, "state").is_displayed()
-    assert page.driver.title == "Not reachable - OIDC proxy"
+    assert page.driver.title == "Unreachable - OIDC proxy"
 
 
 def brightness(page: Page, property_name: str, selector: str) -> float:
@@ -186,7 +186,7 @@ def contrast(one: float, other: float) -> float:
 def test_it_is_light_or_dark_and_readable_without_scrolling_sideways_on_a_phone(scheme: str, page: Page) -> None:
     page.issuer.behaviour.fault = rejected
     eventually(lambda: page.ask() == 502, timeout=30)
-    eventually(lambda: page.shows("What to do", ".problem"))
+    eventually(lambda: page.shows("Remedy", ".problem"))
     page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.command("Emulation.setDeviceMetricsOverride", width=360, height=700, deviceScaleFactor=1, mobile=True)
     try:

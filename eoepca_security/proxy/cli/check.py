@@ -1,4 +1,4 @@
-"""Finding out what is wrong, and what to do about it: one step after the other, as the proxy would go."""
+"""The command `check`: finds errors and their remedies, step by step, in the proxy's own order."""
 
 import http.client
 import tempfile
@@ -48,7 +48,7 @@ from eoepca_security.proxy.policy.remedies import (
 from eoepca_security.session.session import AccessToken, RefreshSession, number
 
 MAX_SKEW: Final = 10.0
-"""Difference to the issuer's clock in seconds from which tokens may seem to be expired, or from the future."""
+"""The difference to the issuer's clock, in seconds, above which tokens may seem expired or from the future."""
 
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """What one step came to; `status` is `ok`, `fault` or `skipped`, and a fault has a `remedy`."""
+    """The result of one step. `status` is `ok`, `fault` or `skipped`; `fault` comes with a `remedy`."""
 
     name: str
     status: str
@@ -64,7 +64,7 @@ class Step:
     remedy: str | None = None
 
 
-class _Fault(Exception):
+class _StepError(Exception):
     def __init__(self, detail: str, remedy: str) -> None:
         super().__init__(detail)
         self.detail = detail
@@ -72,9 +72,9 @@ class _Fault(Exception):
 
 
 def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = time.time) -> Iterator[Step]:
-    """Go through everything that has to work, and yield what each step came to.
+    """Check everything that must work, and yield the result of each step.
 
-    A step that needs one that failed is skipped. `now` is epoch seconds.
+    A step is skipped if one that it needs has failed. `now` returns epoch seconds.
     """
     run = _Run(settings, in_container=in_container, now=now)
     steps: tuple[tuple[str, tuple[str, ...], Callable[[], str]], ...] = (
@@ -83,7 +83,7 @@ def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = 
         ("listener", (), run.listener),
         ("discovery", (), run.discovery),
         ("clock", ("discovery",), run.clock),
-        # Where what comes cannot be kept, a refresh token that is valid once must not be used up.
+        # If the store does not work, do not use up a refresh token that is valid only once.
         ("client", ("store", "discovery"), run.client),
         ("token", ("client",), run.token),
         ("audience", ("token",), run.audience),
@@ -98,9 +98,9 @@ def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = 
             continue
         try:
             yield Step(name, "ok", look())
-        except _Fault as fault:
+        except _StepError as error:
             failed.add(name)
-            yield Step(name, "fault", fault.detail, fault.remedy)
+            yield Step(name, "fault", error.detail, error.remedy)
 
 
 class _Run:
@@ -123,21 +123,21 @@ class _Run:
 
     def store(self) -> str:
         if self._store is None:
-            return "the session is kept in memory only" if self._settings.grant == "refresh_token" else "not needed"
+            return "the session is only in memory" if self._settings.grant == "refresh_token" else "not needed"
         try:
             with self._store.locked():
                 stored = self._store.read()
                 with tempfile.TemporaryFile(dir=self._store.place.parent):
                     pass
         except (StoreError, OSError) as error:
-            remedy = f"mend that, or set {TOKEN_STORE.env} to a folder that this user can write to"
-            raise _Fault(str(error), remedy) from None
+            remedy = f"fix that, or set {TOKEN_STORE.env} to a folder that this user can write to"
+            raise _StepError(str(error), remedy) from None
         except IssuerUnavailable as error:
-            raise _Fault(str(error), "wait until that process is done, or end it") from None
+            raise _StepError(str(error), "wait for that process to finish, or stop it") from None
         if stored is None:
-            return f"none yet in {self._store.place.parent}"
+            return f"no session yet in {self._store.place.parent}"
         self._refresh_token = stored.refresh_token
-        return f"a session is in {self._store.place}"
+        return f"found a session in {self._store.place}"
 
     def listener(self) -> str:
         settings, admin = self._settings, self._settings.admin
@@ -146,10 +146,10 @@ class _Run:
             return found
         try:
             return f"{found}; admin: {_listens(admin, ADMIN, f'set {ADMIN.env} to another address, or off')}"
-        except _Fault as fault:
+        except _StepError as error:
             if settings.admin_is_set:
                 raise
-            return f"{found}; there will be no admin listener: {fault.detail}"
+            return f"{found}; there will be no admin listener: {error.detail}"
 
     def discovery(self) -> str:
         try:
@@ -160,10 +160,10 @@ class _Run:
     def clock(self) -> str:
         skew = self._transport.skew
         if skew is None:
-            return "the issuer's answers carry no date to compare with"
+            return "the issuer's answers have no date to compare with"
         if abs(skew) > MAX_SKEW:
             direction = "behind" if skew > 0 else "ahead of"
-            raise _Fault(f"this machine's clock is {abs(skew):.0f} s {direction} the issuer's", CLOCK)
+            raise _StepError(f"this machine's clock is {abs(skew):.0f} s {direction} the issuer's", CLOCK)
         return "agrees with the issuer's"
 
     def client(self) -> str:
@@ -172,50 +172,52 @@ class _Run:
         try:
             method = choose_auth_method(client, self._provider.metadata())
         except CredentialsRejected as error:
-            raise _Fault(str(error), CHOOSE_CLIENT_AUTH) from None
+            raise _StepError(str(error), CHOOSE_CLIENT_AUTH) from None
         self._obtain()
         refusal = self._obtained
         if isinstance(refusal, CredentialsRejected) and refusal.issuer_error in CLIENT_ERRORS:
-            raise _Fault(str(refusal), self._client_remedy(refusal.issuer_error))
+            raise _StepError(str(refusal), self._client_remedy(refusal.issuer_error))
         return f"{printable(client.client_id)} ({method})"
 
     def token(self) -> str:
         settings, token = self._settings, self._obtained
         if token is None:
-            raise _Fault("there is no session yet", f"{LOGIN}, or set {REFRESH_TOKEN.env} to the refresh token of one")
+            raise _StepError(
+                "there is no session yet", f"{LOGIN}, or set {REFRESH_TOKEN.env} to the refresh token of a login"
+            )
         if isinstance(token, CredentialsRejected):
-            raise _Fault(str(token), self._token_remedy(token))
+            raise _StepError(str(token), self._token_remedy(token))
         if isinstance(token, TokenInvalid):
-            raise _Fault(str(token), CHECK_CLIENT)
+            raise _StepError(str(token), CHECK_CLIENT)
         if token.ends_at <= self._now():
-            raise _Fault("the access token has ended already", CLOCK)
+            raise _StepError("the access token has already expired", CLOCK)
         self._token = token
         claims = unverified_claims(token.value)
-        detail = f"of {identity(claims)}, lives {token.ends_at - token.obtained_at:.0f} s"
+        detail = f"for {identity(claims)}, valid for {token.ends_at - token.obtained_at:.0f} s"
         if self._rotated and settings.token_store is None:
             detail += (
-                f"; warning: the issuer replaced the refresh token and {TOKEN_STORE.env} is none, so that the one in "
-                "the settings may be used up now"
+                f"; warning: the issuer replaced the refresh token, and {TOKEN_STORE.env} is none, so the one in the "
+                "settings may be used up"
             )
         return detail
 
     def audience(self) -> str:
         settings, token = self._settings, self._token
         if not looks_like_jwt(token.value):
-            return "the access token is opaque: only the service can tell"
+            return "the access token is opaque: only the service can check it"
         if settings.audience is None:
-            return f"the token is for {_audience(token)}; {AUDIENCE.env} is not set, so nothing is compared"
+            return f"the token is for {_audience(token)}; {AUDIENCE.env} is not set, so this was not checked"
         try:
             self._provider.verify(token.value, settings.audience)
         except IssuerUnavailable as error:
             self._raise(error)
         except TokenInvalid as error:
             if error.claim == "cnf":
-                raise _Fault(str(error), BINDING_REMEDY) from None
+                raise _StepError(str(error), BINDING_REMEDY) from None
             if error.claim != "aud":
-                raise _Fault(str(error), CLOCK if error.cause == "clock" else CHECK_CLIENT) from None
+                raise _StepError(str(error), CLOCK if error.cause == "clock" else CHECK_CLIENT) from None
             remedy = audience_remedy(settings.client.client_id, settings.audience)
-            raise _Fault(f"{error} (it is for {_audience(token)})", remedy) from None
+            raise _StepError(f"{error} (it is for {_audience(token)})", remedy) from None
         return settings.audience
 
     def upstream(self) -> str:
@@ -226,16 +228,18 @@ class _Run:
             reply = bounded(lambda: ask(settings, self._token.value), UPSTREAM_TIMEOUT)
         except (OSError, http.client.HTTPException, ValueError) as error:
             cause, reason = explain(error)
-            raise _Fault(f"{url} cannot be reached: {reason}", network_remedy(place, cause, by_proxy=False)) from None
+            raise _StepError(
+                f"{url} cannot be reached: {reason}", network_remedy(place, cause, by_proxy=False)
+            ) from None
         remedy = refusal_remedy(place, reply, audience=_audience(self._token))
         answered = f"{url}{settings.endpoint} answered {reply.status}"
         if remedy is not None:
             challenge = without_secrets(reply.headers.get("www-authenticate"), (self._token.value,))
-            raise _Fault(f"{answered} ({challenge})" if challenge else answered, remedy)
+            raise _StepError(f"{answered} ({challenge})" if challenge else answered, remedy)
         return answered
 
     def _obtain(self) -> None:
-        """Get an access token, or what kept it from coming; raises a fault when the issuer is in trouble."""
+        """Get an access token or the error that prevents it; raises _StepError when the issuer is unavailable."""
         settings = self._settings
         if settings.grant == "refresh_token" and self._refresh_token is None:
             if settings.access_token is not None:
@@ -255,7 +259,7 @@ class _Run:
         self._rotated = session.rotated
 
     def _try_client(self, client: Client) -> CredentialsRejected | None:
-        """Return what the issuer says to a refresh token that nobody has: about the client, if that is wrong."""
+        """Return the issuer's error for an invalid refresh token: it shows whether the issuer accepts the client."""
         settings = replace(self._settings, client=client)
         try:
             make_provider(settings, self._transport).request_token("check")
@@ -274,7 +278,7 @@ class _Run:
             works_without = refusal is not None and refusal.issuer_error not in CLIENT_ERRORS
         remedy = client_remedy(has_secret=has_secret, works_without=works_without, client_id=client.client_id)
         if error == "unauthorized_client" and self._settings.grant == "client_credentials" and not works_without:
-            remedy += "; or allow the client this grant (Keycloak: Service accounts roles)"
+            remedy += "; or enable this grant for the client (Keycloak: Service accounts roles)"
         return remedy
 
     def _token_remedy(self, error: CredentialsRejected) -> str:
@@ -289,21 +293,24 @@ class _Run:
         return CHOOSE_SCOPE if error.issuer_error == "invalid_scope" else f"{CHECK_CLIENT}, and {GRANT.env}"
 
     def _raise(self, error: IssuerUnavailable) -> NoReturn:
-        raise _Fault(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
+        raise _StepError(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
 
 
 def _listens(address: Address, variable: Variable, other: str) -> str:
-    """Say that the proxy can listen there, or does; raises a fault when neither is so, with `other` as a way out."""
+    """Return whether the address is free or a proxy of ours uses it; otherwise raises _StepError.
+
+    `other` is an alternative remedy for an address in use.
+    """
     obstacle = cannot_listen(*address)
     if obstacle is None:
         return f"{address} is free"
     if obstacle.is_foreign:
-        raise _Fault(obstacle.detail, f"change {variable.env}: {USE_LOCAL}")
+        raise _StepError(obstacle.detail, f"change {variable.env}: {USE_LOCAL}")
     if is_our_proxy(*address):
-        return f"{address} is in use, by an OIDC proxy that runs"
-    raise _Fault(obstacle.detail, f"stop what uses it, or {other}")
+        return f"{address} is in use by a running OIDC proxy"
+    raise _StepError(obstacle.detail, f"stop the program that uses it, or {other}")
 
 
 def _audience(token: AccessToken) -> str:
-    audience = unverified_claims(token.value).get("aud", "nobody in particular")
+    audience = unverified_claims(token.value).get("aud", "no particular audience")
     return printable(", ".join(map(str, audience)) if isinstance(audience, list) else audience)

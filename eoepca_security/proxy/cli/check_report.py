@@ -1,4 +1,4 @@
-"""How `check` tells what it found: in colour to people at a terminal, plainly elsewhere, as JSON to machines."""
+"""The output of `check`: in colour at a terminal, plain elsewhere, or JSON for machines."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from eoepca_security.proxy.cli.check import Step
 
 
 def report(steps: Iterable[Step], *, as_json: bool) -> int:
-    """Show each step as soon as it is known, or with `as_json` all at the end; return the exit code."""
+    """Show each step when it is done, or with `as_json` all at the end; return the exit code."""
     show = (lambda _step: None) if as_json else _at_terminal() if sys.stdout.isatty() else _show_plainly
     seen = []
     for step in steps:

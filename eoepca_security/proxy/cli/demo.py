@@ -1,4 +1,4 @@
-"""The demo: an issuer and a protected service of our own on free ports, and the real proxy before the service."""
+"""The demo: an embedded issuer and protected service on free ports, with the real proxy in front."""
 
 import http.client
 import json
@@ -25,16 +25,16 @@ ACCESS_TOKEN_LIFETIME = 60
 
 @dataclass(frozen=True)
 class Reply:
-    """What one request got."""
+    """The answer to one request."""
 
     status: int
     body: str
 
 
 def run(*, once: bool) -> int:
-    """Show a request refused without the proxy and accepted through it; return the exit code.
+    """Show that a request is refused without the proxy and accepted through it; return the exit code.
 
-    Stays up until Ctrl-C unless `once`.
+    Stays up until Ctrl-C, unless `once` is true.
     """
     behaviour = Behaviour(
         lifetime=ACCESS_TOKEN_LIFETIME, refresh_tokens="rotate", audience=AUDIENCE, claims={"sub": "demo-user-1"}
@@ -51,8 +51,8 @@ def run(*, once: bool) -> int:
         )
         shown: list[bool] = []
 
-        def started(master: DumpMaster, proxy_url: str, _failure: TokenError | None) -> None:
-            # The requests block, and the proxy that is to answer them runs in this thread.
+        def started(master: DumpMaster, proxy_url: str, _error: TokenError | None) -> None:
+            # The requests block, and the proxy that answers them runs in this thread.
             threading.Thread(target=show, args=(master, proxy_url), daemon=True).start()
 
         def show(master: DumpMaster, proxy_url: str) -> None:
@@ -71,18 +71,18 @@ def run(*, once: bool) -> int:
 def _show(issuer_url: str, service_url: str, proxy_url: str) -> bool:
     click.echo(
         f"identity provider  {issuer_url}\n"
-        f"protected service  {service_url}  (wants an access token)\n"
+        f"protected service  {service_url}  (requires an access token)\n"
         f"proxy              {proxy_url}  (adds one)\n"
     )
-    refused = _try("1. without the proxy the service refuses:", service_url)
-    accepted = _try("2. through the proxy it accepts, and knows who asks:", proxy_url)
+    refused = _try("1. without the proxy, the service refuses the request:", service_url)
+    accepted = _try("2. through the proxy, it accepts it and knows the user:", proxy_url)
     ok = (refused.status, accepted.status) == (401, 200)
-    click.echo("It works." if ok else "That is not what should have happened: please report it.")
+    click.echo("It works." if ok else "This is not the expected result: please report it.")
     return ok
 
 
 def _try(title: str, url: str) -> Reply:
-    # Straight to the address: a proxy in the environment has nothing to do with machines' own loopback.
+    # Connect directly: a proxy from the environment must not handle loopback addresses.
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20)
     connection.request("GET", "/whoami")
     response = connection.getresponse()
@@ -100,7 +100,7 @@ def _service(issuer_url: str) -> type[Handler]:
             self.read_body()
             scheme, _, token = self.headers.get("Authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not token:
-                self.answer(401, {"error": "an access token is needed"}, {"WWW-Authenticate": "Bearer"})
+                self.answer(401, {"error": "an access token is required"}, {"WWW-Authenticate": "Bearer"})
                 return
             try:
                 claims = provider.verify(token, AUDIENCE)

@@ -1,4 +1,4 @@
-"""Logging in and out from the terminal: a session for all proxies that have the same settings."""
+"""The commands `login` and `logout`: a session for all proxies with the same settings."""
 
 import asyncio
 import io
@@ -37,27 +37,27 @@ from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored
 
 BROWSER_TIMEOUT: Final = 300.0
-"""How long a browser may take to come back, in seconds."""
+"""How long to wait for the browser to come back, in seconds."""
 
 LEEWAY: Final = 10.0
-"""Accepted difference between the issuer's clock and ours, in seconds."""
+"""The accepted difference between the issuer's clock and ours, in seconds."""
 
 Finish = Callable[[TokenResponse, AuthorizationRequest | None], str]
 
 
 def login(settings: Settings, *, scope: str | None, browser: bool, port: int = 0) -> int:
-    """Get a session and keep it; return the exit code. Raises SecurityError.
+    """Log in and store the session; return the exit code. Raises SecurityError.
 
-    `port` is where the browser comes back to, 0 for a free one.
+    `port` is the port of the redirect URI; 0 means any free port.
     """
     if settings.grant == "client_credentials":
-        raise SettingsError(f"{GRANT.env}: is client_credentials, which acts for the client itself: no login is needed")
+        raise SettingsError(f"{GRANT.env}: client_credentials acts for the client itself, so it needs no login")
     store = make_store(settings)
     if store is None:
         raise SettingsError(
-            f"{TOKEN_STORE.env}: there is nowhere to keep the session: set it to a folder of yours, not to none"
+            f"{TOKEN_STORE.env}: there is no place to store the session: set it to a folder, not to none"
         )
-    # What is wrong with the store is better known before somebody logs in.
+    # Report errors of the store before the user logs in.
     with store.locked():
         store.read()
     provider = make_provider(settings)
@@ -74,42 +74,42 @@ def login(settings: Settings, *, scope: str | None, browser: bool, port: int = 0
         else finish(by_device(provider, scope), None)
     )
     click.echo(
-        f"Logged in as {who}.\nThe session is kept in {store.place}; proxies with these settings use it, those "
-        "that run, too."
+        f"Logged in as {who}.\nThe session is stored in {store.place}. Proxies with these settings use it, including "
+        "running ones."
     )
     return 0
 
 
 def logout(settings: Settings) -> int:
-    """End the session that is kept, at the issuer and here; return the exit code. Raises SecurityError."""
+    """End the stored session, at the issuer and here; return the exit code. Raises SecurityError."""
     store = make_store(settings)
     if store is None:
-        click.echo("No session is kept with these settings: there is nothing to do.")
+        click.echo("These settings store no session: there is nothing to do.")
         return 0
-    provider, fault = make_provider(settings), None
+    provider, failed = make_provider(settings), None
     with store.locked():
         stored = store.read()
         if stored is None:
-            click.echo(f"No session is kept in {store.place.parent} for these settings: there is nothing to do.")
+            click.echo(f"There is no session for these settings in {store.place.parent}: there is nothing to do.")
             return 0
         try:
             offered = provider.metadata().revocation_endpoint is not None
             if offered:
                 provider.revoke(stored.refresh_token)
         except (IssuerUnavailable, CredentialsRejected) as error:
-            fault = error
+            failed = error
         store.forget()
-    if fault is not None:
-        detail = told(fault, command_remedy(fault, settings, in_container=runs_in_container()))
-        click.echo(f"{fault.code}: the session may live on at the issuer: {detail}", err=True)
+    if failed is not None:
+        detail = told(failed, command_remedy(failed, settings, in_container=runs_in_container()))
+        click.echo(f"{failed.code}: the session may still be valid at the issuer: {detail}", err=True)
     elif offered:
         click.echo("The issuer has ended the session.")
     else:
-        click.echo("The issuer offers no way to end the session (RFC 7009); where it has account pages, use those.")
-    click.echo(f"It is forgotten here ({store.place}). A proxy that runs goes on until its access token ends.")
+        click.echo("The issuer does not support revocation (RFC 7009). If it has account pages, end the session there.")
+    click.echo(f"The session is removed here ({store.place}). A running proxy works until its access token expires.")
     if settings.refresh_token is not None:
-        click.echo(f"{REFRESH_TOKEN.env} is still set: the next start tries it.")
-    return 1 if fault is not None else 0
+        click.echo(f"{REFRESH_TOKEN.env} is still set: the next start uses it.")
+    return 1 if failed is not None else 0
 
 
 def by_device(
@@ -119,9 +119,9 @@ def by_device(
     sleep: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.monotonic,
 ) -> TokenResponse:
-    """Let the user confirm the login in a browser anywhere, and wait for it (RFC 8628).
+    """Let the user confirm the login in a browser on any device, and wait for it (RFC 8628).
 
-    `now` is seconds of any clock. Raises CredentialsRejected when it is refused or nobody does it in time.
+    `now` returns seconds of any clock. Raises CredentialsRejected when the user refuses or does not confirm in time.
     """
     device = provider.begin_device_login(scope)
     ends_at = now() + device.expires_in
@@ -132,7 +132,7 @@ def by_device(
         try:
             answer = provider.poll_device_login(device)
         except IssuerUnavailable as error:
-            # RFC 8628 §3.5: an issuer in trouble is asked more rarely.
+            # RFC 8628 §3.5: poll less often after an error.
             interval = min(max(2 * interval, error.retry_after or 0), 60.0)
             continue
         if isinstance(answer, TokenResponse):
@@ -150,10 +150,10 @@ def by_browser(
     port: int = 0,
     timeout: float = BROWSER_TIMEOUT,
 ) -> str:
-    """Send a browser on this machine to the issuer and wait until it comes back (RFC 8252).
+    """Open the issuer in a browser on this machine, and wait for the redirect (RFC 8252).
 
-    Returns what `finish` makes of the tokens. Raises CredentialsRejected when the login is refused, or after `timeout`
-    seconds, and SettingsError when `port` cannot be listened on.
+    Returns the result of `finish`. Raises CredentialsRejected when the login is refused or takes longer than `timeout`
+    seconds, and SettingsError when `port` is not available.
     """
     metadata = provider.metadata()
     try:
@@ -163,8 +163,8 @@ def by_browser(
     with server as loopback:
         request = build_authorization_request(settings.client, metadata, scope, redirect_uri=loopback.redirect_uri)
         loopback.is_expected = lambda parameters: is_answer_to(request, parameters)
-        click.echo(f"Log in with your browser, on this machine. If none opens, go to\n\n  {request.url}\n")
-        # In a thread, as a browser in the terminal does not return.
+        click.echo(f"Log in with your browser on this machine. If it does not open, go to\n\n  {request.url}\n")
+        # In a thread, because a browser in the terminal blocks.
         threading.Thread(target=webbrowser.open, args=(request.url,), daemon=True).start()
         try:
             parameters = loopback.wait(timeout)
@@ -174,7 +174,7 @@ def by_browser(
             code = read_authorization_response(request, metadata, parameters)
             who = finish(provider.redeem_code(request, code), request)
         except SecurityError:
-            loopback.finish("The login failed", "The terminal says why. You can close this window.", ok=False)
+            loopback.finish("Login failed", "See the terminal for the reason. You can close this window.", ok=False)
             raise
         loopback.finish("You are logged in", f"as {who}. You can close this window.", ok=True)
         return who
@@ -183,10 +183,10 @@ def by_browser(
 def _identity_claims(
     provider: Provider, client_id: str, response: TokenResponse, scope: str, request: AuthorizationRequest | None
 ) -> Mapping[str, Any]:
-    """Return the claims of the ID token, verified; those of the access token where no ID token was asked for."""
+    """Return the verified claims of the ID token, or the access token's claims if no ID token was requested."""
     if response.id_token is None:
         if request is not None and "openid" in scope.split():
-            raise TokenInvalid("the issuer gave no ID token, so it is not certain whose login this is")
+            raise TokenInvalid("the issuer sent no ID token, so the login's user is uncertain")
         return unverified_claims(response.access_token)
     claims, _ = asyncio.run(provider.verify_id_token(response.id_token, {client_id}, LEEWAY))
     if request is not None:
@@ -196,24 +196,24 @@ def _identity_claims(
 
 def _keep(store: TokenStore, response: TokenResponse) -> None:
     if response.refresh_token is None:
-        raise CredentialsRejected("the issuer gave no refresh token", cause="no_refresh_token")
+        raise CredentialsRejected("the issuer sent no refresh token", cause="no_refresh_token")
     lifetime = response.refresh_expires_in
     with store.locked():
-        store.read()  # so that what is written counts as its successor
-        # Without the access token: a proxy that starts gets one of its own in any case.
+        store.read()  # so that the new session's serial number is higher
+        # Without the access token: a starting proxy gets its own in any case.
         store.write(Stored(response.refresh_token, session_ends_at=time.time() + lifetime if lifetime else None))
 
 
 def _show_device(device: DeviceAuthorization) -> None:
     url = device.verification_uri_complete or device.verification_uri
-    todo = "check that it shows the code" if device.verification_uri_complete else "enter the code"
+    action = "check that it shows the code" if device.verification_uri_complete else "enter the code"
     click.echo(f"To log in, open\n\n  {click.style(url, bold=True)}\n")
     if sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf"):
         code = io.StringIO()
         segno.make(url, error="l").terminal(code, compact=True, border=2)
         click.echo(code.getvalue())
-    click.echo(f"on any device and {todo}\n\n  {click.style(device.user_code, bold=True)}\n")
-    click.echo(f"Waiting for that, at most {max(device.expires_in / 60, 1):.0f} min (Ctrl-C gives up).")
+    click.echo(f"on any device and {action}\n\n  {click.style(device.user_code, bold=True)}\n")
+    click.echo(f"Waiting for confirmation, at most {max(device.expires_in / 60, 1):.0f} min (Ctrl-C to cancel).")
 
 
 def _join_scopes(*scopes: str | None) -> str:

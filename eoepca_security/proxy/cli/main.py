@@ -1,6 +1,6 @@
 """The command line: `run-mitmproxy.py [serve|check|login|logout|token|demo] [-- mitmdump arguments]`.
 
-Exit codes: 0; 1 for a fault while running; 2 for settings or arguments that are wrong.
+Exit codes: 0 on success, 1 for an error while running, 2 for wrong settings or arguments.
 """
 
 import asyncio
@@ -28,16 +28,16 @@ from eoepca_security.session.source import TokenSource
 
 EPILOG = """\b
 Settings come from the environment, or from .env in the working directory;
-.env.example explains all of them. Whatever follows -- goes to mitmdump.
+.env.example describes them all. Arguments after -- go to mitmdump.
 
 \b
 Examples:
   run-mitmproxy.py demo                  see it work, without any setup
-  run-mitmproxy.py login                 get a session
+  run-mitmproxy.py login                 log in
   run-mitmproxy.py                       run the proxy
   run-mitmproxy.py check                 find out what does not work
   run-mitmproxy.py token                 print an access token
-  run-mitmproxy.py COMMAND --help        more about one of them
+  run-mitmproxy.py COMMAND --help        show the help for a command
 
 \b
 Completion of commands and options in bash (zsh and fish likewise):
@@ -49,7 +49,7 @@ Examples:
   run-mitmproxy.py serve
   run-mitmproxy.py serve --log-format json
   run-mitmproxy.py serve -- --set flow_detail=1
-  curl http://127.0.0.1:8080/             ask the service through it
+  curl http://127.0.0.1:8080/             send a request through it
 """
 
 PRINT_EPILOG = """\b
@@ -65,15 +65,15 @@ Examples:
 
 LOGIN_EPILOG = """\b
 Examples:
-  run-mitmproxy.py login                show a code, and wait for it
+  run-mitmproxy.py login                show a code to confirm anywhere
   run-mitmproxy.py login --browser      open a browser on this machine
   run-mitmproxy.py login --scope "openid read"
 """
 
 CHECK_EPILOG = """\b
-Exits with 0 when everything works, with 1 when something does not, and with
-2 when the settings are wrong. REMOTE_PROTECTED_ENDPOINT is what the service
-is asked for, / unless set.
+Exits with 0 if everything works, 1 if something does not, and 2 if the
+settings are wrong. It requests REMOTE_PROTECTED_ENDPOINT from the service,
+by default /.
 
 \b
 Examples:
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _log_format = click.option(
     "--log-format",
     type=click.Choice(["text", "json"]),
-    help="serve: json is an object on each line, for machines.",
+    help="The log format of serve; json writes one object per line.",
 )
 
 
@@ -127,7 +127,7 @@ def cli(context: click.Context, *, log_format: str | None) -> int:
     if context.invoked_subcommand is None:
         return int(context.invoke(serve, log_format=log_format))
     if log_format is not None:
-        raise click.UsageError("--log-format is an option of serve: put it behind that")
+        raise click.UsageError("--log-format is an option of serve: put it after the command")
     return 0
 
 
@@ -137,41 +137,41 @@ def cli(context: click.Context, *, log_format: str | None) -> int:
 def serve(extra: Sequence[str], *, log_format: str | None) -> int:
     """Run the proxy (the default)."""
     log_format = log_format or "text"
-    # mitmproxy takes half a second to import, which the other commands need not spend.
+    # Importing mitmproxy takes half a second, which the other commands can save.
     try:
         settings = _settings(extra)
         with lazy_imports():
-            if settings.workers == 1:  # several are forked, which takes no threads along
+            if settings.workers == 1:  # several are forked, and a fork does not copy threads
                 begin_to_trust(settings.ca_file)
             from eoepca_security.proxy.runtime.serve import run  # noqa: PLC0415
 
         return run(settings, extra, log_format=log_format)
     except SettingsError as error:
-        from eoepca_security.proxy.runtime.logs import complain  # noqa: PLC0415
+        from eoepca_security.proxy.runtime.logs import print_error  # noqa: PLC0415
 
         for problem in error.problems:
-            complain(problem, log_format)
+            print_error(problem, log_format)
         return 2
 
 
 @cli.command(epilog=PRINT_EPILOG)
 @click.pass_obj
 def token(extra: Sequence[str]) -> int:
-    """Print a fresh access token, and nothing else, on standard output."""
+    """Print a new access token, and nothing else, to standard output."""
     _refuse(extra, "token")
     # The error that main() prints is enough.
     logging.getLogger("eoepca_security.session.source").setLevel(logging.ERROR)
     settings = _settings((), need_upstream=False)
     if settings.refresh_token is not None or settings.grant != "refresh_token":
-        settings = replace(settings, access_token=None)  # a fresh one is asked for
+        settings = replace(settings, access_token=None)  # request a new one instead
     source = make_source(settings)
     with _told(settings, command_remedy):
         token = asyncio.run(_fresh(source))
     click.echo(token.value)
     if source.rotated and settings.token_store is None:
         click.echo(
-            "warning: the issuer replaced the refresh token, so the one in the settings may be used up now: "
-            "a running proxy keeps the new one, this command does not",
+            "warning: the issuer replaced the refresh token, so the one in the settings may be used up. This command "
+            "does not store the new one; a running proxy does",
             err=True,
         )
     return 0
@@ -182,21 +182,21 @@ def token(extra: Sequence[str]) -> int:
 @click.option(
     "--port",
     type=click.IntRange(1, 65535),
-    help="With --browser: the port to come back to, for issuers that want the whole redirect URI, "
-    "http://127.0.0.1:PORT/callback, registered; a free one otherwise.",
+    help="With --browser: the port of the redirect URI http://127.0.0.1:PORT/callback, for issuers where the exact URI "
+    "must be registered. The default is any free port.",
 )
-@click.option("--scope", help="Scopes to ask for, separated by spaces, instead of `openid offline_access`.")
+@click.option("--scope", help="Scopes to request, separated by spaces, instead of `openid offline_access`.")
 @click.pass_obj
 def login(extra: Sequence[str], *, browser: bool, port: int | None, scope: str | None) -> int:
-    """Log in, and keep the session for the proxies that have these settings.
+    """Log in, and store the session for proxies with these settings.
 
-    Without --browser a code is shown that can be confirmed in a browser anywhere.
+    Without --browser, it shows a code that you can confirm in a browser on any device.
     """
     from eoepca_security.proxy.cli.login import login as run  # noqa: PLC0415  as in serve
 
     _refuse(extra, "login")
     if port is not None and not browser:
-        raise click.UsageError("--port is for --browser")
+        raise click.UsageError("--port needs --browser")
     settings = _settings((), need_upstream=False, need_session=False)
     with _told(settings, login_remedy):
         return run(settings, scope=scope, browser=browser, port=port or 0)
@@ -205,7 +205,7 @@ def login(extra: Sequence[str], *, browser: bool, port: int | None, scope: str |
 @cli.command(epilog=LOGOUT_EPILOG)
 @click.pass_obj
 def logout(extra: Sequence[str]) -> int:
-    """End the session that login or a proxy kept: at the issuer, where it offers that, and here."""
+    """End the stored session: at the issuer, if it supports that, and here."""
     from eoepca_security.proxy.cli.login import logout as run  # noqa: PLC0415  as in serve
 
     _refuse(extra, "logout")
@@ -215,10 +215,10 @@ def logout(extra: Sequence[str]) -> int:
 
 
 @cli.command(epilog=CHECK_EPILOG)
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_obj
 def check(extra: Sequence[str], *, as_json: bool) -> int:
-    """Find out what does not work, from the settings to the protected service, and what to do about it."""
+    """Check everything from the settings to the protected service, and show remedies."""
     from eoepca_security.proxy.cli.check import Step  # noqa: PLC0415  as in serve
     from eoepca_security.proxy.cli.check import check as run  # noqa: PLC0415
     from eoepca_security.proxy.cli.check_report import report  # noqa: PLC0415
@@ -234,7 +234,7 @@ def check(extra: Sequence[str], *, as_json: bool) -> int:
 
 
 @cli.command(epilog=DEMO_EPILOG)
-@click.option("--once", is_flag=True, help="Exit after the demonstration instead of staying up.")
+@click.option("--once", is_flag=True, help="Exit after the demo instead of staying up.")
 @click.pass_obj
 def demo(extra: Sequence[str], *, once: bool) -> int:
     """See it work, without any setup."""
@@ -248,13 +248,13 @@ async def _fresh(source: TokenSource) -> AccessToken:
     try:
         return await source.token()
     finally:
-        # Its answer may still be on its way, with the only valid refresh token.
+        # A running refresh may get the only valid refresh token.
         await source.finish()
 
 
 @contextlib.contextmanager
 def _told(settings: Settings, remedy: Callable[..., str]) -> Iterator[None]:
-    """End the command with a line and exit code 1 when there is no token; `remedy` is one of the module `remedies`."""
+    """Exit with an error message and code 1 on TokenError. `remedy` is a function of the module `remedies`."""
     try:
         yield
     except TokenError as error:
@@ -265,7 +265,7 @@ def _told(settings: Settings, remedy: Callable[..., str]) -> Iterator[None]:
 
 def _refuse(extra: Sequence[str], command: str) -> None:
     if extra:
-        raise click.UsageError(f"{command} takes no mitmdump arguments")
+        raise click.UsageError(f"{command} does not accept mitmdump arguments")
 
 
 def _settings(extra: Sequence[str], *, need_upstream: bool = True, need_session: bool = True) -> Settings:
@@ -283,7 +283,7 @@ def _settings(extra: Sequence[str], *, need_upstream: bool = True, need_session:
 
 
 def _overrides(extra: Sequence[str]) -> dict[str, str]:
-    """Return our add-on's options among mitmdump's `--set name=value` arguments: they come first of all sources."""
+    """Return the add-on's options from mitmdump's `--set name=value` arguments, which override all other sources."""
     values = [value for flag, value in pairwise(extra) if flag == "--set"]
     values += [argument.removeprefix("--set=") for argument in extra if argument.startswith("--set=")]
     names = {variable.option for variable in OPTIONS}

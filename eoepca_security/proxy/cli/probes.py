@@ -1,4 +1,4 @@
-"""What `check` asks of the issuer, the service and whatever has our port."""
+"""The requests that `check` sends to the issuer, the service and the program on our port."""
 
 import asyncio
 import http.client
@@ -15,16 +15,16 @@ from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.policy.remedies import Reply
 
 UPSTREAM_TIMEOUT: Final = 10.0
-"""Seconds that the protected service may take, as a whole."""
+"""The time limit in seconds for the whole request to the protected service."""
 
 PROBE_TIMEOUT: Final = 2.0
-"""Seconds that whatever has our port may take to say what it is."""
+"""The time limit in seconds for the program on our port to answer."""
 
 T = TypeVar("T")
 
 
 class Recorder:
-    """A transport that remembers the last answer, and how far the issuer's clock was ahead of ours by its date."""
+    """A transport that records the last answer, and how far its date is ahead of our clock."""
 
     def __init__(self, transport: Transport, now: Callable[[], float]) -> None:
         self._transport = transport
@@ -33,11 +33,11 @@ class Recorder:
         self.skew: float | None = None
 
     def get(self, url: str, **options: Any) -> Answer:
-        """Do as the transport does."""
+        """Do the same as the transport, and record the answer."""
         return self._note(lambda: self._transport.get(url, **options))
 
     def post(self, url: str, **options: Any) -> Answer:
-        """Do as the transport does."""
+        """Do the same as the transport, and record the answer."""
         return self._note(lambda: self._transport.post(url, **options))
 
     def _note(self, exchange: Callable[[], Answer]) -> Answer:
@@ -49,13 +49,13 @@ class Recorder:
             date = parsedate_to_datetime(headers.get("date", "")).timestamp()
         except ValueError:
             return answer
-        # It was made at some moment in between, and has lost its fraction of a second.
+        # The date is from between sending and receiving, in whole seconds.
         self.skew = max(date - self._now(), 0.0) + min(date + 1 - sent_at, 0.0)
         return answer
 
 
 def bounded(function: Callable[[], T], timeout: float) -> T:
-    """Call what has a bound for each of its steps only; raises TimeoutError after so many seconds."""
+    """Call a function that only limits its single steps; raises TimeoutError after `timeout` seconds."""
 
     async def call() -> T:
         async with asyncio.timeout(timeout):
@@ -65,7 +65,7 @@ def bounded(function: Callable[[], T], timeout: float) -> T:
 
 
 def ask(settings: Settings, token: str) -> Reply:
-    """Ask the protected service as the proxy does: directly, whatever HTTPS_PROXY says."""
+    """Send a request to the protected service like the proxy does: directly, ignoring HTTPS_PROXY."""
     parts = urlsplit(str(settings.upstream))
     host, port = parts.hostname or "", parts.port
     connection = http.client.HTTPConnection(host, port, timeout=UPSTREAM_TIMEOUT)
@@ -84,7 +84,7 @@ def ask(settings: Settings, token: str) -> Reply:
 
 
 def is_our_proxy(host: str, port: int) -> bool:
-    """Tell whether what listens there answers as our proxies do to a name that is not theirs."""
+    """Return whether an OIDC proxy listens there: it answers to an unknown Host with its error header."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared with, not bound to
 
     def ask() -> bool:

@@ -1,4 +1,4 @@
-"""The place on this machine that a browser comes back to after a login (RFC 8252 §7.3)."""
+"""The server on this machine that receives the browser's redirect after a login (RFC 8252 §7.3)."""
 
 import base64
 import hashlib
@@ -15,7 +15,7 @@ from eoepca_security.testing.local_server import Handler, LocalServer
 
 PATH: Final = "/callback"
 OUTCOME_TIMEOUT: Final = 30.0
-"""How long the browser waits to be told what became of the login, in seconds."""
+"""How long the browser waits for the result of the login, in seconds."""
 
 _STYLE: Final = (
     ":root{color-scheme:light dark;font:1.1rem/1.5 system-ui,sans-serif}"
@@ -39,10 +39,10 @@ Parameters = Sequence[tuple[str, str]]
 
 
 class RedirectServer:
-    """A server on a loopback port, 0 for a free one, that takes one redirect, while its `with` block lasts.
+    """A server on a loopback port (0: any free port) that accepts one redirect, for the duration of its `with` block.
 
-    `is_expected` tells the right one by its query; whatever else comes is refused and changes nothing. Raises OSError
-    for a port that is taken.
+    `is_expected` recognizes the right redirect by its query. Other requests are refused and change nothing. Raises
+    OSError when the port is in use.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -66,11 +66,11 @@ class RedirectServer:
         self._server.__exit__(kind, error, trace)
 
     def wait(self, timeout: float) -> Parameters:
-        """Return the query of the redirect, and let the browser wait; raises TimeoutError after so many seconds."""
+        """Return the query of the redirect while the browser waits; raises TimeoutError after `timeout` seconds."""
         return self._redirect.result(timeout)
 
     def finish(self, title: str, text: str, *, ok: bool) -> None:
-        """Tell the waiting browser what became of it."""
+        """Show the result in the waiting browser."""
         self._outcome.set_result((ok, title, text))
 
     def _take(self, parameters: Parameters) -> bool:
@@ -87,18 +87,18 @@ class RedirectServer:
             def respond(self) -> None:
                 target, own = urlsplit(self.path), urlsplit(loopback.redirect_uri)
                 if self.command != "GET":
-                    self._show(405, "This is not how logins end", "Only GET is.")
+                    self._show(405, "Method not allowed", "Use GET.")
                 elif target.path != own.path or self.headers.get_all("Host") != [own.netloc]:
-                    self._show(404, "There is nothing here", "")
+                    self._show(404, "Page not found", "")
                 elif not loopback.is_expected(parameters := _parameters(target.query)):
-                    self._show(400, "This is not the login that is waited for", "Begin again in the terminal.")
+                    self._show(400, "This is not the expected login", "Start again in the terminal.")
                 elif not loopback._take(parameters):
-                    self._show(410, "This login has ended already", "The terminal says how.")
+                    self._show(410, "This login is already complete", "See the terminal for the result.")
                 else:
                     try:
                         ok, title, text = loopback._outcome.result(OUTCOME_TIMEOUT)
                     except TimeoutError:
-                        ok, title, text = False, "The login takes long", "The terminal says how it ends."
+                        ok, title, text = False, "The login is taking long", "See the terminal for the result."
                     try:
                         self._show(200 if ok else 400, title, text)
                     finally:

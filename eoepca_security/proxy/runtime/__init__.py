@@ -1,1 +1,1 @@
-"""The processes that serve: mitmdump in this one or in several, their logs and folders. May import `addons`."""
+"""Runs mitmdump in one process or several, with their logs and folders. May import `addons`."""

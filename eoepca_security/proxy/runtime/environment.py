@@ -1,4 +1,4 @@
-"""What a start needs of the machine: CAs in a file, folders that can be written to, free ports."""
+"""What the proxy needs from the machine to start: CAs in a file, writable folders and free ports."""
 
 import contextlib
 import os
@@ -19,18 +19,18 @@ from eoepca_security.proxy.config.variables import ADMIN, HOST, PORT, TOKEN_STOR
 from eoepca_security.proxy.patches import certificate_authority
 from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 
-MEMORY: Final = Path("/dev/shm")  # noqa: S108  in it, a folder that only we can read
-"""Where processes share what is to be kept in memory only."""
+MEMORY: Final = Path("/dev/shm")  # noqa: S108  we create a private folder in it
+"""Where processes share a session that must stay in memory."""
 
 
 @contextlib.contextmanager
 def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder | None]]:
-    """Let processes share the session also where it is to be kept in memory only: in a folder for now, in memory."""
+    """Let several processes share the session. Without a token store, they use a temporary folder in memory."""
     if settings.grant != "refresh_token":
         yield settings, None
         return
     if settings.token_store is not None:
-        # Processes that go on in memory, each for itself, would use the same refresh token twice.
+        # If each process continued in memory by itself, they would use the same refresh token twice.
         try:
             settings.token_store.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.NamedTemporaryFile(dir=settings.token_store) as probe:
@@ -38,8 +38,8 @@ def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder
                 probe.flush()
         except OSError as error:
             raise SettingsError(
-                f"{TOKEN_STORE.env}: {settings.token_store} cannot be written to ({error.strerror}), and several "
-                f"processes share the session there: mend that, or set {WORKERS.env} to 1"
+                f"{TOKEN_STORE.env}: {settings.token_store} is not writable ({error.strerror}), and several processes "
+                f"share the session there: make it writable, or set {WORKERS.env} to 1"
             ) from None
         yield settings, None
         return
@@ -47,8 +47,8 @@ def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder
         folder = PrivateFolder(MEMORY)
     except OSError as error:
         raise SettingsError(
-            f"{WORKERS.env}: several processes share the session through the token store, and there is no place in "
-            f"memory for one ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
+            f"{WORKERS.env}: several processes need a token store to share the session, and none can be created in "
+            f"memory ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
         ) from None
     try:
         yield replace(settings, token_store=folder.path), folder
@@ -57,9 +57,9 @@ def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder
 
 
 def taken_address(settings: Settings) -> str | None:
-    """Return a line about the first address that is in use, or None.
+    """Return an error message for the first address that is in use, or None.
 
-    Raises SettingsError where one is not an address of this machine.
+    Raises SettingsError for an address that is not on this machine.
     """
     wanted = [(Address(settings.host, settings.port), HOST, PORT, f"another port or {HOST.env}")]
     if settings.admin is not None and settings.admin_is_set:
@@ -69,13 +69,13 @@ def taken_address(settings: Settings) -> str | None:
         if obstacle is not None and obstacle.is_foreign:
             raise SettingsError(f"{host.env}: {obstacle.detail}: {USE_LOCAL}")
         if obstacle is not None:
-            return f"{port.env}: {obstacle.detail}: stop what uses it, or choose {other}"
+            return f"{port.env}: {obstacle.detail}: stop the program that uses it, or choose {other}"
     return None
 
 
 @contextlib.contextmanager
 def writable_confdir() -> Iterator[str]:
-    """Give the folder in which mitmproxy keeps the CA that it makes: its usual one, or one for now in its place."""
+    """Yield the folder for mitmproxy's own CA: the usual one, or a temporary one if that is not writable."""
     usual = Path(CONF_DIR).expanduser()
     try:
         usual.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,8 @@ def writable_confdir() -> Iterator[str]:
         temporary = tempfile.TemporaryDirectory(prefix="mitmproxy-")
     except OSError:
         raise SettingsError(
-            f"TMPDIR: mitmproxy needs a folder for its own CA, and neither this nor {usual} can be written to: set it "
-            "to one that can, or mount one at /tmp"
+            f"TMPDIR: mitmproxy needs a folder for its own CA, and neither this nor {usual} is writable: set it to a "
+            "writable folder, or mount one at /tmp"
         ) from None
     with temporary as folder:
         yield folder
@@ -99,7 +99,7 @@ def writable_confdir() -> Iterator[str]:
 
 @contextlib.contextmanager
 def upstream_trust(settings: Settings) -> Iterator[list[str]]:
-    """Give the arguments with which mitmproxy trusts the system's CAs and `TLS_CA_FILE`; alone it trusts certifi's."""
+    """Yield the arguments that make mitmproxy trust the system's CAs and `TLS_CA_FILE`, not only certifi's."""
     paths = ssl.get_default_verify_paths()
     folder = ["--set", f"ssl_verify_upstream_trusted_confdir={paths.capath}"] if paths.capath else []
     if settings.ca_file is None:

@@ -1,4 +1,4 @@
-"""What the proxy's log looks like: a summary for people at a terminal, lines in files, JSON for machines."""
+"""The proxy's log formats: a summary at a terminal, plain lines elsewhere, or JSON for machines."""
 
 import io
 import json
@@ -20,11 +20,11 @@ FORMATS: Final = ("text", "json")
 
 
 QUIET: Final = 60.0
-"""Seconds without it after which a message that was repeated counts as news."""
+"""Seconds after which a repeated message is shown again."""
 
 
 def set_format(master: Master, log_format: str, *, without: Callable[[logging.LogRecord], bool]) -> None:
-    """Let mitmproxy's log be in one of the `FORMATS`, `without` what is told elsewhere and without repeats."""
+    """Set the format of mitmproxy's log (one of `FORMATS`). Drop repeats and records for which `without` is true."""
     addon = master.addons.get("termlog")
     if not isinstance(addon, TermLog):
         return
@@ -37,14 +37,14 @@ def set_format(master: Master, log_format: str, *, without: Callable[[logging.Lo
 
 
 def log_plainly(log_format: str) -> None:
-    """Let the log of a process without a mitmproxy be like mitmproxy's, in one of the `FORMATS`."""
+    """Set up a log like mitmproxy's, in one of the `FORMATS`, for a process without mitmproxy."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter() if log_format == "json" else MitmFormatter(colorize=sys.stdout.isatty()))
     logging.basicConfig(level=ALERT, handlers=[handler])
 
 
-def complain(message: str, log_format: str) -> None:
-    """Write what ends a command to standard error."""
+def print_error(message: str, log_format: str) -> None:
+    """Write an error message to standard error."""
     if log_format == "json":
         record = logging.LogRecord("eoepca_security.proxy", logging.ERROR, "", 0, message, None, None)
         message = JsonFormatter().format(record)
@@ -52,7 +52,7 @@ def complain(message: str, log_format: str) -> None:
 
 
 class NoRepeats(logging.Filter):
-    """Lets a warning pass only if its logger's message before it was another one, or is long ago."""
+    """Drops a warning that repeats its logger's previous message within `QUIET` seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class NoRepeats(logging.Filter):
         self._last: dict[str, tuple[str, float]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Tell whether to show a record."""
+        """Return whether to show a record."""
         message, now = record.getMessage(), self._now()
         before, at = self._last.get(record.name, ("", 0.0))
         self._last[record.name] = (message, now)
@@ -68,13 +68,13 @@ class NoRepeats(logging.Filter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object on a line: `time` (UTC), `level`, `logger`, `message`; what is known of the start, too."""
+    """Formats a record as one line of JSON: `time` (UTC), `level`, `logger`, `message`, and the start-up values."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         members: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            # mitmproxy has one of its own, between information and warning.
+            # ALERT is mitmproxy's own level, between INFO and WARNING.
             "level": "info" if record.levelname == "ALERT" else record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -87,7 +87,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class SummaryFormatter(MitmFormatter):
-    """As mitmproxy's, but the start is more than a line."""
+    """Like mitmproxy's formatter, but shows the start-up line as a summary."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line or the summary."""
@@ -97,7 +97,7 @@ class SummaryFormatter(MitmFormatter):
 
 
 def _summary(listener: str, upstream: str, identity: str, lifetime: str) -> str:
-    from rich.console import Console  # noqa: PLC0415  nobody else has to wait for it
+    from rich.console import Console  # noqa: PLC0415  slow to import, only needed here
     from rich.panel import Panel  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -109,13 +109,13 @@ def _summary(listener: str, upstream: str, identity: str, lifetime: str) -> str:
         ("listening at", Text(listener, "bold")),
         ("forwarding to", Text(upstream)),
         ("as", Text(identity)),
-        ("with tokens of", Text(f"{lifetime} s, renewed in time")),
+        ("token lifetime", Text(f"{lifetime} s, renewed automatically")),
         ("try", Text(f"curl {listener}/")),
     ):
         rows.add_row(name, value)
     encoding = (sys.stdout.encoding or "ascii").lower()
     out = io.TextIOWrapper(io.BytesIO(), encoding)
     console = Console(file=out, force_terminal=True, width=min(shutil.get_terminal_size().columns, 100))
-    console.print(Panel(rows, title="OIDC proxy", subtitle="Ctrl-C ends it", border_style="green", expand=False))
+    console.print(Panel(rows, title="OIDC proxy", subtitle="Ctrl-C to stop", border_style="green", expand=False))
     out.seek(0)
     return out.read().rstrip("\n")

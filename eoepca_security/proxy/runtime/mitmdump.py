@@ -1,4 +1,4 @@
-"""One process: mitmdump, with our add-on as an instance in it."""
+"""Runs mitmdump with the add-on in one process."""
 
 import argparse
 import asyncio
@@ -21,17 +21,17 @@ from eoepca_security.proxy.patches import certificate_authority, connection_pool
 from eoepca_security.proxy.patches.hook_cache import settle_memory
 from eoepca_security.proxy.patches.shared_listeners import share_listeners
 from eoepca_security.proxy.policy.remedies import command_remedy, runs_in_container, told
-from eoepca_security.proxy.runtime.logs import complain, set_format
+from eoepca_security.proxy.runtime.logs import print_error, set_format
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What one of several processes is given: the sockets to listen on, and how it is asked about its state.
+    """What each of several processes gets: the sockets to listen on, and the channel for questions about its state.
 
-    `lifeline` is a file descriptor that ends when the process that started this one is gone. `end` ends them all. Only
-    one, and only once, `leads`: it tells of the start, and ends the proxy where the credentials are rejected then.
+    `lifeline` is a file descriptor that reaches its end when the supervisor is gone. `end` stops all processes. Only
+    one worker, on its first start, `leads`: it logs the start, and stops the proxy if the credentials are rejected.
     """
 
     listeners: Sequence[socket.socket]
@@ -59,15 +59,15 @@ def _run(
     class Master(DumpMaster):
         def __init__(self, options: Options) -> None:
             super().__init__(options)
-            # Ours rather than mitmproxy's defaults, which arguments and its config file may change: our start-up line
-            # and what goes wrong, not a line for every connection and request.
+            # Our defaults, which arguments and mitmproxy's config file may override: log the start-up line and errors,
+            # not a line for every connection and request.
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             set_format(self, log_format, without=is_told_elsewhere)
             self.event_loop.set_exception_handler(_ignore_cancelled)
             addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
             self.addons.add(addon)
             addon.begin()
-            # Where mitmproxy has scripts: behind its authentication of clients, ahead of what shows and saves flows.
+            # The position of scripts: after mitmproxy's client authentication, before it shows and saves flows.
             chain = self.addons.chain
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
             connection_pool.install(connection_pool.Pool())
@@ -80,17 +80,17 @@ def _run(
             self.event_loop.remove_reader(lifeline)
             self.shutdown()  # type: ignore[no-untyped-call]
 
-        def _started(self, listener: str, failure: TokenError | None) -> None:
+        def _started(self, listener: str, error: TokenError | None) -> None:
             nonlocal exit_code, starting
             starting = False
             settle_memory()
-            if isinstance(failure, CredentialsRejected) and leads:
+            if isinstance(error, CredentialsRejected) and leads:
                 exit_code = 1
-                remedy = command_remedy(failure, settings, in_container=runs_in_container())
-                complain(f"{failure.code}: {told(failure, remedy)}", log_format)
+                remedy = command_remedy(error, settings, in_container=runs_in_container())
+                print_error(f"{error.code}: {told(error, remedy)}", log_format)
                 super().shutdown()  # type: ignore[no-untyped-call]
             elif on_started is not None:
-                on_started(self, listener, failure)
+                on_started(self, listener, error)
 
     own = [
         *("--mode", f"reverse:{settings.upstream}"),
@@ -108,7 +108,7 @@ def _run(
 
 
 def _ignore_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Keep early patch releases of Python 3.11 and 3.12 from reporting connections that end with the program."""
+    """Keep early patch releases of Python 3.11 and 3.12 from reporting connections that are cancelled at exit."""
     if not isinstance(context.get("exception"), asyncio.CancelledError):
         loop.default_exception_handler(context)
 

@@ -1,4 +1,4 @@
-"""Several processes: the workers, and the one with the admin listener."""
+"""Runs several processes: the workers, and one with the admin listener."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ from eoepca_security.proxy.admin.worker_states import Channel, Workers
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.patches.hook_cache import settle_memory
 from eoepca_security.proxy.patches.lazy_imports import without_cas
-from eoepca_security.proxy.runtime.logs import complain, log_plainly
+from eoepca_security.proxy.runtime.logs import log_plainly, print_error
 from eoepca_security.proxy.runtime.mitmdump import Worker, _run
 from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 from eoepca_security.proxy.runtime.supervisor import QUIT, Part, supervise
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 def run_workers(
     settings: Settings, arguments: Sequence[str], confdir: str, log_format: str, folder: PrivateFolder | None
 ) -> int:
-    """Run several processes that listen on the same sockets, and one for the admin listener.
+    """Run several workers that listen on the same sockets, and a process with the admin listener.
 
-    When the supervisor is killed, the last process that is left removes the folder.
+    If the supervisor is killed, the last remaining process removes the folder.
     """
     with without_cas():
         from tornado.netutil import bind_sockets  # noqa: PLC0415
 
-        from eoepca_security.proxy.admin.server import Admin  # noqa: PLC0415  before the processes part
+        from eoepca_security.proxy.admin.server import Admin  # noqa: PLC0415  before forking
 
     listeners = bind_sockets(settings.port, settings.host)
     supervisor = os.getpid()
-    # Which one of the others could not have, but all know.
+    # Resolve port 0 once, so that all processes report the same port.
     settings = replace(settings, port=listeners[0].getsockname()[1])
     lines = [Channel.make() for _ in range(settings.workers)]
 
@@ -53,7 +53,7 @@ def run_workers(
         _leave_orphaned(folder, supervisor)
         return code
 
-    def tell(is_first: bool, lifeline: int) -> int:
+    def run_admin(is_first: bool, lifeline: int) -> int:
         close_listeners()
         log_plainly(log_format)
         admin = Admin(settings, Workers(settings, lines, end_all).subject())
@@ -63,12 +63,12 @@ def run_workers(
 
     def on_worker_exit(number: int, fate: str) -> None:
         what = f"worker {number + 1} of {settings.workers}" if number < settings.workers else "the admin listener"
-        complain(f"{what} {fate}; another takes its place", log_format)
+        print_error(f"{what} {fate}; starting another", log_format)
 
     parts = [Part(partial(work, number)) for number in range(settings.workers)]
     if settings.admin is not None:
-        parts.append(Part(tell, is_worker=False))
-    # What is there already is neither looked through nor, so, copied by each of them.
+        parts.append(Part(run_admin, is_worker=False))
+    # Otherwise each process's garbage collector scans, and so copies, the shared memory.
     settle_memory()
     return supervise(parts, on_end=close_listeners, on_worker_exit=on_worker_exit)
 
@@ -79,7 +79,7 @@ def _leave_orphaned(folder: PrivateFolder | None, supervisor: int) -> None:
 
 
 async def _serve_admin(admin: "Admin", lifeline: int) -> None:
-    """Run the admin listener until this process is told to end, or is on its own."""
+    """Run the admin listener until this process must stop or the supervisor is gone."""
     end, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, end.set)
     loop.add_reader(lifeline, end.set)

@@ -1,4 +1,4 @@
-"""Running mitmdump in this process, with our add-on as an instance in it."""
+"""Runs the proxy, in this process or in several."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from eoepca_security.proxy.runtime.environment import (
     upstream_trust,
     writable_confdir,
 )
-from eoepca_security.proxy.runtime.logs import complain
+from eoepca_security.proxy.runtime.logs import print_error
 from eoepca_security.proxy.runtime.mitmdump import OnStarted, _run
 from eoepca_security.proxy.runtime.processes import run_workers
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 def run(
     settings: Settings, extra: Sequence[str] = (), on_started: OnStarted | None = None, log_format: str = "text"
 ) -> int:
-    """Run the proxy until it is told to stop; return the exit code.
+    """Run the proxy until it is stopped; return the exit code.
 
-    `extra` are mitmdump's own arguments. `on_started` is called in the event loop once the first refresh has ended; not
-    with several workers. `log_format` is one of `logs.FORMATS`.
-    A rejected credential ends the start with exit code 1.
+    `extra` are mitmdump's own arguments. `on_started` is called in the event loop after the first refresh, but not with
+    several workers. `log_format` is one of `logs.FORMATS`. If the credentials are rejected at the start, the exit code
+    is 1. Raises SettingsError.
     """
     if settings.upstream is None:
         raise SettingsError(f"{UPSTREAM.env}: is required")
-    if problem := taken_address(settings):
-        complain(problem, log_format)
+    if message := taken_address(settings):
+        print_error(message, log_format)
         return 1
     with upstream_trust(settings) as trust_arguments, writable_confdir() as confdir:
         arguments = [*trust_arguments, *extra]

@@ -1,7 +1,7 @@
-"""Several processes that serve one listener, and the one that starts them, replaces those that die, and ends them all.
+"""The supervisor: starts several processes for one listener, replaces those that die, and stops them all.
 
-They are forked from a process that has imported everything and listens already: a connection waits in the one queue
-until any of them takes it, so none is lost when one of them dies before that.
+It forks them after importing everything and starting to listen. All processes accept from the same queue, so a process
+that dies loses no waiting connection.
 """
 
 import contextlib
@@ -17,27 +17,27 @@ from typing import Final
 from eoepca_security.proxy.addons.drain import SAME_SIGNAL
 
 END_TIMEOUT: Final = 12.0
-"""Seconds that the processes have to end when they are told to; then they are killed."""
+"""Seconds that the processes have to stop before they are killed."""
 
 MAX_DELAY: Final = 5.0
-"""Longest time in seconds before the next attempt to replace a process that ends again and again."""
+"""The longest delay in seconds before restarting a process that keeps failing."""
 
 QUIT: Final = signal.SIGUSR1
-"""Tells the supervisor to end; unlike others a second one does not mean haste."""
+"""Tells the supervisor to stop. Unlike with other signals, a second one does not stop it at once."""
 
 _SETTLED_AFTER: Final = 30.0
 _CRASHED: Final = 70  # sysexits.h: an internal software error
 
-# The first start ends with these where it cannot succeed: a fault, wrong settings.
+# Exit codes of a first start that cannot succeed: an error, or wrong settings.
 _HOPELESS: Final = (1, 2)
 
 
 @dataclass
 class Part:
-    """What one process does, and how that went so far.
+    """What one process runs, and its history.
 
-    `run` returns an exit code. It is told whether this is the first time, and given a file descriptor that reaches its
-    end when this part is to end, or the supervisor is gone. Parts that are no workers end last.
+    `run` returns an exit code. Its arguments are whether this is the first start, and a file descriptor that reaches
+    its end when this part must stop or the supervisor is gone. Parts that are not workers stop last.
     """
 
     run: Callable[[bool, int], int]
@@ -54,9 +54,10 @@ def supervise(
     on_worker_exit: Callable[[int, str], None],
     now: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Run all parts, each in a process of its own, until one of them or a signal ends them; return the exit code.
+    """Run each part in a process of its own until one of them or a signal stops them all; return the exit code.
 
-    `on_end` is called when the end begins, `mourn` with the number and the fate of each part that died.
+    `on_end` is called when the supervisor begins to stop, and `on_worker_exit` with the index and fate of each part
+    that died.
     """
     return _Supervisor(parts, on_end, on_worker_exit, now).run()
 
@@ -79,14 +80,14 @@ class _Supervisor:
         self._are_others_ending = False
         self._ends_since = self._killed_at = float("inf")
         self._signals = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, QUIT}
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # it is to outlive the terminal otherwise (nohup)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # otherwise it must outlive the terminal (nohup)
             self._signals.add(signal.SIGHUP)
-        # Their ends tell workers, and the others, that they are to end, or that we are gone, however that came about. A
-        # signal may come from elsewhere, too, and a second one means haste.
+        # Closing these pipes tells the workers (True) and the other parts (False) to stop, also if the supervisor is
+        # killed. Signals would be ambiguous: they can come from elsewhere, and a second one means to stop at once.
         self._lifelines = {True: os.pipe(), False: os.pipe()}
 
     def run(self) -> int:
-        # Waited for instead of handled: nothing is missed, and nothing happens at a bad time.
+        # Wait for signals instead of handling them, so that none is missed and none interrupts other work.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         for part in self._parts:
             self._start(part)
@@ -125,7 +126,7 @@ class _Supervisor:
             return
         code = _CRASHED
         try:
-            # A Ctrl-C at the terminal is ours to pass on; as a second signal it would end them at once.
+            # Only the supervisor gets a Ctrl-C from the terminal: for the workers it would be a second signal.
             os.setpgid(0, 0)
             for _, end in self._lifelines.values():
                 os.close(end)
@@ -133,7 +134,7 @@ class _Supervisor:
             code = part.run(is_first, self._lifelines[part.is_worker][0])
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else _CRASHED
-        except BaseException:  # noqa: BLE001  nothing may return to what the other process does
+        except BaseException:  # noqa: BLE001  the forked process must not return into the supervisor's code
             traceback.print_exc()
         finally:
             for stream in (sys.stdout, sys.stderr):
@@ -163,7 +164,7 @@ class _Supervisor:
         part.failures = 1 if lived > _SETTLED_AFTER else part.failures + 1
         delay = 0.0 if part.failures == 1 else min(2.0 ** (part.failures - 2), MAX_DELAY)
         self._due[self._now() + delay] = part
-        # Nobody may be there to read it.
+        # Standard error may be closed.
         with contextlib.suppress(Exception):
             self._on_worker_exit(self._parts.index(part), fate)
 
@@ -182,7 +183,7 @@ class _Supervisor:
             self._end_others()
 
     def _end_others(self) -> None:
-        """Let those that are no workers end once no worker is left."""
+        """Stop the other parts once no worker is left."""
         if not any(part.is_worker for part in self._running.values()) and not self._are_others_ending:
             self._are_others_ending = True
             os.close(self._lifelines[False][1])

@@ -183,7 +183,7 @@ def test_a_login_that_nobody_confirms_ends_with_its_time(issuer: FakeIssuer) -> 
 
 
 @pytest.mark.parametrize(
-    ("error", "says"), [("access_denied", "was refused there"), ("expired_token", "in time: log in again")]
+    ("error", "says"), [("access_denied", "the login was denied"), ("expired_token", "in time: log in again")]
 )
 def test_a_device_login_that_fails_says_why(error: str, says: str, run: Run, issuer: FakeIssuer) -> None:
     issuer.behaviour.login.polls = ["authorization_pending", error]
@@ -260,7 +260,7 @@ def test_the_browser_comes_back_to_the_port_that_was_asked_for(
 def test_a_port_is_for_browsers(run: Run) -> None:
     code, out, err = run("login", "--port", "8765")
     assert (code, out) == (2, "")
-    assert "--port is for --browser" in err
+    assert "--port needs --browser" in err
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_a_port_is_for_browsers(run: Run) -> None:
     [
         ({"iss": "https://evil.example"}, "from another issuer"),
         ({"iss": None}, "from another issuer"),
-        ({"error": "access_denied", "code": None}, "refused there"),
+        ({"error": "access_denied", "code": None}, "the login was denied"),
         ({"error": "server_error", "error_description": "<b>x</b>", "code": None}, "server_error"),
         ({"code": None}, "without a code"),
         ({"code": "stolen"}, "invalid_grant"),
@@ -289,7 +289,7 @@ def test_a_redirect_that_is_not_right_gives_no_session(
     assert stored(issuer, tmp_path) is None
     eventually_seen(visits)
     assert visits[0].status_code == 400
-    assert "The login failed" in visits[0].text
+    assert "Login failed" in visits[0].text
 
 
 def eventually_seen(visits: list[httpx.Response]) -> None:
@@ -384,7 +384,7 @@ def test_logout_ends_the_session_there_and_here(run: Run, issuer: FakeIssuer, tm
     assert session.refresh_token not in out
     assert run("logout")[:2] == (
         0,
-        f"No session is kept in {tmp_path / 'store'} for these settings: there is nothing to do.\n",
+        f"There is no session for these settings in {tmp_path / 'store'}: there is nothing to do.\n",
     )
 
 
@@ -411,7 +411,7 @@ def test_logout_forgets_even_when_the_issuer_refuses(run: Run, issuer: FakeIssue
     code, out, err = run("logout")
     assert code == 1
     assert "unsupported_token_type" in err
-    assert "forgotten here" in out
+    assert "removed here" in out
     assert stored(issuer, tmp_path) is None
 
 

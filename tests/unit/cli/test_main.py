@@ -107,7 +107,7 @@ def test_a_port_that_is_taken_ends_with_1_and_one_short_line(
         more = {"PROXY_PORT": address.rpartition(":")[2], "REMOTE_PROTECTED_DOMAIN": "http://127.0.0.1:9"}
         set_environment(monkeypatch, issuer, **more)
         assert main(["serve"]) == 1
-    said = f"PROXY_PORT: cannot listen on {address} (Address already in use): stop what uses it, or choose another"
+    said = f"PROXY_PORT: cannot listen on {address} (Address already in use): stop the program that uses it, or choose another"
     assert capsys.readouterr().err == f"{said} port or PROXY_HOST\n"
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from eoepca_security.proxy.addons.lifecycle import STARTED
-from eoepca_security.proxy.runtime.logs import QUIET, JsonFormatter, NoRepeats, SummaryFormatter, complain
+from eoepca_security.proxy.runtime.logs import QUIET, JsonFormatter, NoRepeats, SummaryFormatter, print_error
 
 
 def record(message: str, *args: object, level: int = logging.WARNING, name: str = "x") -> logging.LogRecord:
@@ -80,8 +80,8 @@ def test_nothing_is_said_twice_in_a_row_until_it_is_news() -> None:
 
 
 def test_what_ends_a_command(capsys: pytest.CaptureFixture[str]) -> None:
-    complain("PROXY_PORT: taken", "text")
+    print_error("PROXY_PORT: taken", "text")
     assert capsys.readouterr().err == "PROXY_PORT: taken\n"
-    complain("PROXY_PORT: taken", "json")
+    print_error("PROXY_PORT: taken", "json")
     members = json.loads(capsys.readouterr().err)
     assert (members["level"], members["message"]) == ("error", "PROXY_PORT: taken")
