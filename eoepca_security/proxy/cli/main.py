@@ -23,6 +23,7 @@ from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS, TOKEN_STORE
 from eoepca_security.proxy.patches.lazy_imports import lazy_imports
 from eoepca_security.proxy.policy.remedies import command_remedy, login_remedy, runs_in_container, told
+from eoepca_security.proxy.runtime.output import print_error
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource
 
@@ -147,8 +148,6 @@ def serve(extra: Sequence[str], *, log_format: str | None) -> int:
 
         return run(settings, extra, log_format=log_format)
     except SettingsError as error:
-        from eoepca_security.proxy.runtime.logs import print_error  # noqa: PLC0415
-
         for problem in error.problems:
             print_error(problem, log_format)
         return 2

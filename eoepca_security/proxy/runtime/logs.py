@@ -7,14 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 from mitmproxy.addons.termlog import TermLog
 from mitmproxy.log import ALERT, MitmFormatter
 from mitmproxy.master import Master
 
 from eoepca_security.proxy.addons.lifecycle import STARTED
+from eoepca_security.proxy.runtime.output import members
 
 FORMATS: Final = ("text", "json")
 
@@ -43,14 +43,6 @@ def log_plainly(log_format: str) -> None:
     logging.basicConfig(level=ALERT, handlers=[handler])
 
 
-def print_error(message: str, log_format: str) -> None:
-    """Write an error message to standard error."""
-    if log_format == "json":
-        record = logging.LogRecord("eoepca_security.proxy", logging.ERROR, "", 0, message, None, None)
-        message = JsonFormatter().format(record)
-    print(message, file=sys.stderr)  # noqa: T201  the command's own output
-
-
 class NoRepeats(logging.Filter):
     """Drops a warning that repeats its logger's previous message within `QUIET` seconds."""
 
@@ -72,18 +64,12 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        members: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            # ALERT is mitmproxy's own level, between INFO and WARNING.
-            "level": "info" if record.levelname == "ALERT" else record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
+        line = members(record)
         if record.exc_info:
-            members["exception"] = self.formatException(record.exc_info)
+            line["exception"] = self.formatException(record.exc_info)
         if record.msg is STARTED and isinstance(record.args, tuple):
-            members |= zip(("listener", "upstream", "identity", "lifetime"), record.args, strict=True)
-        return json.dumps(members)
+            line |= zip(("listener", "upstream", "identity", "lifetime"), record.args, strict=True)
+        return json.dumps(line)
 
 
 class SummaryFormatter(MitmFormatter):
