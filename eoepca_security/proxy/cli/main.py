@@ -21,6 +21,7 @@ from eoepca_security.proxy.config.factory import make_source
 from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS, TOKEN_STORE
+from eoepca_security.proxy.patches import seams
 from eoepca_security.proxy.patches.lazy_imports import lazy_imports
 from eoepca_security.proxy.policy.remedies import command_remedy, login_remedy, runs_in_container, told
 from eoepca_security.proxy.runtime.output import print_error
@@ -144,6 +145,7 @@ def serve(extra: Sequence[str], *, log_format: str | None) -> int:
         with lazy_imports():
             if settings.workers == 1:  # several are forked, and a fork does not copy threads
                 begin_to_trust(settings.ca_file)
+            seams.check()
             from eoepca_security.proxy.runtime.serve import run  # noqa: PLC0415
 
         return run(settings, extra, log_format=log_format)
@@ -151,6 +153,9 @@ def serve(extra: Sequence[str], *, log_format: str | None) -> int:
         for problem in error.problems:
             print_error(problem, log_format)
         return 2
+    except seams.Moved as moved:
+        complain(str(moved), log_format)
+        return 1
 
 
 @cli.command(epilog=PRINT_EPILOG)
@@ -237,9 +242,10 @@ def check(extra: Sequence[str], *, as_json: bool) -> int:
 @click.pass_obj
 def demo(extra: Sequence[str], *, once: bool) -> int:
     """See it work, without any setup."""
+    _refuse(extra, "demo")
+    seams.check()
     from eoepca_security.proxy.cli.demo import run  # noqa: PLC0415  as in serve
 
-    _refuse(extra, "demo")
     return run(once=once)
 
 

@@ -7,11 +7,12 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from filelock import FileLock, Timeout
-from mitmproxy import certs
 from mitmproxy.addons.tlsconfig import TlsConfig
 from mitmproxy.certs import CertStore
 from mitmproxy.master import Master
 from mitmproxy.options import CONF_BASENAME, KEY_SIZE
+
+from eoepca_security.proxy.patches import seams
 
 _FILE: Final = f"{CONF_BASENAME}-ca.pem"
 
@@ -51,7 +52,7 @@ def load(master: Master) -> None:
 
 def read_quickly() -> None:
     """Let mitmproxy read the key, as it does twice during its start, in a hundredth of the time."""
-    certs.load_pem_private_key = load_private_key
+    seams.replace("mitmproxy.certs", "load_pem_private_key", load_private_key)
 
 
 def load_private_key(data: bytes, password: bytes | None) -> Any:

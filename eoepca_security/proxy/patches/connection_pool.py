@@ -14,7 +14,6 @@ from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from mitmproxy.connection import Client, Connection, ConnectionState, Server
-from mitmproxy.proxy import mode_servers
 from mitmproxy.proxy.commands import OpenConnection, StartHook
 from mitmproxy.proxy.events import Event
 from mitmproxy.proxy.layer import CommandGenerator, Layer
@@ -25,7 +24,7 @@ from mitmproxy.proxy.server import ConnectionIO
 from mitmproxy.proxy.server_hooks import ClientDisconnectedHook, ServerConnectionHookData, ServerDisconnectedHook
 from mitmproxy.proxy.tunnel import TunnelLayer, TunnelState
 
-from eoepca_security.proxy.patches import http_stream
+from eoepca_security.proxy.patches import http_stream, seams
 
 MAX_IDLE: Final = 32
 """Most connections that are kept at a time."""
@@ -109,8 +108,8 @@ def install(pool: Pool) -> None:
     class Handler(_PoolingHandler):
         _pool = pool
 
-    mode_servers.ProxyConnectionHandler = Handler  # type: ignore[misc]
-    HttpLayer.get_connection = _get_connection  # type: ignore[method-assign,assignment]
+    seams.replace("mitmproxy.proxy.mode_servers", "ProxyConnectionHandler", Handler)
+    seams.replace("mitmproxy.proxy.layers.http:HttpLayer", "get_connection", _get_connection)
 
 
 _handlers: "WeakValueDictionary[Client, _PoolingHandler]" = WeakValueDictionary()

@@ -11,20 +11,20 @@ from typing import Any, Final
 from mitmproxy import optmanager
 from mitmproxy.http import Headers
 
+from eoepca_security.proxy.patches import seams
+
 _LONG: Final = 64  # longer names are not worth remembering
 _UNCHANGEABLE: Final = frozenset({str, int, float, bool, type(None)})
 
 
 def install() -> None:
     """Put these in the place of mitmproxy's, in this process."""
-    for owner, name, function in (
-        (Headers, "get_all", get_all),
-        (Headers, "get", get),
-        (Headers, "__getitem__", get_item),
-        (Headers, "__contains__", contains),
-        (optmanager._Option, "current", current),
-    ):
-        setattr(owner, name, function)
+    headers = "mitmproxy.http:Headers"
+    seams.replace(headers, "get_all", get_all)
+    seams.replace(headers, "get", get)
+    seams.replace(headers, "__getitem__", get_item)
+    seams.replace(headers, "__contains__", contains)
+    seams.replace("mitmproxy.optmanager:_Option", "current", current)
 
 
 def _key(name: str | bytes) -> bytes:

@@ -17,6 +17,8 @@ from mitmproxy.flow import Flow
 from mitmproxy.hooks import Hook, UpdateHook
 from mitmproxy.master import Master
 
+from eoepca_security.proxy.patches import seams
+
 # The callables of each add-on of the chain that has any, with those of the add-ons inside it.
 Calls = tuple[tuple[Callable[..., Any], ...], ...]
 
@@ -137,7 +139,7 @@ class CachedAddonManager(AddonManager):
 def cache_hooks(master: Master) -> None:
     """Make `master` remember which of its add-ons have which hooks; a manager of another kind is left alone."""
     if type(master.addons) is AddonManager:
-        master.addons.__class__ = CachedAddonManager
+        seams.replace("mitmproxy.addonmanager:AddonManager", "__class__", CachedAddonManager, of=master.addons)
         CachedAddonManager.begin(master.addons)  # type: ignore[arg-type]
 
 

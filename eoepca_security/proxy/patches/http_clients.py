@@ -21,8 +21,6 @@ from mitmproxy.proxy.commands import CloseConnection, CloseTcpConnection, Reques
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.events import ConnectionClosed, DataReceived, Event, Wakeup
 from mitmproxy.proxy.layer import CommandGenerator
-from mitmproxy.proxy.layers import http
-from mitmproxy.proxy.layers.http import _http1
 from mitmproxy.proxy.layers.http._base import ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
     HttpEvent,
@@ -36,6 +34,7 @@ from mitmproxy.proxy.layers.http._http2 import Http2Client
 from mitmproxy.proxy.layers.http._http3 import Http3Client
 from mitmproxy.proxy.mode_specs import ReverseMode
 
+from eoepca_security.proxy.patches import seams
 from eoepca_security.proxy.patches.messages import last_answer, with_headers
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.clearance import clearance
@@ -73,14 +72,15 @@ class RequestRefusedHook(StartHook):
 
 def install() -> None:
     """Put our layers in the place of mitmproxy's, for all connections of this process that are made from now on."""
-    http.Http1Client = _Http1Client  # type: ignore[attr-defined]
-    http.Http2Client = _Http2Client  # type: ignore[attr-defined]
-    http.Http3Client = _Http3Client  # type: ignore[attr-defined]
-    http.Http1Server = _Http1Server  # type: ignore[attr-defined]
-    http1.read_request_head = read_request_head
-    _http1.make_error_response = last_answer
+    http, http1 = "mitmproxy.proxy.layers.http", "mitmproxy.proxy.layers.http._http1"
+    seams.replace(http, "Http1Client", _Http1Client)
+    seams.replace(http, "Http2Client", _Http2Client)
+    seams.replace(http, "Http3Client", _Http3Client)
+    seams.replace(http, "Http1Server", _Http1Server)
+    seams.replace("mitmproxy.net.http.http1", "read_request_head", read_request_head)
+    seams.replace(http1, "make_error_response", last_answer)
     # mitmproxy raises on trailers, and the client hangs. A proxy may drop them (RFC 9110 §6.5.1).
-    _http1.ChunkedReader = _ChunkedReader  # type: ignore[attr-defined]
+    seams.replace(http1, "ChunkedReader", _ChunkedReader)
 
 
 def read_request_head(lines: list[bytes]) -> Request:
@@ -267,8 +267,8 @@ class _Http1Server(Http1Server):
 
 
 class _ChunkedReader(ChunkedReader):
-    def __call__(self, buffer: Any) -> Any:
-        event = super().__call__(buffer)
-        if event is None and len(buffer) > MAX_HEAD:
+    def __call__(self, buf: Any) -> Any:
+        event = super().__call__(buf)
+        if event is None and len(buf) > MAX_HEAD:
             raise LocalProtocolError("chunk extensions or trailers are too long")
         return EndOfMessage() if isinstance(event, EndOfMessage) else event

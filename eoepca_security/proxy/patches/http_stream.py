@@ -17,7 +17,7 @@ from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy.commands import CloseConnection, StartHook
 from mitmproxy.proxy.events import DataReceived, Event
 from mitmproxy.proxy.layer import CommandGenerator
-from mitmproxy.proxy.layers import http, websocket
+from mitmproxy.proxy.layers import websocket
 from mitmproxy.proxy.layers.http import DropStream, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import (
     RequestData,
@@ -30,7 +30,7 @@ from mitmproxy.proxy.layers.http._events import (
 )
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 
-from eoepca_security.proxy.patches import messages
+from eoepca_security.proxy.patches import messages, seams
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.headers import is_websocket
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_error
@@ -56,8 +56,8 @@ _used: WeakSet[Connection] = WeakSet()
 
 def install() -> None:
     """Put our streams in the place of mitmproxy's, for all connections of this process that are made from now on."""
-    http.HttpStream = Stream  # type: ignore[misc]
-    websocket.WebsocketLayer = _WebSocket  # type: ignore[misc]
+    seams.replace("mitmproxy.proxy.layers.http", "HttpStream", Stream)
+    seams.replace("mitmproxy.proxy.layers.websocket", "WebsocketLayer", _WebSocket)
 
 
 def _check(request: Request, answer: Response) -> None:

@@ -1,7 +1,7 @@
 """A start without what mitmproxy and others load and check and the proxy never, or hardly ever, uses.
 
-The first import of mitmproxy stands in a `with light()` block. What is put off here is loaded when somebody asks for
-it.
+The first import of mitmproxy stands in a `with lazy_imports()` block. What is put off here is loaded when somebody
+asks for it.
 """
 
 import gc
@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
+
+from eoepca_security.proxy.patches import seams
 
 _ONBOARDING: Final = "mitmproxy.addons.onboardingapp"
 
@@ -47,11 +49,11 @@ def without_cas() -> Iterator[None]:
         if threading.get_ident() != importer:
             load(context, *arguments)
 
-    ssl.SSLContext.load_default_certs = load_elsewhere  # type: ignore[method-assign,assignment]
+    seams.replace("ssl:SSLContext", "load_default_certs", load_elsewhere)
     try:
         yield
     finally:
-        ssl.SSLContext.load_default_certs = load  # type: ignore[method-assign]
+        seams.replace("ssl:SSLContext", "load_default_certs", load)
 
 
 @contextmanager
@@ -60,18 +62,13 @@ def _unchecked() -> Iterator[None]:
 
     They find mistakes in mitmproxy itself: `python -O` leaves them out, too.
     """
-    from mitmproxy.proxy import utils  # noqa: PLC0415  all of mitmproxy is loaded late
-
-    expect = utils.expect
-    utils.expect = _expect_anything
+    expect = seams.replace("mitmproxy.proxy.utils", "expect", _expect_anything)
     try:
-        from mitmproxy.http import MessageData  # noqa: PLC0415
-
-        if hasattr(MessageData, "__post_init__"):
-            MessageData.__post_init__ = _check_nothing  # type: ignore[method-assign]
+        if __debug__:
+            seams.replace("mitmproxy.http:MessageData", "__post_init__", _check_nothing)
         yield
     finally:
-        utils.expect = expect
+        seams.replace("mitmproxy.proxy.utils", "expect", expect)
 
 
 def _expect_anything(*_: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -7,6 +7,8 @@ from typing import Any, Final
 
 from mitmproxy.proxy.mode_servers import AsyncioServerInstance
 
+from eoepca_security.proxy.patches import seams
+
 _BACKLOG: Final = 128
 
 
@@ -27,4 +29,4 @@ def share_listeners(address: tuple[str, int], listeners: Sequence[socket.socket]
             listener.listen(_BACKLOG)
         return servers
 
-    AsyncioServerInstance.listen = listen_together  # type: ignore[method-assign,assignment]
+    seams.replace("mitmproxy.proxy.mode_servers:AsyncioServerInstance", "listen", listen_together)
