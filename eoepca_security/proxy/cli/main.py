@@ -154,7 +154,7 @@ def serve(extra: Sequence[str], *, log_format: str | None) -> int:
             print_error(problem, log_format)
         return 2
     except seams.Moved as moved:
-        complain(str(moved), log_format)
+        print_error(str(moved), log_format)
         return 1
 
 

@@ -117,6 +117,19 @@ def test_the_register_knows_files_that_exist_and_each_name_once_for_each_of_them
         assert (PACKAGE / "proxy" / row.file).is_file(), row
 
 
+def test_what_is_replaced_in_a_module_names_who_looks_it_up_there() -> None:
+    calls = [
+        node
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "seams.replace"
+    ]
+    names = {ast.literal_eval(call.args[1]) for call in calls}
+    assert {"HttpStream", "Http1Client", "ChunkedReader", "ProxyConnectionHandler"} <= names
+    for row in ROWS:
+        assert row.users or row.name not in names or ":" in row.owner, row
+
+
 def test_the_remedy_is_the_version_that_is_tested() -> None:
     assert metadata.version("mitmproxy") == seams.TESTED
 
