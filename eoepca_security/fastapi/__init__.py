@@ -1,4 +1,4 @@
-"""For services behind a gateway: verified claims in FastAPI. May import `issuer` and `oauth`."""
+"""For services behind a gateway: verified claims in FastAPI. May import `issuer`."""
 
 from eoepca_security.fastapi.scheme import Authentication, OIDCProxyScheme, require_roles
 

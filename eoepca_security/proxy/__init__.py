@@ -1,1 +1,1 @@
-"""The proxy: everything that depends on mitmproxy."""
+"""The proxy's wings. `policy` and `config`, and what is below them, do without mitmproxy."""

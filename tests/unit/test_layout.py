@@ -1,20 +1,10 @@
 """How tests are arranged: what several need stands in `tests.support`, so that each can be moved and read alone."""
 
-import ast
 from pathlib import Path
 
+from tests.support.imports import imported
+
 TESTS = Path(__file__).parent.parent
-
-
-def imported(file: Path) -> set[str]:
-    """Return the names of all modules that a file may import."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
 
 
 def test_no_test_imports_another_or_conftest() -> None:

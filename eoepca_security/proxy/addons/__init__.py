@@ -1,1 +1,1 @@
-"""The mitmproxy add-ons, which use public hooks only. May import `patches`, `admin` and `policy`."""
+"""The mitmproxy add-ons, which use public hooks only. May import `patches` and `admin`."""

@@ -1,1 +1,1 @@
-"""The admin listener: status page, metrics, probes and shutdown. May import `policy` and `config`."""
+"""The admin listener: status page, metrics, probes and shutdown. May import `policy`."""

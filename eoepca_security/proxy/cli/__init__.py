@@ -1,1 +1,1 @@
-"""The commands, one file each. May import every other wing, and `testing` for the demo."""
+"""The commands, one file each. May import `runtime`, and `testing` for the demo."""
