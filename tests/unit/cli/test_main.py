@@ -1,8 +1,9 @@
 """The command line, called in this process: what it prints and how it ends."""
 
+import logging
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ from tests.support.environment import set_environment
 
 
 @pytest.fixture(autouse=True)
-def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     for variable in VARIABLES:
         monkeypatch.delenv(variable.env, raising=False)
         monkeypatch.delenv(f"{variable.env}_FILE", raising=False)
+    # `token` changes its level, for the rest of its process.
+    logger = logging.getLogger("eoepca_security.session.source")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def test_token_prints_an_access_token_and_nothing_else(
