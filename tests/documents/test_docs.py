@@ -22,7 +22,7 @@ from tests.support.processes import ROOT
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "python-api.md").read_text()
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
-PAGES = (ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")))
 PATHS = ("/me", "/catalogue", "/admin")
 
 

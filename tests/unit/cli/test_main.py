@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from eoepca_security.proxy.cli.main import main
+from eoepca_security.proxy.cli.main import cli, main
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour, FakeIssuer
 from tests.support.environment import set_environment
+from tests.support.processes import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -143,11 +144,24 @@ def test_wrong_arguments_end_with_2(arguments: Sequence[str], capsys: pytest.Cap
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    for word in ("serve", "check", "login", "logout", "token", "demo", "Examples:"):
+    for word in (*cli.commands, "Examples:"):
         assert word in out
 
 
-@pytest.mark.parametrize("verb", ["serve", "check", "login", "logout", "token", "demo"])
+def test_the_launcher_and_the_documents_name_the_commands() -> None:
+    launcher = (ROOT / "run-mitmproxy.py").read_text()
+    names = re.search(r"^if not \{(.*)\}\.intersection", launcher, re.MULTILINE)
+    assert names is not None
+    assert set(re.findall(r'"(\w+)"', names[1])) == set(cli.commands) - {"serve"}
+    usage = re.search(r"run-mitmproxy\.py \[([\w|]+)\]", launcher)
+    assert usage is not None
+    assert set(usage[1].split("|")) == set(cli.commands)
+    row = re.search(r"^\| `run-mitmproxy\.py` \|.*$", (ROOT / "docs" / "how-it-works.md").read_text(), re.MULTILINE)
+    assert row is not None
+    assert {name for name in cli.commands if f"`{name}`" in row[0]} == set(cli.commands)
+
+
+@pytest.mark.parametrize("verb", sorted(cli.commands))
 def test_help_of_each_command_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
