@@ -21,8 +21,8 @@ from eoepca_security.proxy.patches import certificate_authority, connection_pool
 from eoepca_security.proxy.patches.hook_cache import settle_memory
 from eoepca_security.proxy.patches.shared_listeners import share_listeners
 from eoepca_security.proxy.policy.remedies import command_remedy, runs_in_container, told
-from eoepca_security.proxy.runtime.output import print_error
 from eoepca_security.proxy.runtime.logs import set_format
+from eoepca_security.proxy.runtime.output import print_error
 
 OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
 

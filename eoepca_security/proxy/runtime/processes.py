@@ -12,9 +12,9 @@ from eoepca_security.proxy.admin.worker_states import Channel, Workers
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.patches.hook_cache import settle_memory
 from eoepca_security.proxy.patches.lazy_imports import without_cas
-from eoepca_security.proxy.runtime.output import print_error
 from eoepca_security.proxy.runtime.logs import log_plainly
 from eoepca_security.proxy.runtime.mitmdump import Worker, _run
+from eoepca_security.proxy.runtime.output import print_error
 from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 from eoepca_security.proxy.runtime.supervisor import QUIT, Part, supervise
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import UPSTREAM
-from eoepca_security.proxy.runtime.output import print_error
 from eoepca_security.proxy.runtime.environment import (
     shared_session,
     taken_address,
@@ -14,6 +13,7 @@ from eoepca_security.proxy.runtime.environment import (
     writable_confdir,
 )
 from eoepca_security.proxy.runtime.mitmdump import OnStarted, _run
+from eoepca_security.proxy.runtime.output import print_error
 from eoepca_security.proxy.runtime.processes import run_workers
 
 if TYPE_CHECKING:

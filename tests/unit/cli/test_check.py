@@ -468,7 +468,10 @@ def test_the_admin_listeners_port_that_is_taken_is_a_fault_only_where_it_was_set
         taken = Address("127.0.0.1", server.port)
         steps = run(replace(settings, admin=taken, admin_is_set=True))
         assert f"{taken} (Address already in use)" in steps["listener"].detail
-        assert remedy_of(steps, "listener") == "stop the program that uses it, or set PROXY_ADMIN to another address, or off"
+        assert (
+            remedy_of(steps, "listener")
+            == "stop the program that uses it, or set PROXY_ADMIN to another address, or off"
+        )
         step = run(replace(settings, admin=taken))["listener"]
     assert step.status == "ok"
     assert "there will be no admin listener: cannot listen on" in step.detail

@@ -114,8 +114,9 @@ def test_a_port_that_is_taken_ends_with_1_and_one_short_line(
         more = {"PROXY_PORT": address.rpartition(":")[2], "REMOTE_PROTECTED_DOMAIN": "http://127.0.0.1:9"}
         set_environment(monkeypatch, issuer, **more)
         assert main(["serve"]) == 1
-    said = f"PROXY_PORT: cannot listen on {address} (Address already in use): stop the program that uses it, or choose another"
-    assert capsys.readouterr().err == f"{said} port or PROXY_HOST\n"
+    said = f"PROXY_PORT: cannot listen on {address} (Address already in use)"
+    remedy = "stop the program that uses it, or choose another port or PROXY_HOST"
+    assert capsys.readouterr().err == f"{said}: {remedy}\n"
 
 
 def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from eoepca_security.proxy.addons.lifecycle import STARTED
-from eoepca_security.proxy.runtime.output import print_error
 from eoepca_security.proxy.runtime.logs import QUIET, JsonFormatter, NoRepeats, SummaryFormatter
+from eoepca_security.proxy.runtime.output import print_error
 
 
 def record(message: str, *args: object, level: int = logging.WARNING, name: str = "x") -> logging.LogRecord:
