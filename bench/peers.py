@@ -1,6 +1,6 @@
-"""What stands around the proxy in the benchmark: a service, a slow link, and clients that keep it busy.
+"""The proxy's peers in the benchmark: a service, a slow link, and clients that keep it busy.
 
-Each runs as a process of its own, `python peers.py service|relay|load|http2 …`, so that none takes the other's time.
+Each runs in its own process, `python peers.py service|relay|load|http2 …`, so that they do not share processor time.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""How fast the proxy is, beside mitmproxy without it: `uv run bench/proxy.py [--rounds N] [--write]`.
+"""Compare the proxy's speed with bare mitmdump's: `uv run bench/proxy.py [--rounds N] [--write]`.
 
-Everything runs on this machine and takes turns, so the ratios mean something where the figures alone do not. `--write`
-puts them into RESULTS.md. nginx, where it is installed, is measured too.
+Everything runs on this machine in turns, so compare the ratios rather than the figures. `--write` writes them to
+RESULTS.md. nginx is measured too, if it is installed.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What a verification costs, beside PyJWT alone, fastapi-azure-auth and Authlib.
+"""Compare the cost of a verification with PyJWT alone, fastapi-azure-auth and Authlib.
 
     uv run --group bench bench/validate.py
 
-All verify the same RS256 token with the same cached key; their turns alternate, and the median of all rounds counts, so
-that a machine that is busy for a while is busy for all. Ratios are to `jwt.decode`; below 1 is faster.
+All verify the same RS256 token with the same cached key, in alternating rounds, so that a busy machine affects all
+equally. The results are medians, and ratios to `jwt.decode`; below 1 is faster.
 """
 
 import asyncio

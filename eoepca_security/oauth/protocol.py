@@ -276,7 +276,7 @@ def read_answer(
             was_sent=True,
             cause="unclear_refusal" if status in (400, 401, 403) else None,
         ) from None
-    # RFC 6749 §5.1 says 200; who answers 201 has issued the tokens all the same.
+    # RFC 6749 §5.1 says 200, but an issuer that answers 201 has issued the tokens too.
     if not 200 <= status < 300:
         _raise_error(status, answer, secrets, final, endpoint)
     return answer

@@ -59,7 +59,7 @@ _CLAIMS_OF_KIND_OR_OTHER_THINGS: Final = {
     "token_usage": _KINDS,  # OpenIddict
     "token_type": _KINDS,
     "type": _KINDS,  # Glewlwyd
-    "tokenType": {"refresh_token": "refresh", "id_token": "ID"},  # Casdoor, where the access token is the ID token, too
+    "tokenType": {"refresh_token": "refresh", "id_token": "ID"},  # Casdoor, whose access token is also the ID token
 }
 
 # Claims found only in ID tokens (OpenID Connect Core §3.3.2.11) and logout tokens (Back-Channel Logout §2.4).

@@ -73,7 +73,7 @@ def test_mitmweb_runs_the_commands(
             assert any(line.startswith("identity: alice") for line in told)
             assert run("oidc.refresh") == {"value": None}
             log = url.copy_with(path="/events")
-            eventually(lambda: "a new access token: of alice" in client.get(log).text)
+            eventually(lambda: "new access token for alice" in client.get(log).text)
             assert "no refresh now; try again in" in str(run("oidc.refresh")["error"])
             assert len(issuer.requests) == 2
             shown = client.get(log).text + str(told) + client.get(url.copy_with(path="/commands")).text
@@ -144,7 +144,7 @@ def test_mitmproxys_console_shows_them(
         eventually(lambda: "Ready: Requests get a token." in console.text())
         eventually(lambda: "identity: alice" in console.text())
         console.type("q:oidc.refresh\r")
-        eventually(lambda: "a new access token: of alice" in console.text())
+        eventually(lambda: "new access token for alice" in console.text())
         console.type(":oidc.refresh\r")
         eventually(lambda: "no refresh now" in console.text())
         assert len(issuer.requests) == 2

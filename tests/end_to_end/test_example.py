@@ -113,7 +113,7 @@ async def test_it_goes_on_calling_with_fresh_tokens(
     assert issuer.reuses == 0
     assert {request.form["grant_type"] for request in issuer.requests} == {"refresh_token"}
     shown = caplog.text + "".join(answer.text for answer in answers)
-    assert "in the name of 'u-1': answered 200" in shown
+    assert "on behalf of 'u-1': answered 200" in shown
     used = [part for seen in service.seen for part in seen.authorization[0].split(" ")[1].split(".")[1:]]
     assert not any(secret in shown for secret in [*used, *(r.form["refresh_token"] for r in issuer.requests)])
 

@@ -273,7 +273,7 @@ def test_an_admin_address_in_use_ends_the_start_only_where_it_was_set(start: Sta
             usual.listen()
         proxy = start("launcher", "http://127.0.0.1:9", settings_for(issuer, PROXY_ADMIN=""))
         assert proxy.url
-        assert "no admin listener" in proxy.output
+        assert "without the admin listener" in proxy.output
 
 
 def is_down(handler: Handler) -> bool:

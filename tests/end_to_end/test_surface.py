@@ -340,7 +340,7 @@ def test_the_admin_listener_tells_of_the_proxy(setup: Setup, client: httpx.Clien
     assert client.get(setup.url, headers={"Host": "evil.example"}).status_code == 403
     newest = client.get(f"{setup.admin}/status").json()["recent_errors"][0]
     assert newest["code"] == "host_not_allowed"
-    assert "evil.example is not a name of this proxy" in newest["detail"]
+    assert "evil.example is not an allowed name of this proxy" in newest["detail"]
     metrics = client.get(f"{setup.admin}/metrics")
     assert metrics.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     for name in (

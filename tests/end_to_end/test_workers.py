@@ -109,7 +109,7 @@ def test_processes_share_the_port_and_the_session_and_one_that_dies_is_replaced(
     assert asked <= bound
     assert len(speaker) == 4
     assert proxy.output.count("OIDC proxy listening at") == 1
-    assert proxy.output.count("was ended by SIGKILL; another takes its place") == 1
+    assert proxy.output.count("was ended by SIGKILL; starting another") == 1
 
 
 def test_each_of_them_serves_and_one_that_hangs_holds_nobody_up(start: StartProxy, client: httpx.Client) -> None:

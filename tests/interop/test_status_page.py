@@ -214,7 +214,7 @@ def test_without_its_script_it_is_complete(page: Page) -> None:
         page.driver.get(page.admin)
         assert NAME in page.text("#way")
         assert re.fullmatch(r"\d+ s left", page.text(".countdown"))
-        assert re.search(r"Ends\s+\d\d:\d\d:\d\d \S+ \(in \d+ s\)", page.text("#token"))
+        assert re.search(r"Expires\s+\d\d:\d\d:\d\d \S+ \(in \d+ s\)", page.text("#token"))
     finally:
         page.command("Emulation.setScriptExecutionDisabled", value=False)
 

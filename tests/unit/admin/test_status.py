@@ -37,10 +37,10 @@ def test_all_of_it_is_told_and_no_secret() -> None:
         "(in 41 s)",
         "lifetime: 1 min, renewed automatically",
         "(19 s ago)",
-        "its result: success, after 31 ms",
+        "result: success, after 31 ms",
         "refreshes: 3 success, 1 issuer_unavailable",
         "requests, 2xx, success: 5",
-        "requests, being served: 2",
+        "requests, in progress: 2",
         "requests, upstream_unavailable: 1",
     ):
         assert part in text
