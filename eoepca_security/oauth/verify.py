@@ -7,6 +7,7 @@ claims.
 import base64
 import binascii
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -332,12 +333,17 @@ def _audiences(claims: Mapping[str, Any], expected: str) -> list[str]:
 
 def _check_times(claims: Mapping[str, Any], leeway: float, now: float) -> None:
     for name in ("exp", "nbf", "iat"):
-        if (name == "exp" or name in claims) and type(claims.get(name)) is not int:
-            raise TokenInvalid(f"the token's {name} is not an integer")
+        if (name == "exp" or name in claims) and not _is_time(claims.get(name)):
+            raise TokenInvalid(f"the token's {name} is not a finite number")
     if claims["exp"] <= now - leeway:
         raise TokenInvalid("the token has expired", cause="clock")
     if max(claims.get("nbf", 0), claims.get("iat", 0)) > now + leeway:
         raise TokenInvalid("the token is from the future", cause="clock")
+
+
+def _is_time(value: object) -> bool:
+    """Tell whether a claim is a NumericDate (RFC 7519 §2): any JSON number, unless it overflows to infinity."""
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
 def _read_key(member: Mapping[str, Any]) -> SigningKey | None:

@@ -6,6 +6,7 @@ are those of the advisories that an attack is known from, there or in another li
 
 import base64
 import hmac
+import itertools
 import json
 import random
 import time
@@ -148,7 +149,9 @@ ATTACKS: dict[str, Forge] = {
     "deeper claims": lambda a: a.genuinely_signed(NESTED),
     "deep header": lambda a: f"{encode(NESTED)}.{encode(a.claims)}.AA",
     "long number": lambda a: a.genuinely_signed(json.dumps(a.claims)[:-1].encode() + b',"x":' + b"9" * 5000 + b"}"),
-    "number beyond floats": lambda a: a.genuinely_signed(a.claims | {"exp": float("1e308")}),
+    "number beyond floats": lambda a: a.genuinely_signed(
+        json.dumps(a.claims | {"exp": 4711}).encode().replace(b"4711", b"1e309")
+    ),
     "JWS in JSON form": lambda a: json.dumps(
         dict(zip(("protected", "payload", "signature"), a.genuine.split("."), strict=True))
     ),
@@ -231,12 +234,25 @@ ATTACKS: dict[str, Forge] = {
     # times
     **each(
         "exp",
-        (0, -1, 1_700_000_000, "9999999999", 9999999999.0, 1e300, None, True, [9999999999]),
+        (0, -1, 1_700_000_000, 1_700_000_000.5, "9999999999", "9999999999.5", -1e300, None, True, [9999999999]),
         lambda a, exp: a.genuinely_signed(a.claims | {"exp": exp}),
     ),
     "no exp": lambda a: a.genuinely_signed({k: v for k, v in a.claims.items() if k != "exp"}),
-    **each("nbf", (9999999999, "0", 0.0, None, False), lambda a, nbf: a.genuinely_signed(a.claims | {"nbf": nbf})),
-    **each("iat", (9999999999, "0", 0.0, None, False), lambda a, iat: a.genuinely_signed(a.claims | {"iat": iat})),
+    **each(
+        "time that is not finite",
+        itertools.product(("exp", "nbf", "iat"), (b"NaN", b"Infinity", b"-Infinity", b"1e400", b"-1e400")),
+        lambda a, pair: a.genuinely_signed(json.dumps(a.claims | {pair[0]: 4711}).encode().replace(b"4711", pair[1])),
+    ),
+    **each(
+        "nbf",
+        (9999999999, 9999999999.5, "0", "0.0", None, False),
+        lambda a, nbf: a.genuinely_signed(a.claims | {"nbf": nbf}),
+    ),
+    **each(
+        "iat",
+        (9999999999, 9999999999.5, "0", "0.0", None, False),
+        lambda a, iat: a.genuinely_signed(a.claims | {"iat": iat}),
+    ),
     # sizes, known from CVE-2025-61920
     "long header": lambda a: f"{encode(a.header | {'x': 'x' * 10**6})}.{encode(a.claims)}.AA",
     "long payload": lambda a: a.genuinely_signed(a.claims | {"x": "x" * 20_000}),
