@@ -4,6 +4,7 @@ Methods that are not coroutines block, and are thread-safe. Nothing here decides
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -13,7 +14,7 @@ from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvalid
+from eoepca_security.errors import IssuerUnavailable, SettingsError
 from eoepca_security.issuer.threads import in_daemon_thread, result_of
 from eoepca_security.issuer.transport import Answer, Transport
 from eoepca_security.oauth.authorization import (
@@ -42,7 +43,15 @@ from eoepca_security.oauth.protocol import (
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import discovery_url, url_problem
-from eoepca_security.oauth.verify import Policy, TrustedKeys, Unverified, read_access_token, read_id_token, read_keys
+from eoepca_security.oauth.verify import (
+    NoKeyFits,
+    Policy,
+    TrustedKeys,
+    Unverified,
+    read_access_token,
+    read_id_token,
+    read_keys,
+)
 
 DISCOVERY_TIMEOUT: Final = 5.0
 TOKEN_TIMEOUT: Final = 20.0
@@ -58,7 +67,7 @@ KEYS_STALE: Final = 3600.0
 
 RETRY_INTERVAL: Final = 30.0
 """Seconds between two attempts to renew a cached document, so that we do not hammer an issuer that is down. Also
-between two attempts caused by tokens with unknown keys."""
+between two attempts caused by tokens that no key fits."""
 
 FAILURE_PAUSE: Final = 0.5
 """The shortest time in seconds for which callers of `_Cached.soon` share one error. An error that took longer to arrive
@@ -181,7 +190,9 @@ class Provider:
     def verify(self, token: str, audience: str) -> dict[str, Any]:
         """Return the verified claims of an access token for `audience`; raises TokenInvalid or IssuerUnavailable."""
         unverified = read_access_token(token, Policy(audience), now=self.now())
-        return _known(self._keys.get().confirm(unverified) or self._keys.get(anew=True).confirm(unverified))
+        with contextlib.suppress(NoKeyFits):
+            return self._keys.get().confirm(unverified)
+        return self._keys.get(anew=True).confirm(unverified)
 
     async def verify_access_token(self, token: str, policy: Policy) -> dict[str, Any]:
         """Return the verified claims of an access token without blocking the event loop.
@@ -199,8 +210,9 @@ class Provider:
         return await self._confirm(unverified), unverified.header.alg
 
     async def _confirm(self, token: Unverified) -> dict[str, Any]:
-        claims = (await self._keys.soon()).confirm(token)
-        return _known(claims or (await self._keys.soon(anew=True)).confirm(token))
+        with contextlib.suppress(NoKeyFits):
+            return (await self._keys.soon()).confirm(token)
+        return (await self._keys.soon(anew=True)).confirm(token)
 
     def _post(self, request: TokenRequest) -> Answer:
         return self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
@@ -327,12 +339,6 @@ class _Cached(Generic[T]):
             fetching.set_exception(outcome)
         else:
             fetching.set_result(outcome)
-
-
-def _known(claims: dict[str, Any] | None) -> dict[str, Any]:
-    if claims is None:
-        raise TokenInvalid("none of the issuer's keys matches the token")
-    return claims
 
 
 def _retry_after(answer: Answer) -> float | None:

@@ -70,6 +70,10 @@ _CLAIMS_OF_OTHER_TOKENS: Final = frozenset({"at_hash", "c_hash", "s_hash", "even
 _HASH_BY_LENGTH: Final = {22: "sha256", 32: "sha384", 43: "sha512"}
 
 
+class NoKeyFits(TokenInvalid):
+    """None of the keys has made the token's signature. The issuer may have published the right one since."""
+
+
 @dataclass(frozen=True)
 class SigningKey:
     """A public key of the issuer and the algorithms that it may be used with."""
@@ -119,24 +123,22 @@ class TrustedKeys:
     issuer: str
     keys: tuple[SigningKey, ...]
 
-    def confirm(self, token: Unverified) -> dict[str, Any] | None:
-        """Return the verified claims, or None when no key matches the token; a newer key set may have one.
-
-        Raises TokenInvalid when the token is not from this issuer.
-        """
+    def confirm(self, token: Unverified) -> dict[str, Any]:
+        """Return the verified claims; raises TokenInvalid, in particular NoKeyFits when a newer key set may help."""
         if token.claims.get("iss") != self.issuer:
             raise TokenInvalid("the token is from another issuer")
-        key = select_key(self.keys, token.header)
-        if key is None:
-            return None
+        keys = matching_keys(self.keys, token.header)
+        if not keys:
+            raise NoKeyFits("none of the issuer's keys matches the token")
         signed, _, signature = token.text.rpartition(".")
+        algorithm = jwt.get_algorithm_by_name(token.header.alg)
         try:
-            algorithm = jwt.get_algorithm_by_name(token.header.alg)
-            genuine = algorithm.verify(signed.encode("ascii"), key.key, _decode(signature))
+            message, signature_bytes = signed.encode("ascii"), _decode(signature)
+            genuine = any(algorithm.verify(message, key.key, signature_bytes) for key in keys)
         except ValueError:
             raise TokenInvalid("the token is not well-formed") from None
         if not genuine:
-            raise TokenInvalid("the token's signature is not valid")
+            raise NoKeyFits("the token's signature is not valid")
         return token.claims
 
 
@@ -286,12 +288,12 @@ def read_keys(document: Mapping[str, Any]) -> tuple[SigningKey, ...]:
     return tuple(key for member in members if isinstance(member, dict) and (key := _read_key(member)))
 
 
-def select_key(keys: Collection[SigningKey], header: Header) -> SigningKey | None:
-    """Return the key that matches a token's header, or None; raises TokenInvalid when several match."""
-    matching = [key for key in keys if header.alg in key.algorithms and (header.kid is None or key.kid == header.kid)]
-    if len(matching) > 1:
-        raise TokenInvalid("more than one of the issuer's keys matches the token")
-    return matching[0] if matching else None
+def matching_keys(keys: Collection[SigningKey], header: Header) -> list[SigningKey]:
+    """Return the keys that may have signed a token with this header.
+
+    They can be several: issuers list a key twice, a `kid` need not be unique (RFC 7517 §4.5), and tokens may lack it.
+    """
+    return [key for key in keys if header.alg in key.algorithms and (header.kid is None or key.kid == header.kid)]
 
 
 def _read(token: str, leeway: float, now: float) -> Unverified:

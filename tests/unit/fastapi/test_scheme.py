@@ -641,6 +641,38 @@ async def test_a_rotated_key_is_found_at_once(own_issuer: FakeIssuer) -> None:
     assert own_issuer.fetches["certs"] == 2
 
 
+async def test_a_key_that_was_replaced_under_its_name_is_found_at_once(own_issuer: FakeIssuer) -> None:
+    app = make_app(make_scheme(own_issuer))
+    assert (await get(app, bearer(own_issuer.issue()))).status_code == 200
+    kid = own_issuer.kid
+    own_issuer.rotate_keys()
+    own_issuer.kid = kid
+
+    answers = await asyncio.gather(*(get(app, bearer(own_issuer.issue())) for _ in range(5)))
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert own_issuer.fetches["certs"] == 2
+
+
+async def test_a_flood_of_invalid_signatures_holds_up_nothing_and_causes_one_fetch(own_issuer: FakeIssuer) -> None:
+    app = make_app(make_scheme(own_issuer))
+    good = bearer(own_issuer.issue())
+    assert (await get(app, good)).status_code == 200
+    bad = bearer(f"{good['Authorization'].removeprefix('Bearer ').rpartition('.')[0]}.{'A' * 86}")
+    own_issuer.behaviour.fault = hanging = Hanging("/certs")
+    waiting = [asyncio.create_task(get(app, bad)) for _ in range(60)]
+    try:
+        assert await asyncio.to_thread(hanging.entered.wait, 10)
+        assert (await get(app, good)).status_code == 200
+        assert not any(task.done() for task in waiting)
+    finally:
+        hanging.released.set()
+
+    assert {(await task).status_code for task in waiting} == {401}
+    assert {(await get(app, bad)).status_code for _ in range(60)} == {401}
+    assert own_issuer.fetches["certs"] == 2
+
+
 class Hanging:
     """A fault in which requests for `path` hang until they are released."""
 

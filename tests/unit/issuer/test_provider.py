@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote_plus
 
+import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
@@ -542,9 +543,14 @@ class Verifying:
     def publish(self) -> None:
         self.transport.replies[KEYS] = ok(self.signer.jwks())
 
+    def claims(self, **changes: Any) -> dict[str, Any]:
+        return {"iss": ISSUER, "aud": "service", "sub": "u-1", "exp": int(self.clock()) + 1000, **changes}
+
     def token(self, headers: Mapping[str, Any] | None = None, **changes: Any) -> str:
-        claims = {"iss": ISSUER, "aud": "service", "sub": "u-1", "exp": int(self.clock()) + 1000, **changes}
-        return self.signer.sign(claims, headers)
+        return self.signer.sign(self.claims(**changes), headers)
+
+    def token_without_kid(self, signer: FakeIssuer) -> str:
+        return jwt.encode(self.claims(), signer.key, signer.algorithm)
 
     @property
     def key_fetches(self) -> int:
@@ -590,6 +596,23 @@ def test_a_key_that_is_no_longer_published_is_no_longer_trusted(verifying: Verif
         verifying.provider.verify(old, "service")
 
 
+@pytest.mark.parametrize("has_kid", [True, False])
+def test_a_key_that_was_replaced_under_its_name_is_fetched_when_a_token_needs_it(
+    verifying: Verifying, has_kid: bool
+) -> None:
+    def publish_and_sign() -> str:
+        verifying.signer.kid = "the-only-one"
+        verifying.publish()
+        return verifying.token() if has_kid else verifying.token_without_kid(verifying.signer)
+
+    verifying.provider.verify(publish_and_sign(), "service")
+    for fetches in (2, 3):
+        verifying.signer.rotate_keys()
+        assert verifying.provider.verify(publish_and_sign(), "service")["sub"] == "u-1"
+        assert verifying.key_fetches == fetches
+        verifying.clock.time += RETRY_INTERVAL
+
+
 def test_a_new_key_is_fetched_when_a_token_needs_it(verifying: Verifying) -> None:
     verifying.provider.verify(verifying.token(), "service")
     for fetches in (2, 3):
@@ -618,13 +641,18 @@ def test_tokens_that_need_a_new_key_at_once_share_one_fetch(verifying: Verifying
     assert verifying.key_fetches == 2
 
 
-def test_tokens_with_unknown_keys_do_not_make_us_fetch_more_often_than_that(verifying: Verifying) -> None:
+def test_tokens_that_no_key_fits_do_not_make_us_fetch_more_often_than_that(verifying: Verifying) -> None:
     verifying.provider.verify(verifying.token(), "service")
-    for second in range(120):
-        for kid in ("garbage-1", "garbage-2", f"garbage-{second}"):
-            with pytest.raises(TokenInvalid, match="none of the issuer's keys"):
-                verifying.provider.verify(verifying.token({"kid": kid}), "service")
-        verifying.clock.time += 1
+    with FakeIssuer() as forger:
+        forger.kid = verifying.signer.kid
+        for second in range(120):
+            for kid in ("garbage-1", "garbage-2", f"garbage-{second}"):
+                with pytest.raises(TokenInvalid, match="none of the issuer's keys"):
+                    verifying.provider.verify(verifying.token({"kid": kid}), "service")
+            for forged in (forger.sign(verifying.claims()), verifying.token_without_kid(forger)):
+                with pytest.raises(TokenInvalid, match="signature is not valid"):
+                    verifying.provider.verify(forged, "service")
+            verifying.clock.time += 1
 
     assert verifying.key_fetches == 1 + 4
     assert verifying.provider.verify(verifying.token(), "service")["sub"] == "u-1"

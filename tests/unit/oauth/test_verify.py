@@ -19,16 +19,17 @@ from eoepca_security.oauth.verify import (
     ALGORITHMS,
     MAX_TOKEN_SIZE,
     Header,
+    NoKeyFits,
     Policy,
     SigningKey,
     TrustedKeys,
     id_token_mismatch,
     looks_like_jwt,
+    matching_keys,
     read_access_token,
     read_header,
     read_id_token,
     read_keys,
-    select_key,
     unverified_claims,
 )
 from tests.support.tokens import ALPHABET, mutate
@@ -105,10 +106,7 @@ def token(alg: str = "ES256", which: int = 0, /, header: Any = None, **changes: 
 def verify(text: str, key: SigningKey, policy: Policy, *, now: float) -> dict[str, Any]:
     """Verify with one key, whatever its kid."""
     unverified = read_access_token(text, policy, now=now)
-    claims = TrustedKeys(ISSUER, (replace(key, kid=unverified.header.kid),)).confirm(unverified)
-    if claims is None:
-        raise TokenInvalid("the token's signature algorithm is not the key's")
-    return claims
+    return TrustedKeys(ISSUER, (replace(key, kid=unverified.header.kid),)).confirm(unverified)
 
 
 def check(text: str, alg: str = "ES256") -> dict[str, Any]:
@@ -262,12 +260,12 @@ def test_a_public_key_is_no_shared_secret(alg: str, form: PublicFormat) -> None:
     ],
 )
 def test_an_algorithm_that_is_not_the_keys_is_refused(alg: str, key: str) -> None:
-    refuse(token(alg), "algorithm is not the key's", key)
+    refuse(token(alg), "none of the issuer's keys matches", key)
 
 
 @pytest.mark.parametrize("alg", ["RS384", "PS256"])
 def test_a_key_that_names_its_algorithm_is_used_with_that_only(alg: str) -> None:
-    with pytest.raises(TokenInvalid, match="algorithm is not the key's"):
+    with pytest.raises(TokenInvalid, match="none of the issuer's keys matches"):
         verify(token(alg), signing_key("RS256", alg="RS256"), POLICY, now=NOW)
 
 
@@ -849,37 +847,69 @@ def test_a_key_set_that_is_none_has_no_keys(keys: object) -> None:
     assert read_keys({} if keys is ... else {"keys": keys}) == ()
 
 
-def test_the_key_is_chosen_by_kid_and_algorithm() -> None:
+def test_keys_are_chosen_by_kid_and_algorithm() -> None:
     first, second, third = keys = read_keys(
         {"keys": [jwk("ES256"), jwk("ES384", kid="k-2"), jwk("RS256", kid="k-1", alg="RS256")]}
     )
 
-    assert select_key(keys, Header("ES256", "k-1")) is first
-    assert select_key(keys, Header("RS256", "k-1")) is third
-    assert select_key(keys, Header("ES384", "k-2")) is second
-    assert select_key(keys, Header("ES384", "k-1")) is None
-    assert select_key(keys, Header("RS512", "k-1")) is None
-    assert select_key(keys, Header("ES256", "K-1")) is None
-    assert select_key(keys, Header("ES256", "")) is None
-    assert select_key((), Header("ES256", None)) is None
+    assert matching_keys(keys, Header("ES256", "k-1")) == [first]
+    assert matching_keys(keys, Header("RS256", "k-1")) == [third]
+    assert matching_keys(keys, Header("ES384", "k-2")) == [second]
+    for other in (("ES384", "k-1"), ("RS512", "k-1"), ("ES256", "K-1"), ("ES256", "")):
+        assert matching_keys(keys, Header(*other)) == []
+    assert matching_keys((), Header("ES256", None)) == []
 
 
 def test_a_key_is_shown_without_its_numbers() -> None:
     assert repr(signing_key("ES256")) == "SigningKey(kid='k-1', algorithms=frozenset({'ES256'}))"
 
 
-def test_without_kid_the_only_key_for_the_algorithm_is_chosen() -> None:
-    keys = read_keys({"keys": [jwk("ES256"), jwk("ES384", kid="k-2")]})
+def test_without_kid_all_keys_of_the_algorithm_are_chosen() -> None:
+    keys = read_keys({"keys": [jwk("ES256"), jwk("ES384", kid="k-2"), jwk("ES256", 2, kid="k-3")]})
 
-    assert select_key(keys, Header("ES384", None)) is keys[1]
+    assert matching_keys(keys, Header("ES384", None)) == [keys[1]]
+    assert matching_keys(keys, Header("ES256", None)) == [keys[0], keys[2]]
 
 
-@pytest.mark.parametrize("kid", ["k-1", None])
-def test_when_several_keys_fit_none_is_chosen(kid: str | None) -> None:
-    keys = read_keys({"keys": [jwk("ES256"), jwk("ES256", 2)]})
+def confirm(text: str, *members: dict[str, Any]) -> dict[str, Any]:
+    return TrustedKeys(ISSUER, read_keys({"keys": list(members)})).confirm(read_access_token(text, POLICY, now=NOW))
 
-    with pytest.raises(TokenInvalid, match="more than one of the issuer's keys matches"):
-        select_key(keys, Header("ES256", kid))
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        {},
+        {"use": ...},
+        {"use": "sig", "x5c": ["MII"], "x5t": "x"},
+        {"alg": "RS256"},
+        {"alg": "RS512", "key_ops": ["verify"]},
+        {"kid": "k-2"},
+        {"kid": ...},
+    ],
+)
+@pytest.mark.parametrize("kid", ["k-1", ...])
+def test_a_key_that_is_listed_twice_is_one_key(again: dict[str, Any], kid: object) -> None:
+    members = [jwk("RS256"), jwk("RS256", **again)]
+    for listed in (members, members[::-1]):
+        assert confirm(token("RS256", header={"kid": kid}), *listed) == CLAIMS
+        with pytest.raises(NoKeyFits, match="signature is not valid"):
+            confirm(token("RS256", 1, header={"kid": kid}), *listed)
+
+
+@pytest.mark.parametrize("kid", ["k-1", ...])
+def test_each_key_that_the_header_allows_is_tried(kid: object) -> None:
+    members = [jwk("RS256"), jwk("RS256", 1)]
+    for which in (0, 1):
+        assert confirm(token("RS256", which, header={"kid": kid}), *members) == CLAIMS
+    with pytest.raises(NoKeyFits, match="signature is not valid"):
+        confirm(token("RS256", 2, header={"kid": kid}), *members)
+
+
+def test_no_other_key_is_tried_than_those_of_the_kid() -> None:
+    with pytest.raises(NoKeyFits, match="signature is not valid"):
+        confirm(token("RS256", 1), jwk("RS256"), jwk("RS256", 1, kid="k-2"))
+    with pytest.raises(NoKeyFits, match="none of the issuer's keys matches"):
+        confirm(token("RS256", header={"kid": "k-3"}), jwk("RS256"), jwk("RS256", 1, kid="k-2"))
 
 
 # --- without keys -------------------------------------------------------------------------------------------------

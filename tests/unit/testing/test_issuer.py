@@ -22,11 +22,11 @@ from eoepca_security.oauth.verify import (
     Policy,
     TrustedKeys,
     id_token_mismatch,
+    matching_keys,
     read_access_token,
     read_header,
     read_id_token,
     read_keys,
-    select_key,
 )
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.issuer import ALL_AUTH_METHODS
@@ -140,7 +140,6 @@ def test_an_access_token_verifies_with_the_published_key(issuer: FakeIssuer) -> 
 
     unverified = read_access_token(text, Policy("api"), now=time.time())
     claims = TrustedKeys(issuer.url, read_keys(issuer.jwks())).confirm(unverified)
-    assert claims is not None
     assert (claims["sub"], claims["scope"], claims["exp"] - claims["iat"]) == ("u-2", "read", 90)
 
 
@@ -186,7 +185,6 @@ def test_tokens_of_every_algorithm_verify(algorithm: str) -> None:
         unverified = read_access_token(issuer.issue(aud="api", scope="read"), Policy("api"), now=time.time())
         claims = TrustedKeys(issuer.url, read_keys(issuer.jwks())).confirm(unverified)
 
-    assert claims is not None
     assert (claims["aud"], claims["scope"], unverified.header.alg) == ("api", "read", algorithm)
 
 
@@ -198,7 +196,6 @@ def test_an_id_token_belongs_to_its_access_token(algorithm: str, length: int) ->
         unverified = read_id_token(text, ["client"], leeway=0, now=time.time())
         claims = TrustedKeys(issuer.url, read_keys(issuer.jwks())).confirm(unverified)
 
-    assert claims is not None
     assert (claims["nonce"], claims["exp"] - claims["iat"], len(claims["at_hash"])) == ("n-1", 60, length)
     access_claims = {"iss": issuer.url, "sub": "u-1"}
     assert id_token_mismatch(claims, access_claims, access_token, algorithm) is None
@@ -221,8 +218,8 @@ def test_after_a_rotation_of_keys_only_the_new_one_is_published(issuer: FakeIssu
     issuer.rotate_keys()
     (key,) = read_keys(issuer.jwks())
 
-    assert select_key((key,), read_header(old)) is None
-    assert select_key((key,), read_header(issuer.issue())) is key
+    assert matching_keys((key,), read_header(old)) == []
+    assert matching_keys((key,), read_header(issuer.issue())) == [key]
 
 
 def test_an_opaque_token_is_no_jwt_and_is_accepted(issuer: FakeIssuer) -> None:
