@@ -19,7 +19,7 @@ from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import RETRY_INTERVAL, Provider
 from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.oauth.urls import discovery_url, url_problem
+from eoepca_security.oauth.urls import discovery_url, issuer_url_problem
 from eoepca_security.oauth.verify import MAX_TOKEN_SIZE, Policy, check_binding, id_token_mismatch, read_unsigned
 
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
@@ -262,7 +262,7 @@ def _header_problems(headers: Mapping[str, Any]) -> list[str]:
 
 def _problems(url: Any, audience: Any, leeway: Any, parties: Any) -> list[str]:
     problems = []
-    url_error = url_problem(url) if isinstance(url, str) else "must be a URL"
+    url_error = issuer_url_problem(url) if isinstance(url, str) else "must be a URL"
     if url_error:
         problems.append(f"openIdConnectUrl {url_error}")
     if not isinstance(audience, str) or not audience.strip():

@@ -42,7 +42,7 @@ from eoepca_security.oauth.protocol import (
 )
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.text import printable
-from eoepca_security.oauth.urls import discovery_url, url_problem
+from eoepca_security.oauth.urls import discovery_url, issuer_url_problem
 from eoepca_security.oauth.verify import (
     NoKeyFits,
     Policy,
@@ -99,7 +99,7 @@ class Provider:
         allow_http: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
-        if problem := url_problem(issuer_url, allow_http=allow_http):
+        if problem := issuer_url_problem(issuer_url, allow_http=allow_http):
             raise SettingsError(f"issuer_url {problem}")
         self._discovery_url = discovery_url(issuer_url)
         self._client = client

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.text import printable, without_secrets
-from eoepca_security.oauth.urls import WELL_KNOWN, url_problem
+from eoepca_security.oauth.urls import issuer_of, url_problem
 
 PrivateKey = RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
 
@@ -129,7 +129,7 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
     except ValueError as error:
         raise IssuerUnavailable(f"{url} is not a discovery document: {_first_words(error)}", url=url) from None
     issuer = document.get("issuer")
-    if not isinstance(issuer, str) or issuer.rstrip("/") != url.removesuffix(WELL_KNOWN).rstrip("/"):
+    if not isinstance(issuer, str) or issuer.rstrip("/") != issuer_of(url):
         raise IssuerUnavailable(f"{url} names another issuer, {printable(issuer)}", cause="other_issuer", url=url)
     endpoints = {}
     for name in ("token_endpoint", "jwks_uri"):

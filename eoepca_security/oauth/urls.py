@@ -52,10 +52,33 @@ def url_problem(url: str, *, allow_http: bool = False) -> str | None:
     return None
 
 
+def issuer_url_problem(url: str, *, allow_http: bool = False) -> str | None:
+    """Return why `url` cannot be an issuer or its discovery document, or None; includes `url_problem`.
+
+    An issuer has neither query nor fragment (OpenID Connect Discovery §2). The document's address may have a query,
+    which selects a policy (Azure AD B2C) or a key (Entra ID).
+    """
+    if problem := url_problem(url, allow_http=allow_http):
+        return problem
+    if "#" in url:
+        return "has a # part: remove it"
+    path, mark, _ = url.partition("?")
+    if mark and not path.rstrip("/").endswith(WELL_KNOWN):
+        return f"has a ? part, which only a discovery document may have: write it after {WELL_KNOWN}"
+    return None
+
+
 def discovery_url(issuer_or_document: str) -> str:
     """Return the discovery document's URL, given the issuer or that URL itself (OpenID Connect Discovery §4.1)."""
-    url = issuer_or_document.rstrip("/")
-    return url if url.endswith(WELL_KNOWN) else url + WELL_KNOWN
+    query = issuer_or_document.partition("?")[2]
+    url = issuer_of(issuer_or_document) + WELL_KNOWN
+    return f"{url}?{query}" if query else url
+
+
+def issuer_of(issuer_or_document: str) -> str:
+    """Return the issuer without a slash at the end, given the issuer or its discovery document's URL."""
+    path = issuer_or_document.partition("?")[0].rstrip("/")
+    return path.removesuffix(WELL_KNOWN).rstrip("/")
 
 
 LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")

@@ -35,6 +35,9 @@ _ALGORITHMS_OF_KEY: Final[Mapping[tuple[str, str | None], frozenset[str]]] = {
 }
 ALGORITHMS: Final = frozenset().union(*_ALGORITHMS_OF_KEY.values())
 
+# Names of the same algorithm: EdDSA with the one curve that is accepted (RFC 9864 §2.2).
+_OTHER_NAMES: Final = {"Ed25519": "EdDSA"}
+
 # What issuers call each kind of token in the claims below. Case does not matter, and "-" equals "_".
 _KINDS: Final = {
     "access": "access",
@@ -100,7 +103,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Header:
-    """The parts of a token's header that select the key, and its media type."""
+    """The parts of a token's header that select the key, and its media type; `alg` is one of `ALGORITHMS`."""
 
     alg: str
     kid: str | None
@@ -267,7 +270,8 @@ def _read_header(segment: str) -> Header:
     except ValueError:
         raise TokenInvalid("the token's header is not a JSON object in base64url") from None
     alg, kid, typ = header.get("alg"), header.get("kid"), header.get("typ", "JWT")
-    if not isinstance(alg, str) or alg not in ALGORITHMS:
+    alg = _OTHER_NAMES.get(alg, alg) if isinstance(alg, str) else None
+    if alg not in ALGORITHMS:
         raise TokenInvalid("the token's signature algorithm is not accepted")
     if not {"crit", "b64", "zip"}.isdisjoint(header):
         raise TokenInvalid("the token's header uses an extension (crit, b64 or zip)")
@@ -352,7 +356,7 @@ def _read_key(member: Mapping[str, Any]) -> SigningKey | None:
     kid, alg, operations = member.get("kid"), member.get("alg"), member.get("key_ops")
     algorithms = _ALGORITHMS_OF_KEY.get((str(member.get("kty")), _text(member.get("crv"))), frozenset())
     if alg is not None:
-        algorithms &= {alg} if isinstance(alg, str) else frozenset()
+        algorithms &= {_OTHER_NAMES.get(alg, alg)} if isinstance(alg, str) else frozenset()
     for_signatures = member.get("use", "sig") == "sig" and (
         operations is None or (isinstance(operations, list) and "verify" in operations)
     )

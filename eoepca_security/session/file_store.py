@@ -57,7 +57,8 @@ class TokenStore:
     """
 
     def __init__(self, folder: Path, *, issuer_url: str, client_id: str, origin: str | None) -> None:
-        issuer = discovery_url(issuer_url).removesuffix(WELL_KNOWN)  # both forms name the same issuer
+        # Both forms name the same issuer. A query selects another one: policies of Azure AD B2C do not share sessions.
+        issuer = discovery_url(issuer_url).removesuffix(WELL_KNOWN)
         identity = "\n".join((issuer, client_id, origin or ""))
         name = hashlib.sha256(identity.encode()).hexdigest()[:32]
         self._folder = folder

@@ -14,10 +14,10 @@ from eoepca_security.oauth.urls import (
     DEFAULT_PORTS,
     EVERYWHERE,
     is_loopback,
+    issuer_url_problem,
     parse_host,
     parse_origin,
     split_url,
-    url_problem,
 )
 from eoepca_security.proxy.config.settings import MAX_WORKERS, Address
 from eoepca_security.proxy.config.variables import (
@@ -168,11 +168,9 @@ class Reader:
         url = self.required(ISSUER, "set it to the issuer's URL, e.g. https://keycloak.example/realms/eoepca")
         if not url:
             return url
-        problem = url_problem(url, allow_http=allow_http)
-        if problem is not None and url_problem(url, allow_http=True) is None:
+        problem = issuer_url_problem(url, allow_http=allow_http)
+        if problem is not None and issuer_url_problem(url, allow_http=True) is None:
             problem += f"; {ALLOW_HTTP.env}=true allows it anyway"
-        if problem is None and re.search(r"[?#]", url):
-            problem = "has a query or fragment: remove the part after ? or #"
         if problem:
             self.problem(ISSUER, problem)
         return url

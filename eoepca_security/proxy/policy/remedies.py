@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.oauth.text import printable
-from eoepca_security.oauth.urls import is_loopback
+from eoepca_security.oauth.urls import WELL_KNOWN, is_loopback
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import (
@@ -209,7 +209,9 @@ def _issuer_remedy(place: Place, error: IssuerUnavailable) -> str:
         case "not_there":
             return _CHECK_PATH.format(name)
         case "other_issuer":
-            return f"set {name} to the issuer's name in its discovery document"
+            remedy = f"set {name} to the issuer's name in its discovery document"
+            query = urlsplit(place.url).query
+            return f"{remedy}, followed by {WELL_KNOWN}?{query}" if query else remedy
         case "plain_http":
             return f"configure the issuer to use https:// there, or set {ALLOW_HTTP.env} on a network that you trust"
         case "unclear_refusal":

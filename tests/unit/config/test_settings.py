@@ -77,7 +77,8 @@ def test_secrets_do_not_show() -> None:
         ({"OPEN_ID_CONNECT_URL": "ftp://issuer.example"}, "OPEN_ID_CONNECT_URL", "not a valid URL"),
         ({"OPEN_ID_CONNECT_URL": "http://issuer.example"}, "OPEN_ID_CONNECT_URL", "https"),
         ({"OPEN_ID_CONNECT_URL": "https://u:p@issuer.example"}, "OPEN_ID_CONNECT_URL", "@"),
-        ({"OPEN_ID_CONNECT_URL": "https://issuer.example?x=1"}, "OPEN_ID_CONNECT_URL", "?"),
+        ({"OPEN_ID_CONNECT_URL": "https://issuer.example?x=1"}, "OPEN_ID_CONNECT_URL", "has a ? part"),
+        ({"OPEN_ID_CONNECT_URL": "https://issuer.example#x"}, "OPEN_ID_CONNECT_URL", "has a # part"),
         ({"OPEN_ID_CONNECT_URL": "https://issuer.example:x"}, "OPEN_ID_CONNECT_URL", "not a valid URL"),
         ({"OPEN_ID_CONNECT_CLIENT_ID": ""}, "OPEN_ID_CONNECT_CLIENT_ID", "required"),
         ({"OPEN_ID_REFRESH_TOKEN": ""}, "OPEN_ID_REFRESH_TOKEN", "required"),
@@ -165,6 +166,14 @@ def test_all_problems_are_told_at_once() -> None:
 )
 def test_booleans(text: str, value: bool) -> None:
     assert read_settings(GOOD | {"TLS_NO_VERIFY": text}).tls_no_verify is value
+
+
+def test_the_address_of_a_discovery_document_may_have_a_query() -> None:
+    url = "https://issuer.example/v2.0/.well-known/openid-configuration?p=B2C_1_login"
+    settings = read_settings(GOOD | {"OPEN_ID_CONNECT_URL": url})
+
+    assert settings.issuer_url == url
+    assert settings.login != read_settings(GOOD | {"OPEN_ID_CONNECT_URL": url.partition("?")[0]}).login
 
 
 @pytest.mark.parametrize("url", ["http://localhost:1/realms/r", "http://127.0.0.1", "http://[::1]:8080/x"])

@@ -862,6 +862,22 @@ async def test_the_discovery_documents_url_will_do(issuer: FakeIssuer) -> None:
     assert (await get(make_app(scheme), bearer(issuer.issue()))).status_code == 200
 
 
+async def test_the_discovery_documents_url_may_have_a_query(own_issuer: FakeIssuer) -> None:
+    asked = []
+
+    def note(handler: Handler) -> bool:
+        asked.append(handler.path)
+        return False
+
+    own_issuer.behaviour.fault = note
+    url = f"{own_issuer.url}/.well-known/openid-configuration?p=B2C_1_login"
+    scheme = make_scheme(own_issuer, openIdConnectUrl=url)
+
+    assert (await get(make_app(scheme), bearer(own_issuer.issue()))).status_code == 200
+    assert asked[0].endswith("/realms/test/.well-known/openid-configuration?p=B2C_1_login")
+    assert scheme.model.model_dump()["openIdConnectUrl"] == url
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -873,6 +889,8 @@ async def test_the_discovery_documents_url_will_do(issuer: FakeIssuer) -> None:
         ({"openIdConnectUrl": "issuer"}, "openIdConnectUrl"),
         ({"openIdConnectUrl": ""}, "openIdConnectUrl"),
         ({"openIdConnectUrl": None}, "openIdConnectUrl"),
+        ({"openIdConnectUrl": "https://issuer.example/v2.0?p=x"}, r"openIdConnectUrl has a \? part"),
+        ({"openIdConnectUrl": "https://issuer.example/v2.0#x"}, "openIdConnectUrl has a # part"),
         ({"leeway": -1}, "leeway"),
         ({"leeway": "10"}, "leeway"),
         ({"leeway": True}, "leeway"),

@@ -111,6 +111,19 @@ def test_the_issuer_and_its_document_are_the_same_setting(url: str, transport: F
     assert Provider(url, Client("client"), transport).metadata().issuer == ISSUER
 
 
+def test_a_discovery_document_with_a_query_is_fetched_as_it_is_given(transport: FakeTransport) -> None:
+    url = f"{DISCOVERY}?p=B2C_1_login"
+    transport.replies[url] = discovery(issuer=ISSUER + "/")
+    transport.replies[f"{DISCOVERY}?p=other"] = discovery(issuer="https://issuer.example/realms/other")
+
+    assert Provider(url, Client("client"), transport).metadata().issuer == ISSUER + "/"
+    assert transport.gets == [url]
+    with pytest.raises(IssuerUnavailable, match="names another issuer"):
+        Provider(f"{DISCOVERY}?p=other", Client("client"), transport).metadata()
+    with pytest.raises(SettingsError, match=r"issuer_url has a \? part"):
+        Provider(f"{ISSUER}?p=B2C_1_login", Client("client"), transport)
+
+
 def test_no_request_is_made_before_one_is_needed(transport: FakeTransport, provider: Provider) -> None:
     assert transport.gets == []
 

@@ -32,7 +32,14 @@ from eoepca_security.oauth.protocol import (
     read_token_response,
 )
 from eoepca_security.oauth.text import printable
-from eoepca_security.oauth.urls import discovery_url, is_loopback, split_url, url_problem
+from eoepca_security.oauth.urls import (
+    discovery_url,
+    is_loopback,
+    issuer_of,
+    issuer_url_problem,
+    split_url,
+    url_problem,
+)
 
 ISSUER = "https://issuer.example/realms/test"
 DOCUMENT_URL = ISSUER + "/.well-known/openid-configuration"
@@ -68,6 +75,39 @@ def document(**changes: Any) -> bytes:
 @pytest.mark.parametrize("given", [ISSUER, ISSUER + "/", ISSUER + "//", DOCUMENT_URL, DOCUMENT_URL + "/"])
 def test_issuer_and_document_lead_to_the_same_discovery_url(given: str) -> None:
     assert discovery_url(given) == DOCUMENT_URL
+
+
+@pytest.mark.parametrize("given", [DOCUMENT_URL, DOCUMENT_URL + "/", ISSUER + "//.well-known/openid-configuration"])
+def test_a_query_of_the_document_is_kept_and_is_no_part_of_the_issuer(given: str) -> None:
+    url = discovery_url(f"{given}?p=B2C_1_login&x=https://a/")
+
+    assert url == f"{DOCUMENT_URL}?p=B2C_1_login&x=https://a/"
+    assert issuer_of(url) == ISSUER
+    assert discovery_url(f"{given}?") == DOCUMENT_URL
+
+
+@pytest.mark.parametrize("url", [ISSUER, DOCUMENT_URL, f"{DOCUMENT_URL}?p=B2C_1_login", f"{DOCUMENT_URL}/?p=x"])
+def test_an_issuer_is_named_by_itself_or_by_its_document(url: str) -> None:
+    assert issuer_url_problem(url) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        (f"{ISSUER}?p=x", "has a ? part"),
+        (f"{ISSUER}?", "has a ? part"),
+        (f"{ISSUER}?p=/.well-known/openid-configuration", "has a ? part"),
+        (f"{DOCUMENT_URL}/other?p=x", "has a ? part"),
+        (f"{ISSUER}#x", "has a # part"),
+        (f"{DOCUMENT_URL}#x", "has a # part"),
+        (f"{DOCUMENT_URL}?p=x#x", "has a # part"),
+        (f"{DOCUMENT_URL}#?p=x", "has a # part"),
+        ("http://issuer.example/.well-known/openid-configuration?p=x", "https://"),
+        ("issuer.example", "not a valid URL"),
+    ],
+)
+def test_what_cannot_name_an_issuer_is_refused(url: str, problem: str) -> None:
+    assert problem in (issuer_url_problem(url) or "")
 
 
 def test_an_issuer_without_path_has_its_discovery_document_at_the_root() -> None:
@@ -242,12 +282,13 @@ def test_what_is_no_json_object_is_no_discovery_document(body: bytes) -> None:
         read_metadata(200, body, url=DOCUMENT_URL)
 
 
-@pytest.mark.parametrize("url", [DOCUMENT_URL, discovery_url(ISSUER + "/")])
+@pytest.mark.parametrize("url", [DOCUMENT_URL, discovery_url(ISSUER + "/"), f"{DOCUMENT_URL}?p=B2C_1_login"])
 @pytest.mark.parametrize("issuer", [ISSUER, ISSUER + "/"])
 def test_a_trailing_slash_of_the_issuer_may_differ_and_its_own_spelling_is_kept(url: str, issuer: str) -> None:
     assert read_metadata(200, document(issuer=issuer), url=url).issuer == issuer
 
 
+@pytest.mark.parametrize("url", [DOCUMENT_URL, f"{DOCUMENT_URL}?p=x", f"{DOCUMENT_URL}?iss=https://evil.example"])
 @pytest.mark.parametrize(
     "issuer",
     [
@@ -260,6 +301,7 @@ def test_a_trailing_slash_of_the_issuer_may_differ_and_its_own_spelling_is_kept(
         "http://issuer.example/realms/test",
         "https://evil.example/realms/test",
         DOCUMENT_URL,
+        f"{ISSUER}?p=x",
         "",
         ...,
         None,
@@ -267,9 +309,9 @@ def test_a_trailing_slash_of_the_issuer_may_differ_and_its_own_spelling_is_kept(
         [ISSUER],
     ],
 )
-def test_a_document_of_another_issuer_is_refused(issuer: object) -> None:
+def test_a_document_of_another_issuer_is_refused(issuer: object, url: str) -> None:
     with pytest.raises(IssuerUnavailable, match="names another issuer") as caught:
-        read_metadata(200, document(issuer=issuer), url=DOCUMENT_URL)
+        read_metadata(200, document(issuer=issuer), url=url)
     assert caught.value.cause == "other_issuer"
 
 

@@ -134,6 +134,17 @@ def test_only_asymmetric_algorithms_are_accepted() -> None:
     assert rsa_algorithms | {"ES256", "ES384", "ES512", "EdDSA"} == ALGORITHMS
 
 
+@pytest.mark.parametrize("in_token", ["EdDSA", "Ed25519"])
+@pytest.mark.parametrize("in_key", [..., "EdDSA", "Ed25519"])
+def test_ed25519_has_two_names(in_token: str, in_key: object) -> None:
+    text, key = token("EdDSA", header={"alg": in_token}), signing_key("EdDSA", alg=in_key)
+
+    assert verify(text, key, POLICY, now=NOW) == CLAIMS
+    assert read_header(text).alg == "EdDSA"
+    with pytest.raises(TokenInvalid, match="none of the issuer's keys matches"):
+        verify(text, signing_key("ES256"), POLICY, now=NOW)
+
+
 @pytest.mark.parametrize("typ", [..., "JWT", "jwt", "at+jwt", "AT+JWT", "application/at+jwt", "application/jwt"])
 def test_access_token_types_are_accepted(typ: object) -> None:
     assert check(token(header={"typ": typ})) == CLAIMS
@@ -224,7 +235,22 @@ def test_a_token_of_the_greatest_size_is_accepted_and_a_longer_one_refused() -> 
 
 @pytest.mark.parametrize(
     "alg",
-    ["none", "None", "NONE", "nOnE", "", " ES256", "es256", "HS256", "HS512", "ES256K", "RSA-OAEP", "Ed448", "dir"],
+    [
+        "none",
+        "None",
+        "NONE",
+        "nOnE",
+        "",
+        " ES256",
+        "es256",
+        "HS256",
+        "HS512",
+        "ES256K",
+        "RSA-OAEP",
+        "Ed448",
+        "ed25519",
+        "dir",
+    ],
 )
 @pytest.mark.parametrize("keep_signature", [True, False])
 def test_an_algorithm_that_is_not_accepted_is_refused(alg: str, keep_signature: bool) -> None:
@@ -799,6 +825,9 @@ UNUSABLE: list[Any] = [
     pytest.param(jwk("RS256", alg="none"), id="RSA key that says none"),
     pytest.param(jwk("ES256", alg="ES384"), id="P-256 key that says ES384"),
     pytest.param(jwk("EdDSA", alg="ES256"), id="Ed25519 key that says ES256"),
+    pytest.param(jwk("EdDSA", alg="Ed448"), id="Ed25519 key that says Ed448"),
+    pytest.param(jwk("ES256", alg="Ed25519"), id="P-256 key that says Ed25519"),
+    pytest.param(jwk("RS256", alg="Ed25519"), id="RSA key that says Ed25519"),
     pytest.param(jwk("ES256", crv="P-384"), id="point that is not on its curve"),
     pytest.param(jwk("ES256", crv="secp256k1"), id="curve without an algorithm"),
     pytest.param(jwk("EdDSA", crv="X25519"), id="key for key agreement"),

@@ -50,6 +50,12 @@ def rejected(issuer_error: str) -> CredentialsRejected:
             "check the path in OPEN_ID_CONNECT_URL: Keycloak uses /realms/",
         ),
         (IssuerUnavailable("x", cause="other_issuer"), "set OPEN_ID_CONNECT_URL to the issuer's name"),
+        (
+            IssuerUnavailable(
+                "x", cause="other_issuer", url="https://a/.well-known/openid-configuration?p=B2C_1_login"
+            ),
+            "followed by /.well-known/openid-configuration?p=B2C_1_login",
+        ),
         (IssuerUnavailable("x", cause="plain_http"), "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP"),
         (IssuerUnavailable("x", cause="redirect"), "set OPEN_ID_CONNECT_URL"),
         (IssuerUnavailable("x", cause="unclear_refusal"), "OPEN_ID_CONNECT_CLIENT_SECRET"),

@@ -57,6 +57,17 @@ def test_all_spellings_of_an_issuer_are_one(folder: Path, end: str) -> None:
     assert again.read() == SESSION
 
 
+@pytest.mark.parametrize("query", ["", "?p=other", "?p=B2C_1_login&x=y"])
+def test_queries_that_differ_keep_sessions_apart(folder: Path, query: str) -> None:
+    url = "https://issuer.example/.well-known/openid-configuration"
+    TokenStore(folder, issuer_url=f"{url}?p=B2C_1_login", client_id="client", origin="first").write(SESSION)
+
+    again = TokenStore(folder, issuer_url=f"{url}/?p=B2C_1_login", client_id="client", origin="first")
+    other = TokenStore(folder, issuer_url=f"{url}{query}", client_id="client", origin="first")
+
+    assert (again.read(), other.read()) == (SESSION, None)
+
+
 def test_a_session_is_forgotten(folder: Path, file: Path) -> None:
     store = store_in(folder)
     assert store.place == file
