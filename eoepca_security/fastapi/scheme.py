@@ -76,6 +76,10 @@ class OIDCProxyScheme(SecurityBase):
     That is safe only if every request comes through this gateway, and the gateway forwards no bound token that it has
     not verified.
 
+    Two arguments are for issuers whose access tokens are not what RFC 9068 asks for. `require_subject=False` accepts
+    those without `sub`. With `id_tokens_as_access_tokens`, `at_hash` and `nonce` no longer mark an ID token: Dex has
+    them in access tokens. ID tokens that contain `audience` are then accepted too, unless they say what they are.
+
     Without `require_auth_token`, a signed ID token alone is enough, and a request without any token is anonymous: its
     `claims` are empty. With `auto_error=False`, the result is None instead of any error except 503.
 
@@ -98,6 +102,8 @@ class OIDCProxyScheme(SecurityBase):
         trust_unsigned_id_token: bool = False,
         leeway: float = 10,
         bound_tokens: Literal["refuse", "gateway"] = "refuse",
+        require_subject: bool = True,
+        id_tokens_as_access_tokens: bool = False,
         scheme_name: str | None = None,
         description: str | None = None,
         auto_error: bool = True,
@@ -112,6 +118,13 @@ class OIDCProxyScheme(SecurityBase):
             problems.append(
                 "require_refresh_token needs require_auth_token or require_id_token: it authenticates nobody by itself"
             )
+        if not require_subject and trust_unsigned_id_token:
+            problems.append("trust_unsigned_id_token needs require_subject: `sub` tells whose unsigned claims they are")
+        switches: dict[str, object] = {
+            "require_subject": require_subject,
+            "id_tokens_as_access_tokens": id_tokens_as_access_tokens,
+        }
+        problems += [f"{name} must be True or False" for name, value in switches.items() if not isinstance(value, bool)]
         if bound_tokens not in ("refuse", "gateway"):
             problems.append('bound_tokens must be "refuse" or "gateway"')
         if problems:
@@ -127,7 +140,14 @@ class OIDCProxyScheme(SecurityBase):
         self._require_refresh_token = require_refresh_token
         self._trust_unsigned_id_token = trust_unsigned_id_token
         parties = frozenset(authorized_parties) if authorized_parties else None
-        self._policy = Policy(audience, leeway, parties, accept_bound=bound_tokens == "gateway")
+        self._policy = Policy(
+            audience,
+            leeway,
+            parties,
+            accept_bound=bound_tokens == "gateway",
+            require_subject=require_subject,
+            accept_id_tokens=id_tokens_as_access_tokens,
+        )
         self._provider = Provider(openIdConnectUrl, Client(audience), _transport())  # asks for no tokens
         self._reported: IssuerUnavailable | None = None
 

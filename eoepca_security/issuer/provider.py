@@ -247,7 +247,7 @@ class Provider:
             document = {}
         if answer.status != 200 or "keys" not in document:
             raise IssuerUnavailable(f"{printable(url)} answered {answer.status} without a set of keys", url=url)
-        return TrustedKeys(metadata.issuer, read_keys(document))
+        return TrustedKeys(metadata.issuer, read_keys(document), metadata.access_token_issuer)
 
 
 class _Cached(Generic[T]):

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.text import printable, without_secrets
-from eoepca_security.oauth.urls import issuer_of, url_problem
+from eoepca_security.oauth.urls import issuer_of, split_url, url_problem
 
 PrivateKey = RSAPrivateKey | EllipticCurvePrivateKey | Ed25519PrivateKey
 
@@ -85,6 +85,8 @@ class ProviderMetadata:
     names_itself: bool = False
     """Whether authorization responses name the issuer (RFC 9207)."""
     userinfo_endpoint: str | None = None
+    access_token_issuer: str | None = None
+    """The `iss` of access tokens, if it is not the issuer's name. Only AD FS has such a member ([MS-OIDCE])."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,17 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         authorization_endpoint=_good_url(document.get("authorization_endpoint"), allow_http=allow_http),
         device_authorization_endpoint=_good_url(document.get("device_authorization_endpoint"), allow_http=allow_http),
         revocation_endpoint=_good_url(document.get("revocation_endpoint"), allow_http=allow_http),
+        access_token_issuer=_access_token_issuer(document.get("access_token_issuer"), issuer),
         names_itself=document.get("authorization_response_iss_parameter_supported") is True,
     )
+
+
+def _access_token_issuer(value: object, issuer: str) -> str | None:
+    """Return a name that an issuer may use in access tokens: one on its own host, as it must not speak for others."""
+    try:
+        return value if isinstance(value, str) and split_url(value).hostname == split_url(issuer).hostname else None
+    except ValueError:
+        return None
 
 
 def choose_auth_method(client: Client, metadata: ProviderMetadata) -> str:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
@@ -92,13 +92,16 @@ class Policy:
 
     `leeway` is the accepted clock difference in seconds. With `authorized_parties`, the token must have been issued to
     one of these clients (`azp`, or `client_id` of RFC 9068). `accept_bound` accepts tokens that are bound to a key,
-    for when someone else has verified the binding.
+    for when someone else has verified the binding. `require_subject` refuses tokens without `sub` (RFC 9068 §2.2).
+    `accept_id_tokens` accepts the claims of ID tokens that Dex puts into its access tokens, and so ID tokens.
     """
 
     audience: str
     leeway: float = 10
     authorized_parties: Collection[str] | None = None
     accept_bound: bool = False
+    require_subject: bool = True
+    accept_id_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ class Header:
 class Unverified:
     """A token whose issuer and signature have not been checked yet. Do not trust it."""
 
+    kind: Literal["access", "ID"]
     header: Header
     claims: dict[str, Any] = field(repr=False)
     text: str = field(repr=False)
@@ -121,14 +125,19 @@ class Unverified:
 
 @dataclass(frozen=True)
 class TrustedKeys:
-    """An issuer and the keys fetched from it."""
+    """An issuer and the keys fetched from it.
+
+    `access_token_issuer` is the `iss` of its access tokens where that is another name, or None.
+    """
 
     issuer: str
     keys: tuple[SigningKey, ...]
+    access_token_issuer: str | None = None
 
     def confirm(self, token: Unverified) -> dict[str, Any]:
         """Return the verified claims; raises TokenInvalid, in particular NoKeyFits when a newer key set may help."""
-        if token.claims.get("iss") != self.issuer:
+        issuer = (token.kind == "access" and self.access_token_issuer) or self.issuer
+        if token.claims.get("iss") != issuer:
             raise TokenInvalid("the token is from another issuer")
         keys = matching_keys(self.keys, token.header)
         if not keys:
@@ -171,16 +180,18 @@ def unverified_claims(token: str) -> Mapping[str, Any]:
 
 def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
     """Read an access token and check what needs no key. `now` is in epoch seconds. Raises TokenInvalid."""
-    unverified = _read(token, policy.leeway, now)
+    unverified = _read(token, "access", policy.leeway, now, require_subject=policy.require_subject)
     claims, audience, party = unverified.claims, policy.audience, unverified.claims.get("azp")
     if audience not in _audiences(claims, audience):
         raise TokenInvalid(f"the token is not for the audience {audience}", claim="aud")
     if claim := _claim_of_another_kind(claims, "access"):
         raise TokenInvalid(f"the token is not an access token, according to its {claim}")
-    if not _CLAIMS_OF_OTHER_TOKENS.isdisjoint(claims):
+    others = _CLAIMS_OF_OTHER_TOKENS - {"at_hash"} if policy.accept_id_tokens else _CLAIMS_OF_OTHER_TOKENS
+    if not others.isdisjoint(claims):
         raise TokenInvalid("the token is not an access token")
     # Before version 24, Keycloak also puts the login's nonce into access tokens, but marks them as access tokens.
-    if "nonce" in claims and unverified.header.typ == "jwt" and claims.get("typ") not in ("Bearer", "DPoP"):
+    is_marked = unverified.header.typ == "at+jwt" or claims.get("typ") in ("Bearer", "DPoP")
+    if "nonce" in claims and not is_marked and not policy.accept_id_tokens:
         raise TokenInvalid("the token is not an access token")
     if policy.authorized_parties is not None:
         party = claims.get("client_id") if party is None else party
@@ -204,7 +215,7 @@ def read_id_token(token: str, client_ids: Collection[str], *, leeway: float, now
 
     `id_token_mismatch` checks whether it belongs to an access token.
     """
-    unverified = _read(token, leeway, now)
+    unverified = _read(token, "ID", leeway, now)
     claims = unverified.claims
     if not any(audience in client_ids for audience in _audiences(claims, "that of a known client")):
         raise TokenInvalid("the ID token is for another client", claim="aud")
@@ -223,13 +234,18 @@ def id_token_mismatch(
 ) -> str | None:
     """Return why ID claims do not belong to a verified access token, or None when they do.
 
-    `alg` is the ID token's signature algorithm. Without a signature, `at_hash` is required: it is the only link.
+    `alg` is the signature algorithm of a verified ID token, whose issuer is known then. Without a signature, `iss`,
+    `sub` and `at_hash` are required. With one, `at_hash` is required if the access token has no `sub`.
     """
-    for name in ("iss", "sub"):
-        if id_claims.get(name) != access_claims[name]:
-            return f"its {name} does not match the access token"
+    subject = access_claims.get("sub")
+    if alg is None and id_claims.get("iss") != access_claims["iss"]:
+        return "its iss does not match the access token"
+    if subject is None and alg is None:
+        return "the access token has no sub"
+    if subject is not None and id_claims.get("sub") != subject:
+        return "its sub does not match the access token"
     at_hash = id_claims.get("at_hash")
-    if at_hash is None and alg is not None:
+    if at_hash is None and alg is not None and subject is not None:
         return None
     hash_name = _HASH_BY_LENGTH.get(len(at_hash)) if isinstance(at_hash, str) else None
     # EdDSA does not define its hash, and issuers use different ones.
@@ -300,7 +316,9 @@ def matching_keys(keys: Collection[SigningKey], header: Header) -> list[SigningK
     return [key for key in keys if header.alg in key.algorithms and (header.kid is None or key.kid == header.kid)]
 
 
-def _read(token: str, leeway: float, now: float) -> Unverified:
+def _read(
+    token: str, kind: Literal["access", "ID"], leeway: float, now: float, *, require_subject: bool = True
+) -> Unverified:
     """Read a token and check what applies to every kind."""
     header = read_header(token)
     try:
@@ -309,9 +327,9 @@ def _read(token: str, leeway: float, now: float) -> Unverified:
         raise TokenInvalid("the token is not well-formed") from None
     _check_times(claims, leeway, now)
     subject = claims.get("sub")
-    if not isinstance(subject, str) or not subject:
+    if (require_subject or "sub" in claims) and (not isinstance(subject, str) or not subject):
         raise TokenInvalid("the token has no subject (sub)")
-    return Unverified(header, claims, token)
+    return Unverified(kind, header, claims, token)
 
 
 def _claim_of_another_kind(claims: Mapping[str, Any], kind: str) -> str | None:

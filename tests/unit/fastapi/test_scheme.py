@@ -577,6 +577,75 @@ async def test_roles_need_an_authentication_even_where_the_scheme_raises_no_erro
     assert await open_socket(app, {}, "/realm-role") == 1008
 
 
+# --- issuers whose access tokens differ ---------------------------------------------------------------------------
+
+
+async def test_tokens_without_subject_as_of_keycloak_without_its_scope_basic(issuer: FakeIssuer, app: FastAPI) -> None:
+    access_token = issuer.issue(azp="gateway")
+    claims = {name: value for name, value in issuer_claims(issuer).items() if name != "sub"}
+    token = issuer.sign({**claims, "azp": "gateway"})
+    lenient = make_app(make_scheme(issuer, require_subject=False))
+
+    assert (await get(app, bearer(token))).status_code == 401
+    found = await get(lenient, bearer(token))
+    assert (found.status_code, "sub" in found.json()["claims"]) == (200, False)
+    assert (await get(lenient, bearer(access_token))).json()["claims"]["sub"] == "u-1"
+    for subject in ("", None, 1):
+        assert (await get(lenient, bearer(issuer.sign({**claims, "sub": subject})))).status_code == 401
+
+    # The ID token says who it is, if it belongs to this access token for certain.
+    own, others = issuer.id_token(token), issuer.id_token(access_token)
+    assert (await get(lenient, {**bearer(token), "X-ID-Token": own})).json()["claims"]["sub"] == "u-1"
+    without_hash = issuer.sign({**issuer_claims(issuer), "aud": "gateway"})
+    for stray in (others, without_hash):
+        assert (await get(lenient, {**bearer(token), "X-ID-Token": stray})).status_code == 401
+
+
+async def test_access_tokens_that_look_like_id_tokens_as_those_of_dex(issuer: FakeIssuer, app: FastAPI) -> None:
+    lenient = make_app(make_scheme(issuer, id_tokens_as_access_tokens=True))
+    dex = {"aud": ["service", "gateway"], "azp": "gateway", "at_hash": "A" * 22, "nonce": "n-1"}
+    token = issuer.sign({**issuer_claims(issuer), **dex})
+
+    assert (await get(app, bearer(token))).status_code == 401
+    assert (await get(lenient, bearer(token))).json()["claims"]["sub"] == "u-1"
+    id_token = issuer.id_token(token, typ="ID", nonce="n-1")
+    assert (await get(lenient, {**bearer(token), "X-ID-Token": id_token})).status_code == 200
+    others: list[dict[str, Any]] = [{"aud": "gateway"}, {"typ": "ID"}, {"c_hash": "x"}, {"events": {}}]
+    for other in (*others, {"token_use": "id"}):
+        assert (await get(lenient, bearer(issuer.sign({**issuer_claims(issuer), **dex, **other})))).status_code == 401
+
+
+class AdFs(FakeIssuer):
+    """An issuer that has another name in access tokens, as AD FS does."""
+
+    trust_name = "http://127.0.0.1/adfs/services/trust"
+
+    def discovery(self) -> dict[str, Any]:
+        return {**super().discovery(), "access_token_issuer": self.trust_name}
+
+
+async def test_access_tokens_of_ad_fs() -> None:
+    with AdFs(client_id="gateway", path="/adfs") as issuer:
+        app = make_app(make_scheme(issuer))
+        token = issuer.issue(iss=issuer.trust_name, azp="gateway")
+        headers = {**bearer(token), "X-ID-Token": issuer.id_token(token, nickname="ally")}
+
+        found = (await get(app, headers)).json()
+        assert (found["claims"]["iss"], found["claims"]["nickname"]) == (issuer.trust_name, "ally")
+        assert (await get(app, bearer(issuer.issue()))).status_code == 401
+        stray = {**bearer(token), "X-ID-Token": issuer.id_token(token, iss=issuer.trust_name)}
+        assert (await get(app, stray)).status_code == 401
+
+
+async def test_an_issuer_does_not_speak_for_another_host() -> None:
+    with AdFs() as issuer:
+        issuer.trust_name = "https://issuer.example"
+        app = make_app(make_scheme(issuer))
+
+        assert (await get(app, bearer(issuer.issue(iss=issuer.trust_name)))).status_code == 401
+        assert (await get(app, bearer(issuer.issue()))).status_code == 200
+
+
 # --- keys ---------------------------------------------------------------------------------------------------------
 
 
@@ -908,6 +977,12 @@ async def test_the_discovery_documents_url_may_have_a_query(own_issuer: FakeIssu
         ({"refresh_token_header": None}, "refresh_token_header"),
         ({"id_token_header": "AUTHORIZATION"}, "three different headers"),
         ({"require_auth_token": False, "require_refresh_token": True}, "require_refresh_token"),
+        ({"require_subject": False, "trust_unsigned_id_token": True}, "trust_unsigned_id_token needs require_subject"),
+        *(
+            ({name: value}, f"{name} must be True or False")
+            for name in ("require_subject", "id_tokens_as_access_tokens")
+            for value in ("refuse", "false", 1, 0, None)
+        ),
     ],
 )
 def test_misuse_is_told_when_the_scheme_is_made(issuer: FakeIssuer, arguments: dict[str, Any], named: str) -> None:

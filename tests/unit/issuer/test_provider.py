@@ -726,6 +726,15 @@ def test_the_issuer_of_a_token_has_to_be_spelled_as_in_its_discovery_document(ve
         verifying.provider.verify(verifying.token(), "service")
 
 
+def test_the_issuer_of_access_tokens_is_the_one_that_the_discovery_document_gives(verifying: Verifying) -> None:
+    trust_name = "http://issuer.example/adfs/services/trust"
+    verifying.transport.replies[DISCOVERY] = discovery(access_token_issuer=trust_name)
+
+    assert verifying.provider.verify(verifying.token(iss=trust_name), "service")["sub"] == "u-1"
+    with pytest.raises(TokenInvalid, match="another issuer"):
+        verifying.provider.verify(verifying.token(), "service")
+
+
 def test_times_are_compared_with_the_clock_that_was_given(verifying: Verifying) -> None:
     text = verifying.token(exp=int(verifying.clock()) + 60)
     verifying.provider.verify(text, "service")

@@ -323,6 +323,28 @@ def test_the_name_of_another_issuer_is_shown_without_its_control_characters() ->
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize(
+    ("value", "is_taken"),
+    [
+        ("http://issuer.example/adfs/services/trust", True),
+        ("https://ISSUER.example:8443", True),
+        ("https://evil.example/realms/test", False),
+        ("https://issuer.example.evil.example", False),
+        ("https://evil.example@issuer.example.evil.example", False),
+        ("urn:federation:issuer.example", False),
+        ("https://[issuer.example", False),
+        ("", False),
+        (None, False),
+        (1, False),
+        (["https://issuer.example"], False),
+    ],
+)
+def test_the_issuer_of_access_tokens_has_to_be_on_the_host_of_the_issuer(value: object, is_taken: bool) -> None:
+    metadata = read_metadata(200, document(access_token_issuer=value), url=DOCUMENT_URL)
+
+    assert metadata.access_token_issuer == (value if is_taken else None)
+
+
 @pytest.mark.parametrize("name", ["token_endpoint", "jwks_uri"])
 @pytest.mark.parametrize(
     ("value", "problem"),

@@ -23,6 +23,7 @@ from eoepca_security.oauth.verify import (
     Policy,
     SigningKey,
     TrustedKeys,
+    Unverified,
     id_token_mismatch,
     looks_like_jwt,
     matching_keys,
@@ -616,6 +617,42 @@ def test_a_token_without_a_proper_subject_is_refused(subject: object) -> None:
     refuse(token(sub=subject), "has no subject")
 
 
+def test_a_token_without_a_subject_is_accepted_where_the_policy_needs_none() -> None:
+    policy = replace(POLICY, require_subject=False)
+
+    assert "sub" not in verify(token(sub=...), signing_key("ES256"), policy, now=NOW)
+    assert verify(token(), signing_key("ES256"), policy, now=NOW)["sub"] == "u-1"
+    odd_subjects: list[Any] = [None, "", 1, True, ["u-1"], {}]
+    for subject in odd_subjects:
+        with pytest.raises(TokenInvalid, match="no subject"):
+            verify(token(sub=subject), signing_key("ES256"), policy, now=NOW)
+    with pytest.raises(TokenInvalid, match="no subject"):
+        check_id_token(sub=...)
+
+
+@pytest.mark.parametrize("changes", [{}, {"nonce": "n-1"}, {"at_hash": "x"}, {"at_hash": "x", "nonce": "n-1"}])
+def test_what_has_claims_of_an_id_token_is_accepted_where_the_policy_says_so(changes: dict[str, Any]) -> None:
+    policy = replace(POLICY, accept_id_tokens=True)
+    claims: dict[str, Any] = {"typ": ..., **changes}
+
+    assert verify(token(**claims), signing_key("ES256"), policy, now=NOW)["sub"] == "u-1"
+    for other in (*KINDS_OF_ID_TOKENS, {"c_hash": "x"}, {"s_hash": "x"}, {"events": {}}, {"typ": "Refresh"}):
+        with pytest.raises(TokenInvalid, match="not an access token"):
+            verify(token(**{**claims, **other}), signing_key("ES256"), policy, now=NOW)
+
+
+def test_access_tokens_may_have_a_name_of_their_own_for_the_issuer() -> None:
+    keys = TrustedKeys(ISSUER, (signing_key("ES256"),), access_token_issuer="http://issuer.example/trust")
+
+    def read(issuer: str) -> Unverified:
+        return read_access_token(token(iss=issuer), POLICY, now=NOW)
+
+    assert keys.confirm(read("http://issuer.example/trust"))["sub"] == "u-1"
+    for issuer in (ISSUER, "http://issuer.example/trust/", "https://issuer.example/trust"):
+        with pytest.raises(TokenInvalid, match="another issuer"):
+            keys.confirm(read(issuer))
+
+
 KEYCLOAKS_OTHER_TYPES = [
     "ID",
     "Refresh",
@@ -765,13 +802,34 @@ def test_an_odd_hash_fits_no_token(value: object, alg: str | None) -> None:
     assert id_token_mismatch({"iss": ISSUER, "sub": "u-1", "at_hash": value}, CLAIMS, "token", alg) is not None
 
 
-@pytest.mark.parametrize("name", ["iss", "sub"])
+@pytest.mark.parametrize(("name", "alg"), [("iss", None), ("sub", None), ("sub", "RS256")])
 @pytest.mark.parametrize("value", [..., *ODD_VALUES])
-def test_an_id_token_of_another_issuer_or_subject_fits_no_token(name: str, value: Any) -> None:
+def test_id_claims_of_another_issuer_or_subject_fit_no_token(name: str, alg: str | None, value: Any) -> None:
     claims = {"iss": ISSUER, "sub": "u-1", "at_hash": at_hash("token", "sha256"), name: value}
     claims = {k: v for k, v in claims.items() if v is not ...}
 
-    assert id_token_mismatch(claims, CLAIMS, "token", "RS256") == f"its {name} does not match the access token"
+    assert id_token_mismatch(claims, CLAIMS, "token", alg) == f"its {name} does not match the access token"
+
+
+@pytest.mark.parametrize("issuer", [ISSUER + "/", "https://evil.example", ..., *ODD_VALUES])
+def test_a_signed_id_token_of_another_issuer_is_refused(issuer: object) -> None:
+    text = token(aud="client", typ=..., iss=issuer)
+    unverified = read_id_token(text, ["client"], leeway=10, now=NOW)
+    for access_token_issuer in (None, issuer if isinstance(issuer, str) else "x"):
+        with pytest.raises(TokenInvalid, match="another issuer"):
+            TrustedKeys(ISSUER, (signing_key("ES256"),), access_token_issuer).confirm(unverified)
+
+
+def test_where_access_tokens_have_no_subject_an_id_token_is_bound_by_its_hash_and_signature() -> None:
+    access_claims = {name: value for name, value in CLAIMS.items() if name != "sub"}
+    claims = {"iss": ISSUER, "sub": "u-1", "at_hash": at_hash("token", "sha256")}
+    bare = {"iss": ISSUER, "at_hash": at_hash("token", "sha256")}
+
+    assert id_token_mismatch(claims, access_claims, "token", "RS256") is None
+    assert id_token_mismatch(claims, access_claims, "another token", "RS256") is not None
+    assert id_token_mismatch({"iss": ISSUER, "sub": "u-1"}, access_claims, "token", "RS256") is not None
+    assert id_token_mismatch(claims, access_claims, "token") == "the access token has no sub"
+    assert id_token_mismatch(bare, access_claims, "token") == "the access token has no sub"
 
 
 @pytest.mark.parametrize(("name", "value"), list(itertools.product([*CLAIMS, "nbf", "azp", "scope"], ODD_VALUES)))
