@@ -157,7 +157,7 @@ DOUBTFUL = {
     "of a web page": POST + H + b"Origin: https://evil.example\r\nX: y\r\n " + LENGTH,
     "of an allowed page": b"OPTIONS / HTTP/1.1\r\n" + H + b"Origin: https://app.example\r\n"
     b"Access-Control-Request-Method: PUT\r\nX: y\r\n " + LENGTH,
-    "off switch": b"GET /end-it HTTP/1.1\r\n" + H + b"X: y\r\n " + LENGTH,
+    "shutdown endpoint": b"GET /end-it HTTP/1.1\r\n" + H + b"X: y\r\n " + LENGTH,
     "CONNECT": b"CONNECT localhost:80 HTTP/1.1\r\n" + H + b"X: y\r\n " + LENGTH,
 }
 

@@ -34,8 +34,8 @@ ISSUER: Final = Variable(
     "OPEN_ID_CONNECT_URL",
     "oidc_url",
     "The OIDC issuer, or its discovery document (…/.well-known/openid-configuration).",
-    "For Keycloak: https://keycloak.example/realms/NAME. Use the same name as for the login. Only the document's address "
-    "may have a query (?p=POLICY for Azure AD B2C).",
+    "For Keycloak: https://keycloak.example/realms/NAME. Use the same name as for the login. Only the document's "
+    "address may have a query (?p=POLICY for Azure AD B2C).",
     required=True,
 )
 CLIENT_ID: Final = Variable(

@@ -19,8 +19,8 @@ Fault = Callable[[Handler], bool]
 
 @pytest.fixture(autouse=True)
 def _short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoepca_security.issuer.provider.DISCOVERY_TIMEOUT", 0.7)
-    monkeypatch.setattr("eoepca_security.issuer.provider.TOKEN_TIMEOUT", 0.7)
+    monkeypatch.setattr("eoepca_security.issuer.provider.DISCOVERY_TIMEOUT", 1.5)
+    monkeypatch.setattr("eoepca_security.issuer.provider.TOKEN_TIMEOUT", 1.5)
 
 
 def says(status: int, body: object, **headers: str) -> Fault:
