@@ -17,7 +17,6 @@ from urllib.parse import urlencode
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.protocol import (
-    FINAL_ERRORS,
     Client,
     ProviderMetadata,
     TokenRequest,
@@ -37,9 +36,6 @@ DEVICE_GRANT: Final = "urn:ietf:params:oauth:grant-type:device_code"
 
 POLL_INTERVAL: Final = 5.0
 """Default seconds between two polls (RFC 8628 §3.2), and what `slow_down` adds to them (§3.5)."""
-
-# Keycloak sends `not_allowed` for offline_access.
-_FINAL_ERRORS: Final = FINAL_ERRORS | {"expired_token", "not_allowed"}
 
 
 @dataclass(frozen=True)
@@ -101,12 +97,15 @@ def read_device_response(
 
     Raises CredentialsRejected or IssuerUnavailable.
     """
-    answer = read_answer(status, body, secrets=secrets, final=_FINAL_ERRORS, endpoint="device authorization")
+    answer = read_answer(status, body, secrets=secrets, endpoint="device authorization", gives="device_code")
     device_code, user_code = (read_text(answer.get(name), "[ -~]{1,2000}") for name in ("device_code", "user_code"))
     expires_in = read_seconds(answer.get("expires_in"))
     uri, complete = (
         uri if isinstance(uri, str) and url_problem(uri, allow_http=allow_http) is None else None
-        for uri in (answer.get("verification_uri"), answer.get("verification_uri_complete"))
+        for uri in (
+            answer.get("verification_uri") or answer.get("verification_url"),  # Google's
+            answer.get("verification_uri_complete"),
+        )
     )
     if device_code is None or user_code is None or uri is None or expires_in is None:
         raise IssuerUnavailable("the device authorization endpoint's answer lacks members that RFC 8628 §3.2 requires")
@@ -132,13 +131,12 @@ def read_device_token_response(
 ) -> TokenResponse | Pending:
     """Read the answer to a poll.
 
-    Raises the same errors as `read_token_response`, and CredentialsRejected when the login is over.
+    Raises the same errors as `read_token_response`, and CredentialsRejected when the login is over: after every error
+    code but the two in `Pending`, whatever it means elsewhere (RFC 8628 §3.5).
     """
     pending = {reason.value: reason for reason in Pending}
-    # Listed as final, because unknown codes raise IssuerUnavailable.
-    final = _FINAL_ERRORS | pending.keys()
     try:
-        return read_token_response(status, body, retry_after=retry_after, secrets=secrets, final=final)
+        return read_token_response(status, body, retry_after=retry_after, secrets=secrets, passing=())
     except CredentialsRejected as error:
         if error.issuer_error not in pending:
             raise
@@ -216,7 +214,7 @@ def build_code_request(
 
 def read_code_response(status: int, body: bytes, *, secrets: Collection[str] = ()) -> TokenResponse:
     """Read the answer to a code request. Raises the same errors as `read_token_response`."""
-    return read_token_response(status, body, secrets=secrets, final=_FINAL_ERRORS)
+    return read_token_response(status, body, secrets=secrets)
 
 
 def check_nonce(request: AuthorizationRequest, claims: dict[str, object]) -> None:

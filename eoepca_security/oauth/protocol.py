@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 from urllib.parse import quote_plus
 
 import jwt
@@ -41,20 +41,39 @@ GRANTS: Final = ("refresh_token", "client_credentials")
 ASSERTION_LIFETIME: Final = 60
 """How long a client assertion is valid, in seconds (RFC 7523 §3: it must expire)."""
 
-# RFC 6749 §5.2 and RFC 8707 §2: retrying does not help. The server-side codes (`server_error`,
-# `temporarily_unavailable`) and unknown ones are left out: for those, a retry may help.
-FINAL_ERRORS: Final = frozenset(
+MAX_LIFETIME: Final = 10 * 365 * 86_400.0
+"""Longest accepted lifetime of a token, in seconds: 10 years. Some issuers say "for ever" with a number that timers and
+calendars cannot express."""
+
+PASSING_ERRORS: Final = frozenset(
     {
-        "invalid_request",
-        "invalid_client",
-        "invalid_grant",
-        "unauthorized_client",
-        "unsupported_grant_type",
-        "invalid_scope",
-        "invalid_target",
-        "access_denied",
+        "server_error",
+        "temporarily_unavailable",
+        "slow_down",
+        "authorization_pending",
+        "too_many_requests",
+        "rate_limit_exceeded",
     }
 )
+"""Error codes that say nothing about the client or the session, so that the same request may succeed later. Every other
+one is final, also one that no RFC knows: asking again with the same credentials does not change it."""
+
+# RFC 6749 §4.1.2.1 and §5.2, RFC 8628 §3.5, RFC 8707 §2; the last is Keycloak's, for offline_access.
+_KNOWN_ERRORS: Final = PASSING_ERRORS | {
+    "invalid_request",
+    "invalid_client",
+    "invalid_grant",
+    "unauthorized_client",
+    "unsupported_grant_type",
+    "invalid_scope",
+    "invalid_target",
+    "access_denied",
+    "expired_token",
+    "not_allowed",
+}
+
+_PASSING_STATUSES: Final = (408, 425, 429)  # RFC 9110 §15.5.9, RFC 8470 §5.2, RFC 6585 §4
+_UNCLEAR_STATUSES: Final = (400, 401, 403)
 
 
 @dataclass(frozen=True)
@@ -242,14 +261,14 @@ def read_token_response(
     *,
     retry_after: float | None = None,
     secrets: Collection[str] = (),
-    final: Collection[str] = FINAL_ERRORS,
+    passing: Collection[str] = PASSING_ERRORS,
 ) -> TokenResponse:
     """Read the token endpoint's answer. Errors never contain `secrets`, even if the issuer's answer does.
 
-    Raises CredentialsRejected for the error codes in `final`, TokenInvalid for a success without a usable
+    Raises CredentialsRejected for error codes that are not in `passing`, TokenInvalid for a success without a usable
     `access_token`, and IssuerUnavailable for everything else.
     """
-    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets, final=final)
+    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets, passing=passing)
     refresh_token = read_text(answer.get("refresh_token"), "[ -~]+")
     try:
         return TokenResponse(
@@ -270,27 +289,43 @@ def read_answer(
     *,
     retry_after: float | None = None,
     secrets: Collection[str] = (),
-    final: Collection[str] = FINAL_ERRORS,
+    passing: Collection[str] = PASSING_ERRORS,
     endpoint: str = "token",
+    gives: str = "access_token",
 ) -> dict[str, Any]:
-    """Return the JSON object of a success; otherwise raises the same errors as `read_token_response`."""
-    if status == 429 or status >= 500:
-        message = f"the {endpoint} endpoint answered {status}"
-        raise IssuerUnavailable(message, retry_after=retry_after, was_sent=status != 429)
+    """Return the JSON object of a success, which has the member `gives`.
+
+    Otherwise raises the same errors as `read_token_response`. Some issuers, such as GitHub and Slack, refuse with
+    status 200.
+    """
+    answered = f"the {endpoint} endpoint answered {status}"
     try:
         answer = parse_object(body)
     except ValueError as error:
+        if status in _PASSING_STATUSES or status >= 500:
+            raise IssuerUnavailable(answered, retry_after=retry_after, was_sent=status >= 500) from None
         # This may be a refusal (Glewlwyd 2.7 refuses a used-up refresh token like this) or come from something in
         # between; RFC 6749 §5.2 requires refusals to have an error code.
         raise IssuerUnavailable(
-            f"the {endpoint} endpoint answered {status} without the JSON that OAuth requires: {_first_words(error)}",
+            f"{answered} without the JSON that OAuth requires: {_first_words(error)}",
             was_sent=True,
-            cause="unclear_refusal" if status in (400, 401, 403) else None,
+            cause="unclear_refusal" if status in _UNCLEAR_STATUSES else None,
         ) from None
     # RFC 6749 §5.1 says 200, but an issuer that answers 201 has issued the tokens too.
-    if not 200 <= status < 300:
-        _raise_error(status, answer, secrets, final, endpoint)
-    return answer
+    is_success = 200 <= status < 300
+    if is_success and (answer.get(gives) is not None or not answer.get("error")):
+        return answer
+    code, description = _error_code(answer, secrets), _description(answer, secrets)
+    said = description and f": {description}"
+    if status >= 500 or status in _PASSING_STATUSES or code in passing:
+        shown = code and f" ({code})"
+        raise IssuerUnavailable(f"{answered}{shown}{said}", retry_after=retry_after, was_sent=status >= 500)
+    if code in _KNOWN_ERRORS or (code and not 300 <= status < 400):
+        raise rejection(code, description)
+    raise IssuerUnavailable(
+        f"{answered} ({code or 'without an error code'}){said}",
+        cause="unclear_refusal" if status in _UNCLEAR_STATUSES else None,
+    )
 
 
 def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str:
@@ -363,14 +398,25 @@ def _segment(members: Mapping[str, object]) -> str:
     return base64.urlsafe_b64encode(json.dumps(members).encode()).rstrip(b"=").decode()
 
 
-def _raise_error(
-    status: int, answer: Mapping[str, object], secrets: Collection[str], final: Collection[str], endpoint: str
-) -> NoReturn:
+def _error_code(answer: Mapping[str, object], secrets: Collection[str]) -> str:
+    """Return the error code, a known one as the RFCs spell it; empty where there is none."""
     error = answer.get("error")
-    if not isinstance(error, str) or error not in final:
-        code = without_secrets(error, secrets) or "without an error code"
-        raise IssuerUnavailable(f"the {endpoint} endpoint answered {status} ({code})")
-    raise rejection(error, without_secrets(answer.get("error_description"), secrets))
+    candidates: list[object] = [error.get("code"), error.get("status")] if isinstance(error, dict) else [error]
+    candidates.append(answer.get("errorCode"))  # Okta's
+    code = next((code for code in candidates if isinstance(code, str) and code), "")
+    return code.lower() if code.lower() in _KNOWN_ERRORS else printable(without_secrets(code, secrets))
+
+
+def _description(answer: Mapping[str, object], secrets: Collection[str]) -> str:
+    """Return what the issuer says to people; empty where that is nothing."""
+    error = answer.get("error")
+    inner = error if isinstance(error, dict) else {}
+    words = (
+        answer.get("error_description"),
+        *(inner.get(name) for name in ("message", "description", "error_description")),
+        *(answer.get(name) for name in ("errorSummary", "message", "detail")),  # Okta's, and common ones
+    )
+    return next((said for text in words if (said := without_secrets(text, secrets))), "")
 
 
 def rejection(error: str, said: str) -> CredentialsRejected:
@@ -389,14 +435,14 @@ def _first_words(error: ValueError) -> str:
 
 
 def read_seconds(value: object) -> float | None:
-    """Return a lifetime, which some issuers send as a string. None when it is not a positive number."""
+    """Return a lifetime, at most `MAX_LIFETIME`; some issuers send text. None when it is not a positive number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         seconds = float(value)
     except (ValueError, OverflowError):
         return None
-    return seconds if math.isfinite(seconds) and seconds > 0 else None
+    return min(seconds, MAX_LIFETIME) if math.isfinite(seconds) and seconds > 0 else None
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -14,7 +14,10 @@ def printable(value: object, limit: int = 200) -> str:
 
 
 def without_secrets(text: object, secrets: Collection[str]) -> str:
-    """Return an issuer's text without `secrets`: some issuers repeat what they were sent, or part of it."""
+    """Return an issuer's text without `secrets`: some issuers repeat what they were sent, or part of it.
+
+    It has at most 500 characters: issuers explain themselves in up to three sentences, with IDs to search for.
+    """
     if not isinstance(text, str):
         return ""
     for secret in secrets:
@@ -22,7 +25,7 @@ def without_secrets(text: object, secrets: Collection[str]) -> str:
         if len(secret) >= 4:
             for form in (secret, quote_plus(secret), quote(secret, safe="")):
                 text = re.sub(re.escape(form), "…", text, flags=re.IGNORECASE)
-    return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text))
+    return printable(re.sub(r"[A-Za-z0-9._~+/=-]{40,}", "…", text), 500)
 
 
 def identity(claims: Mapping[str, Any]) -> str:

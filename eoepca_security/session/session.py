@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
-from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
 from eoepca_security.oauth.verify import unverified_claims
 
 DEFAULT_LIFETIME: Final = 60.0
@@ -22,6 +22,8 @@ DEFAULT_LIFETIME: Final = 60.0
 
 MAX_CLOCK_OFFSET: Final = 600.0
 """Seconds by which the issuer's clock may be behind ours before its tokens count as old."""
+
+_LAST_TIME: Final = 253_402_300_799  # the end of the year 9999
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ def token_end(response: TokenResponse, *, sent_at: float, received_at: float) ->
     if is_off and issued_at is not None and issued_at > sent_at - MAX_CLOCK_OFFSET:
         # `iat` is in whole seconds, so up to one second of the lifetime may have passed.
         exp = sent_at + exp - issued_at - 1
-    return min(exp, received_at + response.expires_in) if response.expires_in else exp
+    return min(exp, received_at + (response.expires_in or MAX_LIFETIME))
 
 
 class RefreshSession:
@@ -274,6 +276,6 @@ def _stored(refresh_token: str, token: AccessToken | None, session_ends_at: floa
 
 
 def number(value: Any) -> float | None:
-    """Return a JSON number that could be a time, else None."""
+    """Return a JSON number as a time in epoch seconds, between 1970 and 9999; None for anything else."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and abs(value) < 1e15 else None
+    return float(min(max(value, 0), _LAST_TIME)) if is_number else None

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.issuer.threads import in_thread
-from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.session.session import DEFAULT_LIFETIME, AccessToken, RefreshSession, Store, number
 
@@ -269,7 +269,7 @@ class TokenSource:
             now = self._now()
             # It was not issued just now, so only its own `exp` says when it ends.
             ends_at = number(unverified_claims(self._initial).get("exp")) or now + DEFAULT_LIFETIME
-            token = AccessToken(self._initial, now, ends_at)
+            token = AccessToken(self._initial, now, min(ends_at, now + MAX_LIFETIME))
             try:
                 await self._verify(token)
             except TokenInvalid as error:

@@ -10,7 +10,7 @@ from typing import Final, NoReturn, TypeVar
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
 from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.transport import HttpTransport, explain
-from eoepca_security.oauth.protocol import Client, choose_auth_method
+from eoepca_security.oauth.protocol import MAX_LIFETIME, Client, choose_auth_method
 from eoepca_security.oauth.text import identity, printable, without_secrets
 from eoepca_security.oauth.verify import looks_like_jwt, unverified_claims
 from eoepca_security.proxy.cli.probes import UPSTREAM_TIMEOUT, Recorder, ask, bounded, is_our_proxy
@@ -37,6 +37,7 @@ from eoepca_security.proxy.policy.remedies import (
     CLIENT_ERRORS,
     CLOCK,
     LOGIN,
+    SESSION_ERRORS,
     Place,
     audience_remedy,
     client_remedy,
@@ -244,7 +245,7 @@ class _Run:
         if settings.grant == "refresh_token" and self._refresh_token is None:
             if settings.access_token is not None:
                 end = number(unverified_claims(settings.access_token).get("exp")) or self._now()
-                self._obtained = AccessToken(settings.access_token, self._now(), end)
+                self._obtained = AccessToken(settings.access_token, self._now(), min(end, self._now() + MAX_LIFETIME))
                 return
             error = self._try_client(settings.client)
             self._obtained = error if error is not None and error.issuer_error in CLIENT_ERRORS else None
@@ -272,17 +273,27 @@ class _Run:
     def _client_remedy(self, error: str) -> str:
         client = self._settings.client
         has_secret = client.secret is not None or client.key is not None
-        works_without = False
-        if has_secret:
-            refusal = self._try_client(Client(client.client_id, auth_method="none"))
-            works_without = refusal is not None and refusal.issuer_error not in CLIENT_ERRORS
-        remedy = client_remedy(has_secret=has_secret, works_without=works_without, client_id=client.client_id)
-        if error == "unauthorized_client" and self._settings.grant == "client_credentials" and not works_without:
+        works_with = next(filter(self._is_accepted, self._other_methods()), None) if has_secret else None
+        remedy = client_remedy(client, works_with=works_with.auth_method if works_with is not None else None)
+        if error == "unauthorized_client" and self._settings.grant == "client_credentials" and works_with is None:
             remedy += "; or enable this grant for the client (Keycloak: Service accounts roles)"
         return remedy
 
+    def _other_methods(self) -> Iterator[Client]:
+        """Return the client with each other way to prove itself that the issuer offers, and with none."""
+        client, metadata = self._settings.client, self._provider.metadata()
+        chosen = choose_auth_method(client, metadata)
+        for method in ("client_secret_basic", "client_secret_post", "client_secret_jwt"):
+            if client.secret is not None and method != chosen and method in metadata.auth_methods:
+                yield replace(client, auth_method=method)
+        yield Client(client.client_id, auth_method="none")
+
+    def _is_accepted(self, client: Client) -> bool:
+        refusal = self._try_client(client)
+        return refusal is not None and refusal.issuer_error not in CLIENT_ERRORS
+
     def _token_remedy(self, error: CredentialsRejected) -> str:
-        if error.issuer_error == "invalid_grant":
+        if error.issuer_error in SESSION_ERRORS:
             return session_remedy(
                 self._refresh_token,
                 error,

@@ -13,6 +13,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
+from eoepca_security.oauth.protocol import Client
 from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import WELL_KNOWN, is_loopback
 from eoepca_security.oauth.verify import unverified_claims
@@ -40,6 +41,19 @@ CHECK: Final = "run `run-mitmproxy.py check` for details"
 
 CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
 """The error codes with which an issuer refuses the client (RFC 6749 §5.2)."""
+
+SESSION_ERRORS: Final = (
+    "invalid_grant",
+    "interaction_required",
+    "login_required",
+    "consent_required",
+    "invalid_token",
+    "invalid_refresh_token",
+    "bad_refresh_token",
+    "expired_token",
+    "token_expired",
+)
+"""The error codes with which issuers refuse the session (RFC 6749 §5.2; all but the first are their own)."""
 
 BINDING_REMEDY: Final = "turn off DPoP-bound and certificate-bound access tokens for this client at the issuer"
 
@@ -166,7 +180,7 @@ def _issuer(settings: Settings, error: IssuerUnavailable, in_container: bool) ->
 
 def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
     match error.issuer_error or error.cause:
-        case "invalid_grant":
+        case str(said) if said in SESSION_ERRORS:
             return (
                 f"{_NEW_SESSION}. The old one has expired, was revoked or used up, or was issued to another client or "
                 "under another name of the issuer"
@@ -194,7 +208,7 @@ _NEW_SESSION: Final = (
 
 def _client_remedy(settings: Settings) -> str:
     has_secret = settings.client.secret is not None or settings.client.key is not None
-    remedy = client_remedy(has_secret=has_secret, works_without=False, client_id=settings.client.client_id)
+    remedy = client_remedy(settings.client)
     return f"{remedy}; if the client is public, unset {CLIENT_SECRET.env}" if has_secret else remedy
 
 
@@ -271,19 +285,23 @@ def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -
     return f"check {name}: it must be the issuer's name in its discovery document"
 
 
-def client_remedy(*, has_secret: bool, works_without: bool, client_id: str) -> str:
-    """Return the remedy for a refused client. `works_without` is true if it was accepted without the secret."""
-    if works_without:
+def client_remedy(client: Client, *, works_with: str | None = None) -> str:
+    """Return the remedy for a refused client. `works_with` is another method with which it was accepted, if any."""
+    if works_with == "none":
         return f"the client is public: unset {CLIENT_SECRET.env} and {CLIENT_AUTH.env}"
-    shown = printable(client_id)
-    if has_secret:
+    if works_with is not None:
+        return f"the client is registered for another method: set {CLIENT_AUTH.env}={works_with}"
+    if client.secret is None and client.key is None:
         return (
-            f"copy {CLIENT_SECRET.env} from the issuer again (Keycloak: Clients > {shown} > Credentials), and check "
-            f"{CLIENT_ID.env}, and {CLIENT_AUTH.env} if it is set"
+            f"check {CLIENT_ID.env}; if the client is confidential (Keycloak: Client authentication is on), set "
+            f"{CLIENT_SECRET.env}"
         )
+    method = f"check {CLIENT_AUTH.env}"
+    if client.auth_method == "auto" and client.secret is not None:
+        method = f"set {CLIENT_AUTH.env}=client_secret_post if the client is registered for that"
     return (
-        f"check {CLIENT_ID.env}; if the client is confidential (Keycloak: Client authentication is on), set "
-        f"{CLIENT_SECRET.env}"
+        f"copy {CLIENT_SECRET.env} from the issuer again (Keycloak: Clients > {printable(client.client_id)} > "
+        f"Credentials), check {CLIENT_ID.env}, and {method}"
     )
 
 

@@ -249,6 +249,21 @@ def test_a_way_to_authenticate_that_the_issuer_does_not_offer(settings: Settings
     assert "OPEN_ID_CONNECT_CLIENT_AUTH" in remedy(with_client(settings, secret="s"), "client")
 
 
+def test_a_client_that_is_registered_for_another_method(settings: Settings, issuer: FakeIssuer) -> None:
+    def fault(handler: Handler) -> bool:
+        if handler.command == "POST" and "Authorization" in handler.headers:
+            handler.answer(401, {"error": "invalid_client"})
+            return True
+        return False
+
+    issuer.behaviour.fault = fault
+    issuer.client_secret = "right"
+    issuer.behaviour.auth_methods = ("client_secret_basic", "client_secret_post")
+    assert "set OPEN_ID_CONNECT_CLIENT_AUTH=client_secret_post" in remedy(
+        with_client(settings, secret="right"), "client"
+    )
+
+
 def test_a_client_may_not_use_the_grant(issuer: FakeIssuer, settings: Settings) -> None:
     def fault(handler: Handler) -> bool:
         if handler.command == "POST":
@@ -297,6 +312,22 @@ def test_a_refresh_token_of_another_issuer(settings: Settings, issuer: FakeIssue
     token = refresh_token_of(issuer, iss="https://other.example/realms/r")
     said = remedy(replace(settings, refresh_token=token), "token")
     assert "issued by https://other.example/realms/r: set OPEN_ID_CONNECT_URL" in said
+
+
+def test_a_session_that_a_person_has_to_confirm(settings: Settings, issuer: FakeIssuer) -> None:
+    def fault(handler: Handler) -> bool:
+        if handler.command == "POST":
+            handler.answer(400, {"error": "interaction_required"})
+        return handler.command == "POST"
+
+    issuer.behaviour.fault = fault
+    assert "run-mitmproxy.py login" in remedy(settings, "token")
+
+
+@pytest.mark.parametrize("exp", [-(10**14), -(10**400)])
+def test_a_session_whose_end_no_calendar_has(settings: Settings, issuer: FakeIssuer, exp: int) -> None:
+    said = remedy(replace(settings, refresh_token=refresh_token_of(issuer, exp=exp)), "token")
+    assert "it expired at 1970" in said
 
 
 def test_an_expired_session(settings: Settings, issuer: FakeIssuer) -> None:

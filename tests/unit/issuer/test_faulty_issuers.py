@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from eoepca_security.errors import TokenError, TokenInvalid
+from eoepca_security.oauth.protocol import MAX_LIFETIME
 from eoepca_security.proxy.config.factory import make_source
 from eoepca_security.proxy.config.loading import read_settings
 from eoepca_security.testing import Behaviour, FakeIssuer
@@ -85,7 +86,8 @@ AT_THE_TOKEN_ENDPOINT = {
     "invalid_grant": (says(400, {"error": "invalid_grant"}), "credentials_rejected"),
     "invalid_client": (says(401, {"error": "invalid_client"}), "credentials_rejected"),
     "unauthorized_client": (says(400, {"error": "unauthorized_client"}), "credentials_rejected"),
-    "unknown error": (says(400, {"error": "out_of_coffee"}), "issuer_unavailable"),
+    "unknown error": (says(400, {"error": "out_of_coffee"}), "credentials_rejected"),
+    "error with status 200": (says(200, {"error": "bad_refresh_token"}), "credentials_rejected"),
     "no error": (says(400, {}), "issuer_unavailable"),
     "error is no string": (says(400, {"error": ["invalid_grant"]}), "issuer_unavailable"),
     "temporarily_unavailable": (says(400, {"error": "temporarily_unavailable"}), "issuer_unavailable"),
@@ -120,6 +122,16 @@ async def test_a_faulty_answer_has_its_code_and_the_next_request_tries_again(
 
         issuer.behaviour.fault = None
         assert issuer.accepts((await source.token()).value)
+
+
+async def test_a_lifetime_without_end_is_cut_to_one_that_a_calendar_has() -> None:
+    with FakeIssuer() as issuer:
+        answer = {"access_token": "opaque", "expires_in": 9223372036854775, "refresh_expires_in": 10**300}
+        issuer.behaviour.fault = lambda handler: handler.command == "POST" and says(200, answer)(handler)
+        source = make_source(read_settings(settings_for(issuer), need_upstream=False))
+        token = await source.token()
+        assert time.time() + MAX_LIFETIME - 60 < token.ends_at < time.time() + MAX_LIFETIME + 60
+        assert source.error is None
 
 
 async def test_an_issuer_that_speaks_for_another_is_not_believed() -> None:

@@ -146,13 +146,41 @@ def test_answers_to_polls() -> None:
     assert read_device_token_response(400, body(error="slow_down")) is Pending.SLOW_DOWN
     token = read_device_token_response(200, body(access_token="a", refresh_token="r"))
     assert isinstance(token, TokenResponse)
-    for error in ("access_denied", "expired_token", "invalid_grant", "not_allowed"):
-        with pytest.raises(CredentialsRejected, match=error) as caught:
-            read_device_token_response(400, body(error=error))
-        assert caught.value.issuer_error == error
     with pytest.raises(IssuerUnavailable) as unavailable:
         read_device_token_response(503, b"", retry_after=7)
     assert unavailable.value.retry_after == 7
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 403])
+def test_a_poll_goes_on_with_two_codes_alone(status: int) -> None:
+    assert read_device_token_response(status, body(error="authorization_pending")) is Pending.WAIT
+    assert read_device_token_response(status, body(error="SLOW_DOWN")) is Pending.SLOW_DOWN
+    for error in (
+        "access_denied",
+        "authorization_declined",
+        "expired_token",
+        "invalid_grant",
+        "not_allowed",
+        "server_error",
+        "temporarily_unavailable",
+    ):
+        with pytest.raises(CredentialsRejected, match=error) as caught:
+            read_device_token_response(status, body(error=error))
+        assert caught.value.issuer_error == error
+
+
+def test_a_device_request_may_be_refused_with_status_200() -> None:
+    with pytest.raises(CredentialsRejected, match="device_flow_disabled") as caught:
+        read_device_response(200, body(error="device_flow_disabled", access_token=""), "v")
+    assert caught.value.issuer_error == "device_flow_disabled"
+
+
+def test_googles_name_for_the_verification_address_is_known() -> None:
+    other = {"verification_uri": None, "verification_url": "https://i.example/google"}
+    assert read_device_response(200, body(**GOOD | other), "v").verification_uri == "https://i.example/google"
+    assert read_device_response(200, body(**other | GOOD), "v").verification_uri == "https://i.example/d"
+    with pytest.raises(IssuerUnavailable, match="RFC 8628"):
+        read_device_response(200, body(**GOOD | other | {"verification_url": "http://i.example/google"}), "v")
 
 
 # --- by browser ---

@@ -20,6 +20,7 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Token
 from eoepca_security.oauth.protocol import (
     CLIENT_AUTH_METHODS,
     GRANTS,
+    MAX_LIFETIME,
     Client,
     PrivateKey,
     ProviderMetadata,
@@ -638,12 +639,11 @@ def test_a_no_that_repetition_does_not_change_rejects_the_credentials(status: in
     [
         {"error": "server_error"},
         {"error": "temporarily_unavailable"},
-        {"error": "something_new"},
-        {"error": "INVALID_GRANT"},
+        {"error": "Slow_Down"},
         {"error": None},
         {"error": 1},
         {"error": ["invalid_grant"]},
-        {"error": {"code": "invalid_grant"}},
+        {"error": {"code": 403, "message": "Forbidden"}},
         {},
         {"access_token": "a.b.c", "token_type": "Bearer"},
     ],
@@ -651,6 +651,84 @@ def test_a_no_that_repetition_does_not_change_rejects_the_credentials(status: in
 def test_an_answer_that_is_no_clear_no_is_worth_another_try(status: int, members: dict[str, Any]) -> None:
     with pytest.raises(IssuerUnavailable, match=str(status)):
         read_token_response(status, json.dumps(members).encode())
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 200])
+@pytest.mark.parametrize(
+    ("members", "code"),
+    [
+        ({"error": "interaction_required"}, "interaction_required"),
+        ({"error": "invalid_refresh_token", "ok": False}, "invalid_refresh_token"),
+        ({"error": "bad_verification_code"}, "bad_verification_code"),
+        ({"error": "Invalid_Grant"}, "invalid_grant"),
+        ({"error": {"code": "INVALID_GRANT"}}, "invalid_grant"),
+        ({"error": {"code": 403, "status": "PERMISSION_DENIED"}}, "PERMISSION_DENIED"),
+    ],
+)
+def test_an_error_code_that_does_not_promise_better_is_final_even_with_status_200(
+    status: int, members: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(CredentialsRejected, match=f"answered {code}$") as caught:
+        read_token_response(status, json.dumps(members).encode())
+    assert caught.value.issuer_error == code
+
+
+def test_oktas_error_code_is_one_where_nothing_was_given() -> None:
+    with pytest.raises(CredentialsRejected) as caught:
+        read_token_response(401, b'{"errorCode": "E0000011", "errorSummary": "Invalid token provided"}')
+    assert (caught.value.issuer_error, caught.value.description) == ("E0000011", "Invalid token provided")
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [(200, "authorization_pending"), (200, "server_error"), (408, "x"), (425, "invalid_grant"), (429, "slow_down")],
+)
+def test_what_may_pass_is_no_refusal_whatever_the_status(status: int, error: str) -> None:
+    with pytest.raises(IssuerUnavailable, match=error) as caught:
+        read_token_response(status, json.dumps({"error": error}).encode(), retry_after=3)
+    assert caught.value.retry_after == 3
+
+
+def test_tokens_are_taken_though_an_error_is_named_beside_them() -> None:
+    assert read_token_response(200, token_body(error="")).access_token == "a.b.c"
+    assert read_token_response(200, token_body(error="invalid_grant")).access_token == "a.b.c"
+
+
+@pytest.mark.parametrize("status", [200, 400, 500, 503])
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"error": "x", "error_description": "Ask the help desk"},
+        {"error": {"message": "Ask the help desk"}},
+        {"error": {"code": 403, "description": "Ask the help desk"}},
+        {"error": {"code": "x", "message": ""}, "message": "Ask the help desk"},
+        {"errorCode": "E0000047", "errorSummary": "Ask the help desk", "error": 1},
+        {"error": "x", "detail": "Ask the help desk"},
+    ],
+)
+def test_the_issuers_own_words_are_told_without_our_secrets(status: int, members: dict[str, Any]) -> None:
+    body = json.dumps(members).replace("the help desk", f"the help desk about {SECRET}").encode()
+
+    with pytest.raises(TokenError, match=r": Ask the help desk about …$") as caught:
+        read_token_response(status, body, secrets=(SECRET,))
+    assert SECRET not in str(caught.value)
+
+
+def test_an_error_code_does_not_show_our_secrets() -> None:
+    with pytest.raises(CredentialsRejected) as caught:
+        read_token_response(400, json.dumps({"error": f"bad_{SECRET}"}).encode(), secrets=(SECRET,))
+    assert SECRET not in f"{caught.value} {caught.value.issuer_error}"
+
+
+def test_a_description_of_three_sentences_is_told_to_its_end() -> None:
+    said = (
+        "The provided authorization grant (e.g., authorization code, resource owner credentials) or refresh token is "
+        "invalid, expired, revoked, does not match the redirection URI used in the authorization request, or was "
+        "issued to another client. The refresh token has not been found: not_found."
+    )
+    with pytest.raises(CredentialsRejected) as caught:
+        read_token_response(400, json.dumps({"error": "invalid_grant", "error_description": said}).encode())
+    assert caught.value.description == said
 
 
 @pytest.mark.parametrize("description", ["", None, 1, ["x"], {}])
@@ -726,7 +804,9 @@ def test_tokens_that_are_not_bearer_tokens_are_invalid(token_type: object) -> No
         ('"3600"', 3600.0),
         ('"12.5"', 12.5),
         ("1e3", 1000.0),
-        ("99999999999", 99999999999.0),
+        ("99999999", 99999999.0),
+        ("9223372036854775", MAX_LIFETIME),
+        ('"1e300"', MAX_LIFETIME),
     ],
 )
 def test_a_lifetime_may_be_a_number_or_its_text(written: str, lifetime: float) -> None:

@@ -12,7 +12,7 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.policy.remedies import command_remedy, failure_remedy, login_remedy, told
 
-SETTINGS = Settings("https://issuer.example/realms/x", Client("c", "secret"), audience="service")
+SETTINGS = Settings("https://issuer.example/realms/x", Client("c", "hush-hush"), audience="service")
 PACKAGE = Path(eoepca_security.__file__).parent
 
 
@@ -26,6 +26,9 @@ def rejected(issuer_error: str) -> CredentialsRejected:
         (rejected("invalid_grant"), "run `run-mitmproxy.py login`"),
         (rejected("invalid_grant"), "expired, was revoked or used up"),
         (rejected("invalid_grant"), "OPEN_ID_REFRESH_TOKEN"),
+        (rejected("interaction_required"), "run `run-mitmproxy.py login`"),
+        (rejected("bad_refresh_token"), "run `run-mitmproxy.py login`"),
+        (rejected("invalid_client"), "set OPEN_ID_CONNECT_CLIENT_AUTH=client_secret_post"),
         (CredentialsRejected("x", cause="no_session"), "run `run-mitmproxy.py login`"),
         (CredentialsRejected("x", cause="no_session"), "OPEN_ID_REFRESH_TOKEN"),
         (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
@@ -73,7 +76,7 @@ def rejected(issuer_error: str) -> CredentialsRejected:
 def test_each_error_has_its_remedy(error: TokenError, remedy: str) -> None:
     said = command_remedy(error, SETTINGS, in_container=False)
     assert remedy in said
-    assert "secret" not in said
+    assert "hush-hush" not in said
     assert "retries automatically" not in said
     running = failure_remedy(error, SETTINGS, in_container=False)
     assert remedy in running.replace("automatically; if the error persists", "later")

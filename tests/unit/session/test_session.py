@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
-from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import DEFAULT_LIFETIME, RefreshSession, token_end
 from tests.support.clock import START, Clock
@@ -44,6 +44,10 @@ def jwt_with(**claims: object) -> str:
         (TokenResponse(jwt_with(exp=True), expires_in=60), START + 60),
         (TokenResponse(jwt_with(exp=10**400), expires_in=60), START + 60),
         (TokenResponse(jwt_with(exp=START + 60, iat="now")), START + 60),
+        # A number for "for ever", which timers and calendars cannot express.
+        (TokenResponse(jwt_with(exp=9_467_000_000_000)), START + 2 + MAX_LIFETIME),
+        (TokenResponse(jwt_with(exp=10**400, iat=START)), START + 2 + MAX_LIFETIME),
+        (TokenResponse(jwt_with(exp=START + 60, iat=-(10**400))), START + 60),
     ],
 )
 def test_the_end_of_a_token_is_reckoned_rather_too_early_than_too_late(response: TokenResponse, end: float) -> None:

@@ -8,11 +8,12 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenError, TokenInvalid
-from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
 from eoepca_security.session.session import AccessToken, Stored
 from eoepca_security.session.source import FORCED_INTERVAL, TokenSource, refresh_time
 from tests.support.clock import START, Clock
@@ -237,6 +238,16 @@ async def test_an_initial_access_token_is_used_while_it_lives(issuer: Issuer, cl
     assert (await source.token()).value == initial
     clock.time += 60
     assert (await source.token()).value == "token-1"
+
+
+async def test_an_initial_access_token_without_a_sensible_end_lives_as_long_as_a_calendar_goes(
+    issuer: Issuer, clock: Clock
+) -> None:
+    source = TokenSource(issuer, access_token=jwt_with(exp=9_467_000_000_000), now=clock)
+
+    token = await source.token()
+    assert token.ends_at == clock() + MAX_LIFETIME
+    assert datetime.fromtimestamp(token.ends_at, UTC).year < 9999
 
 
 async def test_an_initial_access_token_that_has_ended_is_not_used(issuer: Issuer, clock: Clock) -> None:
