@@ -57,8 +57,14 @@ class ApisixHeaders:
         if known_token != token.value or userinfo is None:
             userinfo = unverified_claims(token.value)
         claims = {"X-ID-Token": unverified_claims(token.id_token or ""), "X-Userinfo": userinfo}
-        return {"X-Access-Token": token.value} | {name: _encoded(value) for name, value in claims.items() if value}
+        encoded = {name: _encoded(value) for name, value in claims.items()}
+        return {"X-Access-Token": token.value} | {name: value for name, value in encoded.items() if value}
 
 
 def _encoded(claims: Mapping[str, Any]) -> str:
-    return base64.b64encode(json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()).decode()
+    try:
+        text = json.dumps(claims, separators=(",", ":"), ensure_ascii=False) if claims else ""
+    except RecursionError:  # they were read where the stack had more room
+        return ""
+    # Half a character is valid in JSON only as the escape that it came as.
+    return base64.b64encode(text.encode(errors="backslashreplace")).decode()

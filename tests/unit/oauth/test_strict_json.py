@@ -31,7 +31,8 @@ def test_returns_the_object() -> None:
         pytest.param(b'{"a": 1,}', id="trailing comma"),
         pytest.param(b'{"a": 1} {}', id="something after it"),
         pytest.param(b'{"a": "\n"}', id="raw control character"),
-        pytest.param(b'\xef\xbb\xbf{"a": 1}', id="byte order mark"),
+        pytest.param(b'\xef\xbb\xbf\xef\xbb\xbf{"a": 1}', id="two byte order marks"),
+        pytest.param(b'{"\xef\xbb\xbf": 1} \xef\xbb\xbf', id="byte order mark at the end"),
         pytest.param('{"a": 1}'.encode("utf-16"), id="UTF-16"),
         pytest.param('{"a": 1}'.encode("utf-16-le"), id="UTF-16 without byte order mark"),
         pytest.param('{"a": 1}'.encode("utf-32-be"), id="UTF-32"),
@@ -50,6 +51,20 @@ def test_returns_the_object() -> None:
 def test_refuses_what_is_not_a_json_object_in_utf_8(data: bytes, unique_keys: bool) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  which one of them is all the same
         parse_object(data, unique_keys=unique_keys)
+
+
+def test_documents_may_begin_with_a_byte_order_mark_and_tokens_may_not() -> None:
+    assert parse_object(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
+    with pytest.raises(ValueError, match=r"."):
+        parse_object(b'\xef\xbb\xbf{"a": 1}', unique_keys=True)
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1.5E+999", "1" + "0" * 400 + ".0"])
+def test_a_number_beyond_floats_is_null_in_documents_and_refused_in_tokens(number: str) -> None:
+    data = f'{{"a": [{number}]}}'.encode()
+    assert json.dumps(parse_object(data), allow_nan=False) == '{"a": [null]}'
+    with pytest.raises(ValueError, match="too large"):
+        parse_object(data, unique_keys=True)
 
 
 REPEATED = [
