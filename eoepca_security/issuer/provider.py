@@ -188,8 +188,11 @@ class Provider:
         return claims
 
     def verify(self, token: str, audience: str) -> dict[str, Any]:
-        """Return the verified claims of an access token for `audience`; raises TokenInvalid or IssuerUnavailable."""
-        unverified = read_access_token(token, Policy(audience), now=self.now())
+        """Return the verified claims of an access token for `audience` that this issuer gave us.
+
+        Raises TokenInvalid or IssuerUnavailable.
+        """
+        unverified = read_access_token(token, Policy(audience, from_issuer=True), now=self.now())
         with contextlib.suppress(NoKeyFits):
             return self._keys.get().confirm(unverified)
         return self._keys.get(anew=True).confirm(unverified)

@@ -174,6 +174,20 @@ async def test_a_token_that_no_service_may_accept_is_invalid_where_the_audience_
         assert issuer.accepts((await make_source(read_settings(settings, need_upstream=False)).token()).value)
 
 
+@pytest.mark.parametrize("claims", [{"at_hash": "x" * 22}, {"nonce": "n"}, {"c_hash": "x", "s_hash": "y"}])
+async def test_what_the_issuer_gives_as_access_token_is_one_though_it_has_claims_of_an_id_token(
+    claims: dict[str, object],
+) -> None:
+    with FakeIssuer(Behaviour(audience="service")) as issuer:
+        issuer.behaviour.claims.update(claims)
+        settings = settings_for(issuer, OPEN_ID_CONNECT_AUDIENCE="service")
+        assert issuer.accepts((await make_source(read_settings(settings, need_upstream=False)).token()).value)
+
+        settings["OPEN_ID_CONNECT_AUDIENCE"] = "another"
+        with pytest.raises(TokenInvalid, match="not for the audience another"):
+            await make_source(read_settings(settings, need_upstream=False)).token()
+
+
 async def test_an_opaque_token_has_no_audience_to_check() -> None:
     with FakeIssuer() as issuer:
         issuer.behaviour.opaque = True
