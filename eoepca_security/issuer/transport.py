@@ -6,11 +6,12 @@ import socket
 import ssl
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -20,6 +21,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eoepca_security.errors import Cause, IssuerUnavailable
 from eoepca_security.issuer.threads import in_daemon_thread
+from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import is_loopback
 
 MAX_BODY: Final = 256 * 1024
@@ -127,18 +129,21 @@ class HttpTransport:
         with session.send(prepared, timeout=timeout, allow_redirects=False, **settings) as response:
             if response.is_redirect or 300 <= response.status_code < 400:
                 raise IssuerUnavailable(
-                    f"{request.url} answered with a redirect ({response.status_code}), which we do not follow",
+                    f"{request.url} answered with a redirect ({response.status_code})"
+                    f"{_target(str(request.url), response.headers.get('Location', ''))}, which we do not follow",
                     cause="redirect",
                     url=request.url,
                 )
-            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise IssuerUnavailable(f"{request.url} answered with an unrequested content encoding", was_sent=True)
             body = b""
             # Read until the end: only then does urllib3 notice a body that is shorter than announced.
             while len(body) <= MAX_BODY and (part := response.raw.read(MAX_BODY + 1 - len(body), decode_content=False)):
                 body += part
             if len(body) > MAX_BODY:
                 raise IssuerUnavailable(f"{request.url} answered with more than {MAX_BODY // 1024} KiB", was_sent=True)
+            try:
+                body = _decoded(body, response.headers.get("Content-Encoding", ""))
+            except ValueError as error:
+                raise IssuerUnavailable(f"{request.url} answered {error}", was_sent=True) from None
             return Answer(response.status_code, body, response.headers)
 
 
@@ -242,6 +247,45 @@ def _resolve(host: str, port: int, timeout: float) -> list[Any]:
     """Resolve a host within `timeout` seconds: the resolver has no timeout that we could set."""
     found = in_daemon_thread(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     return found.result(max(timeout, 0.0))
+
+
+def _decoded(body: bytes, encoding: str) -> bytes:
+    """Undo a Content-Encoding (RFC 9110 §8.4), which some servers use without being asked.
+
+    Raises ValueError when the encoding is unknown, when the body does not fit it, and when the body is longer than
+    `MAX_BODY`.
+    """
+    codings = [coding for text in encoding.lower().split(",") if (coding := text.strip()) not in ("", "identity")]
+    if not codings or not body:
+        return body
+    if len(codings) > 1 or codings[0] not in ("gzip", "x-gzip", "deflate"):
+        raise ValueError("with an unrequested content encoding")
+    # Some servers send the bare format as "deflate", without the frame that RFC 9110 §8.4.1.2 requires.
+    is_bare = codings[0] == "deflate" and (body[0] & 0x0F != 8 or int.from_bytes(body[:2]) % 31 != 0)
+    window = -zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS + (0 if codings[0] == "deflate" else 16)
+    decoded = b""
+    try:
+        while body and len(decoded) <= MAX_BODY:
+            part = zlib.decompressobj(window)
+            decoded += part.decompress(body, MAX_BODY + 1 - len(decoded))
+            body = part.unused_data  # there may be several gzip members (RFC 1952 §2.2)
+            if not part.eof and len(decoded) <= MAX_BODY:
+                raise ValueError("with an incomplete body")
+    except zlib.error:
+        raise ValueError("with a body that is not in its content encoding") from None
+    if len(decoded) > MAX_BODY:
+        raise ValueError(f"with more than {MAX_BODY // 1024} KiB")
+    return decoded
+
+
+def _target(url: str, location: str) -> str:
+    """Return where a redirect leads, without its query, which may have secrets."""
+    try:
+        parts = urlsplit(urljoin(url, location))
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return ""
+    return printable(f" to {parts.scheme}://{host}{parts.path}") if location else ""
 
 
 _UNKNOWN_CA: Final = (18, 19, 20, 21)  # OpenSSL's X509_V_ERR_… for certificates without a known CA

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -434,22 +435,113 @@ def test_a_redirect_is_not_followed(transport: HttpTransport, status: int, metho
     assert (server.connections, target.connections) == (1, 0)
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "identity, gzip"])
-def test_an_encoded_body_is_refused(transport: HttpTransport, encoding: str) -> None:
-    answer = http(gzip.compress(b"{}"), f"Content-Encoding: {encoding}")
-    with RawServer(replies(answer)) as server, pytest.raises(IssuerUnavailable, match="encoding"):
-        transport.get(server.url, timeout=PATIENCE)
+def gzipped(data: bytes) -> bytes:
+    return gzip.compress(data, mtime=0)
 
 
-def test_a_body_that_is_said_not_to_be_encoded_is_taken(transport: HttpTransport) -> None:
-    with RawServer(replies(http(b"{}", "Content-Encoding: Identity"))) as server:
+def bare_deflate(data: bytes) -> bytes:
+    compressor = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return compressor.compress(data) + compressor.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("Identity", b"{}"),
+        ("", b"{}"),
+        (" , ", b"{}"),
+        ("gzip", gzipped(b"{}")),
+        ("GZIP", gzipped(b"{}")),
+        ("x-gzip", gzipped(b"{}")),
+        ("identity, gzip", gzipped(b"{}")),
+        ("gzip", gzipped(b"{") + gzipped(b"") + gzipped(b"}")),
+        ("deflate", zlib.compress(b"{}")),
+        ("deflate", bare_deflate(b"{}")),
+    ],
+)
+def test_a_body_that_is_compressed_though_that_was_not_asked_for_is_read(
+    transport: HttpTransport, encoding: str, body: bytes
+) -> None:
+    with RawServer(replies(http(body, f"Content-Encoding: {encoding}"))) as server:
         assert transport.get(server.url, timeout=PATIENCE).body == b"{}"
+
+
+def test_no_body_is_in_no_encoding(transport: HttpTransport) -> None:
+    with RawServer(replies(http(b"", "Content-Encoding: gzip"))) as server:
+        assert transport.get(server.url, timeout=PATIENCE).body == b""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("br", b"{}"),
+        ("zstd", b"{}"),
+        ("gzip, gzip", gzipped(gzipped(b"{}"))),
+        ("gzip", b"{}"),
+        ("gzip", zlib.compress(b"{}")),
+        ("gzip", gzipped(b"{}")[:-9]),
+        ("gzip", gzipped(b"{}")[:-8] + bytes(8)),
+        ("gzip", gzipped(b"{}") + b"{}"),
+        ("deflate", gzipped(b"{}")),
+        ("deflate", zlib.compress(b"{}")[:-1]),
+    ],
+)
+def test_a_body_that_cannot_be_decoded_is_refused(transport: HttpTransport, encoding: str, body: bytes) -> None:
+    answer = http(body, f"Content-Encoding: {encoding}")
+    with RawServer(replies(answer)) as server, pytest.raises(IssuerUnavailable, match=r"encoding|incomplete body") as caught:
+        transport.get(server.url, timeout=PATIENCE)
+    assert caught.value.was_sent
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress, bare_deflate])
+@pytest.mark.parametrize("size", [MAX_BODY, MAX_BODY + 1, 50_000_000])
+def test_a_compressed_body_has_the_same_limit(
+    transport: HttpTransport, compress: Callable[[bytes], bytes], size: int
+) -> None:
+    encoding = "gzip" if compress is gzip.compress else "deflate"
+    with RawServer(replies(http(compress(bytes(size)), f"Content-Encoding: {encoding}"))) as server:
+        if size == MAX_BODY:
+            assert transport.get(server.url, timeout=PATIENCE).body == bytes(size)
+        else:
+            with pytest.raises(IssuerUnavailable, match="more than 256 KiB"):
+                transport.get(server.url, timeout=PATIENCE)
+
+
+def test_a_bomb_of_many_parts_has_the_same_limit(transport: HttpTransport) -> None:
+    body = gzip.compress(bytes(100_000)) * 1000
+    with (
+        RawServer(replies(http(body, "Content-Encoding: gzip"))) as server,
+        pytest.raises(IssuerUnavailable, match="more than 256 KiB"),
+    ):
+        transport.get(server.url, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize("status", [200, 201, 204, 299, 400, 401, 404, 429, 500, 503, 599])
 def test_every_other_status_is_handed_on(transport: HttpTransport, status: int) -> None:
     with RawServer(replies(http(b"", status=status))) as server:
         assert transport.get(server.url, timeout=PATIENCE).status == status
+
+
+@pytest.mark.parametrize(
+    ("location", "said"),
+    [
+        ("https://login.example/oauth2/token", " to https://login.example/oauth2/token,"),
+        ("//login.example/x", " to http://login.example/x,"),
+        ("/other", r" to http://127\.0\.0\.1:\d+/other,"),
+        ("https://user:word@login.example/x?code=secret#secret", " to https://login.example/x,"),
+        ("http://[", r"redirect \(302\),"),
+        ("", r"redirect \(302\),"),
+    ],
+)
+def test_a_redirect_says_where_it_leads(transport: HttpTransport, location: str, said: str) -> None:
+    with (
+        RawServer(replies(http(b"", f"Location: {location}", status=302))) as server,
+        pytest.raises(IssuerUnavailable, match=said) as caught,
+    ):
+        transport.get(server.url, timeout=PATIENCE)
+    assert "secret" not in str(caught.value)
+    assert "word" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("where", ["NETRC", "HOME"])
