@@ -31,6 +31,8 @@ Cause = Literal[
     "other_issuer",
     "plain_http",
     "redirect",
+    # An environment variable that many programs read, for a proxy for example, is wrong.
+    "environment",
     # The issuer answered 400, 401 or 403 without saying whether it refuses the client, the session, or neither.
     "unclear_refusal",
     # Something is missing: here,

@@ -20,7 +20,7 @@ def begin_to_trust(ca_file: Path | None = None) -> None:
 def trust(ca_file: Path | None = None) -> ssl.SSLContext:
     """Return a client context that trusts the system's CAs, certifi's, and those in `ca_file`.
 
-    Raises OSError (ssl.SSLError is one) when `ca_file` cannot be used.
+    Raises OSError (ssl.SSLError is one) when `ca_file` cannot be used, or SSLKEYLOGFILE.
     """
     begun = _begun.pop(ca_file, None)
     return begun.result() if begun is not None else _read_trust(ca_file)
@@ -28,16 +28,27 @@ def trust(ca_file: Path | None = None) -> ssl.SSLContext:
 
 def usable_cas(ca_file: Path) -> Path:
     """Return `ca_file`; raises OSError when it cannot be used, like `trust`, but without reading all other CAs."""
+    _refuse_hidden(ca_file)
     ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(ca_file)
     return ca_file
 
 
+def _refuse_hidden(ca_file: Path) -> None:
+    """Raise OSError for certificates that OpenSSL ignores because something precedes them on their line."""
+    if b"\xef\xbb\xbf-----BEGIN" in ca_file.read_bytes():
+        raise OSError("a certificate in it comes after a byte order mark: save it as plain text without one")
+
+
 def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
+    try:
+        context = ssl.create_default_context()
+    except OSError as error:
+        raise OSError(f"SSLKEYLOGFILE is set and cannot be written: {error.strerror}") from None
     # Python 3.13 turned this flag on. It refuses the many private CAs that have no key identifier.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)
     if ca_file is not None:
+        _refuse_hidden(ca_file)
         context.load_verify_locations(ca_file)
     return context
 
@@ -47,6 +58,7 @@ def ca_bundle(ca_file: Path) -> bytes:
 
     If the system also has a folder of CAs besides its file, that folder is not included.
     """
+    _refuse_hidden(ca_file)
     system = ssl.get_default_verify_paths().cafile
     files = [Path(requests.utils.DEFAULT_CA_BUNDLE_PATH), ca_file, *([Path(system)] if system else [])]
     return b"\n".join(file.read_bytes() for file in files)

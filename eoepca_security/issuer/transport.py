@@ -20,6 +20,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from eoepca_security.errors import Cause, IssuerUnavailable
+from eoepca_security.issuer.ambient import ambient_problem
 from eoepca_security.issuer.threads import in_daemon_thread
 from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import is_loopback
@@ -77,8 +78,9 @@ class HttpTransport:
         try:
             adapter = _DeadlineAdapter(self._context(), timeout)
         except OSError as error:
+            reason = printable(error.strerror or str(error))
             raise IssuerUnavailable(
-                f"{request.url} cannot be reached: the CAs cannot be read ({error})", url=request.url
+                f"{request.url} cannot be reached: the CAs cannot be read ({reason})", url=request.url
             ) from None
         watchdog = threading.Timer(timeout, adapter.cut)
         watchdog.daemon = True
@@ -91,8 +93,14 @@ class HttpTransport:
                 # Otherwise requests reads a redirect's whole body without a limit, although it does not follow it.
                 session.get_redirect_target = lambda _response: None  # type: ignore[method-assign,assignment]
                 answer = self._send(session, request, timeout)
-        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        except IssuerUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001  what an odd environment makes of the libraries has many types
             cause, reason = explain(error)
+            if not adapter.was_connected and (problem := ambient_problem(str(request.url))):
+                raise IssuerUnavailable(
+                    f"{request.url} cannot be reached: {problem}", cause="environment", url=request.url
+                ) from None
             if not (adapter.was_cut or cause == "timeout"):
                 raise IssuerUnavailable(
                     f"{request.url} cannot be reached{_by_proxy(adapter)}: {reason}",

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final, NoReturn, TypeVar
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
@@ -109,7 +110,7 @@ class _Run:
         self._settings = settings
         self._now = now
         self._in_container = in_container
-        self._transport = Recorder(HttpTransport(trust(settings.ca_file)), now)
+        self._transport = Recorder(HttpTransport(partial(trust, settings.ca_file)), now)
         self._provider = make_provider(settings, self._transport)
         self._store = make_store(settings)
         self._issuer = Place(ISSUER, settings.issuer_url, in_container)

@@ -249,7 +249,10 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
             "host.docker.internal for the host (on Linux with --add-host host.docker.internal:host-gateway)"
         )
     if by_proxy and cause in ("refused", "unknown_host", "timeout", "ended"):
-        return f"the connection goes through a proxy: check HTTPS_PROXY (or HTTP_PROXY), or add {host} to NO_PROXY"
+        return (
+            f"the connection goes through a proxy: check HTTPS_PROXY (or HTTP_PROXY, ALL_PROXY), or add {host} to "
+            "NO_PROXY"
+        )
     if by_proxy and cause == "unknown_ca":
         return f"the proxy on the network path may replace certificates: set {CA_FILE.env} to its CA's PEM file"
     other = "http" if urlsplit(place.url).scheme == "https" else "https"
@@ -262,6 +265,7 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
         "no_tls": f"check the port and scheme in {name}: should it be {other}://?",
         "proxy": _PROXY,
         "redirect": f"set {name} to the address that it redirects to",
+        "environment": "fix that variable, or unset it",
     }.get(cause, f"check the host and port in {name}: should it be {other}://?")
 
 

@@ -334,6 +334,15 @@ def test_files_that_are_no_keys_or_certificates_are_told(tmp_path: Path) -> None
     assert str(path) in problems(GOOD | {"TLS_CA_FILE": str(path)})[0]
 
 
+def test_a_ca_file_with_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    cas = Path(ssl.get_default_verify_paths().cafile or pytest.skip("no CA file on this system")).read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + cas[cas.index(b"-----BEGIN") :])
+    (problem,) = problems(GOOD | {"TLS_CA_FILE": str(path)})
+    assert problem.startswith(f"TLS_CA_FILE: {path} cannot be used: ")
+    assert "byte order mark" in problem
+
+
 def test_a_key_and_a_ca_file_are_accepted(tmp_path: Path) -> None:
     key = tmp_path / "key.pem"
     key.write_bytes(generate_private_key(SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))

@@ -1,3 +1,4 @@
+import codecs
 import errno
 import gc
 import gzip
@@ -25,7 +26,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from eoepca_security.errors import IssuerUnavailable
-from eoepca_security.issuer.ca_trust import begin_to_trust, ca_bundle, trust
+from eoepca_security.issuer.ca_trust import begin_to_trust, ca_bundle, trust, usable_cas
 from eoepca_security.issuer.transport import MAX_BODY, Answer, HttpTransport, _DeadlineAdapter, explain
 from tests.support.network import PATIENCE, RawServer, drips, free_port, http, replies, says_nothing
 
@@ -586,6 +587,97 @@ def test_a_proxy_that_the_environment_names_is_told(
         transport.get(f"{scheme}://issuer.invalid/", timeout=PATIENCE)
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("name", ["ALL_PROXY", "all_proxy", "{}_PROXY", "{}_proxy"])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("socks5h://user:word@127.0.0.1:1", "names a SOCKS proxy"),
+        ("SOCKS4://127.0.0.1:1", "names a SOCKS proxy"),
+        ("proxy:3128", "is not the address of a proxy"),
+        ("http://", "is not the address of a proxy"),
+        ("http://[::1", "is not the address of a proxy"),
+        ("http://127.0.0.1:99999", "is not the address of a proxy"),
+        ("ftp://user:word@127.0.0.1:1", "is not the address of a proxy"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_told_by_its_variable(
+    transport: HttpTransport, monkeypatch: pytest.MonkeyPatch, scheme: str, name: str, value: str, said: str
+) -> None:
+    name = name.format(scheme.upper() if "PROXY" in name else scheme)
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(IssuerUnavailable, match=f"cannot be reached: {name} {said}") as caught:
+        transport.get(f"{scheme}://issuer.invalid/", timeout=PATIENCE)
+    assert (caught.value.cause, caught.value.was_sent) == ("environment", False)
+    assert "word" not in str(caught.value)
+    assert transport_says_nothing_of_proxies_here(transport)
+
+
+def transport_says_nothing_of_proxies_here(transport: HttpTransport) -> bool:
+    with RawServer(replies(http(b"{}"))) as server:
+        return transport.get(server.url, timeout=PATIENCE).status == 200
+
+
+@pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"\xff"])
+def test_a_bundle_of_cas_that_cannot_be_used_is_told_by_its_variable(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    file = tmp_path / "bundle.pem"
+    if content is not None:
+        file.write_bytes(content)
+    monkeypatch.setenv(name, str(file))
+    with RawServer(replies(http(b"{}")), authority.server) as server:
+        with pytest.raises(IssuerUnavailable, match=f"cannot be reached: {name} does not name a PEM") as caught:
+            HttpTransport(trust(authority.file)).get(server.url, timeout=PATIENCE)
+        assert (caught.value.cause, caught.value.was_sent) == ("environment", False)
+
+        file.write_text(authority.pem)
+        assert HttpTransport(trust()).get(server.url, timeout=PATIENCE).body == b"{}"
+
+
+ODD = ["x", "::::", "http://[", "/nowhere", "/dev/null", " ", "\udcff", "http://\udcff:1", "http://a b:1", "a" * 5000]
+
+
+@pytest.mark.parametrize("value", ODD, ids=ascii)
+@pytest.mark.parametrize(
+    "name",
+    ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"],
+)
+def test_an_odd_environment_makes_no_other_error(
+    transport: HttpTransport, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", _nobody_is_known)
+    monkeypatch.setenv(name, value)
+    for scheme in ("http", "https"):
+        with pytest.raises(IssuerUnavailable, match="cannot be reached") as caught:
+            transport.get(f"{scheme}://issuer.example/", timeout=PATIENCE)
+        assert str(caught.value).isprintable()
+
+
+def test_whatever_a_library_raises_is_an_issuer_that_is_not_reached(
+    transport: HttpTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> object:
+        raise TypeError("unexpected keyword argument")
+
+    monkeypatch.setattr(_DeadlineAdapter, "connect", fails)
+    with pytest.raises(IssuerUnavailable, match="cannot be reached"):
+        transport.get("http://127.0.0.1:1/", timeout=PATIENCE)
+
+
+def _nobody_is_known(*_: object, **__: object) -> object:
+    raise socket.gaierror
+
+
+@pytest.mark.parametrize("value", ["/nowhere/keys", "/"])
+def test_a_file_for_keys_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SSLKEYLOGFILE", value)
+    with pytest.raises(IssuerUnavailable, match="SSLKEYLOGFILE is set and cannot be written"):
+        HttpTransport(trust).get("https://127.0.0.1:1/", timeout=PATIENCE)
+
+
 def test_this_machine_is_behind_no_proxy(transport: HttpTransport, monkeypatch: pytest.MonkeyPatch) -> None:
     with RawServer(replies(http(b"{}"))) as server, RawServer(replies(http(b"[]"))) as proxy:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
@@ -791,6 +883,19 @@ def test_a_ca_file_that_cannot_be_used_is_an_error(tmp_path: Path, content: byte
 
     with pytest.raises(OSError, match=r".+"):
         trust(file)
+
+
+def test_a_ca_that_a_byte_order_mark_hides_is_refused_wherever_it_is(authority: Authority, tmp_path: Path) -> None:
+    marked = codecs.BOM_UTF8 + authority.pem.encode()
+    for index, content in enumerate((marked, authority.pem.encode() + marked)):
+        file = tmp_path / f"{index}.pem"
+        file.write_bytes(content)
+        for use in (trust, usable_cas, ca_bundle):
+            with pytest.raises(OSError, match="byte order mark"):
+                use(file)
+    commented = tmp_path / "commented.pem"
+    commented.write_bytes(codecs.BOM_UTF8 + b"# Our CA\n" + authority.pem.encode())
+    assert loaded(authority.file) <= trusted(trust(usable_cas(commented)))
 
 
 def test_the_bundle_has_the_extra_ca_and_the_others(authority: Authority, system_ca: Path, tmp_path: Path) -> None:
