@@ -35,6 +35,7 @@ CLIENT_AUTH_METHODS: Final = (
     "private_key_jwt",
     "none",
 )
+ASSERTION_AUDIENCES: Final = ("issuer", "token_endpoint")
 GRANTS: Final = ("refresh_token", "client_credentials")
 
 
@@ -78,12 +79,16 @@ _UNCLEAR_STATUSES: Final = (400, 401, 403)
 
 @dataclass(frozen=True)
 class Client:
-    """An OAuth client and how it authenticates (`CLIENT_AUTH_METHODS`)."""
+    """An OAuth client and how it authenticates (`CLIENT_AUTH_METHODS`).
+
+    `assertion_audience` names the audience of the assertions that it signs (`ASSERTION_AUDIENCES`).
+    """
 
     client_id: str
     secret: str | None = field(default=None, repr=False)
     auth_method: str = "auto"
     key: PrivateKey | None = field(default=None, repr=False)
+    assertion_audience: str = "issuer"
 
 
 @dataclass(frozen=True)
@@ -371,17 +376,22 @@ def _assertion_algorithm(client: Client, metadata: ProviderMetadata, method: str
     elif isinstance(client.key, EllipticCurvePrivateKey):
         possible = (_EC_ALGORITHMS[client.key.curve.name],)
     else:
-        possible = ("EdDSA",)
+        possible = ("EdDSA", "Ed25519")  # the newer name is RFC 9864's
     return next((name for name in possible if name in metadata.auth_signing_algs), possible[0])
 
 
 def _client_assertion(client: Client, metadata: ProviderMetadata, method: str, now: float) -> str:
-    """Return a signed JWT that authenticates the client (RFC 7523 §3, OpenID Connect Core §9)."""
+    """Return a signed JWT that authenticates the client (RFC 7523 §3, OpenID Connect Core §9).
+
+    It is for the issuer, by name and alone: an endpoint's address could have been put there by another issuer, to use
+    the assertion itself (draft-ietf-oauth-rfc7523bis).
+    """
+    for_endpoint = client.assertion_audience == "token_endpoint"
     algorithm = _assertion_algorithm(client, metadata, method)
     claims = {
         "iss": client.client_id,
         "sub": client.client_id,
-        "aud": metadata.token_endpoint,
+        "aud": metadata.token_endpoint if for_endpoint else metadata.issuer,
         "jti": secrets.token_urlsafe(16),
         "iat": int(now),
         "exp": int(now) + ASSERTION_LIFETIME,
@@ -390,7 +400,7 @@ def _client_assertion(client: Client, metadata: ProviderMetadata, method: str, n
     # Not jwt.encode(): it warns about short secrets and refuses those that look like keys, but the issuer chose the
     # secret.
     key: Any = (client.secret or "").encode() if method == "client_secret_jwt" else client.key
-    signature = jwt.get_algorithm_by_name(algorithm).sign(signed.encode(), key)
+    signature = jwt.get_algorithm_by_name(algorithm.replace("Ed25519", "EdDSA")).sign(signed.encode(), key)
     return f"{signed}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
 
 

@@ -332,7 +332,7 @@ class FakeIssuer:
             holds = (
                 genuine
                 and claims["iss"] == claims["sub"] == self.client_id
-                and claims["aud"] == f"{self.url}/token"
+                and claims["aud"] in (self.url, f"{self.url}/token")
                 and isinstance(claims["jti"], str)
                 and claims["iat"] - 10 <= self.now() < claims["exp"]
             )

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from eoepca_security.issuer.ca_trust import usable_cas
-from eoepca_security.oauth.protocol import CLIENT_AUTH_METHODS, Client, PrivateKey, load_private_key
+from eoepca_security.oauth.protocol import (
+    ASSERTION_AUDIENCES,
+    CLIENT_AUTH_METHODS,
+    Client,
+    PrivateKey,
+    load_private_key,
+)
 from eoepca_security.oauth.urls import (
     DEFAULT_PORTS,
     EVERYWHERE,
@@ -24,6 +30,7 @@ from eoepca_security.proxy.config.variables import (
     ADMIN,
     ALLOW_HTTP,
     ALLOWED_ORIGINS,
+    ASSERTION_AUDIENCE,
     CA_FILE,
     CLIENT_AUTH,
     CLIENT_ID,
@@ -186,7 +193,7 @@ class Reader:
         if method == "none" and (secret is not None or key is not None):
             given = CLIENT_SECRET.env if secret is not None else CLIENT_KEY_FILE.env
             self.problem(CLIENT_AUTH, f"none contradicts {given}: unset one of the two")
-        return Client(client_id, secret, method, key)
+        return Client(client_id, secret, method, key, self.choice(ASSERTION_AUDIENCE, ASSERTION_AUDIENCES))
 
     def _client_key(self) -> PrivateKey | None:
         path = self.text(CLIENT_KEY_FILE)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from eoepca_security.oauth.protocol import CLIENT_AUTH_METHODS, GRANTS
+from eoepca_security.oauth.protocol import ASSERTION_AUDIENCES, CLIENT_AUTH_METHODS, GRANTS
 
 FORWARD_AS_CHOICES: Final = ("bearer", "apisix")
 
@@ -55,6 +55,13 @@ CLIENT_KEY_FILE: Final = Variable(
     "OPEN_ID_CONNECT_CLIENT_KEY_FILE",
     "oidc_client_key_file",
     "PEM file with the private key (RSA, EC or Ed25519, without a password) for private_key_jwt.",
+)
+ASSERTION_AUDIENCE: Final = Variable(
+    "OPEN_ID_CONNECT_CLIENT_ASSERTION_AUDIENCE",
+    "oidc_client_assertion_audience",
+    f"Whom the assertions of private_key_jwt and client_secret_jwt are for: {' or '.join(ASSERTION_AUDIENCES)}.",
+    "issuer is the safe one; token_endpoint is for issuers that still ask for that.",
+    default=ASSERTION_AUDIENCES[0],
 )
 REFRESH_TOKEN: Final = Variable(
     "OPEN_ID_REFRESH_TOKEN",
@@ -196,7 +203,7 @@ ALLOW_HTTP: Final = Variable(
 
 GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
     {
-        "The identity provider": (ISSUER, CLIENT_ID, CLIENT_SECRET, CLIENT_AUTH, CLIENT_KEY_FILE),
+        "The identity provider": (ISSUER, CLIENT_ID, CLIENT_SECRET, CLIENT_AUTH, CLIENT_KEY_FILE, ASSERTION_AUDIENCE),
         "The session": (REFRESH_TOKEN, ACCESS_TOKEN, GRANT, TOKEN_STORE, AUDIENCE, SCOPE),
         "The protected service": (UPSTREAM, ENDPOINT, TLS_NO_VERIFY, CA_FILE),
         "The proxy": (

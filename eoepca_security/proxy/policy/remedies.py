@@ -20,10 +20,12 @@ from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import (
     ALLOW_HTTP,
+    ASSERTION_AUDIENCE,
     AUDIENCE,
     CA_FILE,
     CLIENT_AUTH,
     CLIENT_ID,
+    CLIENT_KEY_FILE,
     CLIENT_SECRET,
     ENDPOINT,
     GRANT,
@@ -300,8 +302,13 @@ def client_remedy(client: Client, *, works_with: str | None = None) -> str:
             f"check {CLIENT_ID.env}; if the client is confidential (Keycloak: Client authentication is on), set "
             f"{CLIENT_SECRET.env}"
         )
+    if client.key is not None or client.auth_method == "client_secret_jwt":
+        return (
+            f"check {CLIENT_ID.env}, and that the issuer has the secret or the public key that belongs to "
+            f"{CLIENT_SECRET.env} or {CLIENT_KEY_FILE.env}; some issuers need {ASSERTION_AUDIENCE.env}=token_endpoint"
+        )
     method = f"check {CLIENT_AUTH.env}"
-    if client.auth_method == "auto" and client.secret is not None:
+    if client.auth_method == "auto":
         method = f"set {CLIENT_AUTH.env}=client_secret_post if the client is registered for that"
     return (
         f"copy {CLIENT_SECRET.env} from the issuer again (Keycloak: Clients > {printable(client.client_id)} > "

@@ -89,6 +89,11 @@ def test_secrets_do_not_show() -> None:
         ({"OPEN_ID_CONNECT_GRANT": "client_credentials"}, "OPEN_ID_CONNECT_GRANT", "OPEN_ID_CONNECT_CLIENT_SECRET"),
         ({"OPEN_ID_CONNECT_CLIENT_AUTH": "magic"}, "OPEN_ID_CONNECT_CLIENT_AUTH", "client_secret_post"),
         ({"OPEN_ID_CONNECT_CLIENT_AUTH": "client_secret_jwt"}, "OPEN_ID_CONNECT_CLIENT_AUTH", "CLIENT_SECRET"),
+        (
+            {"OPEN_ID_CONNECT_CLIENT_ASSERTION_AUDIENCE": "both"},
+            "OPEN_ID_CONNECT_CLIENT_ASSERTION_AUDIENCE",
+            "issuer, token_endpoint",
+        ),
         ({"OPEN_ID_CONNECT_CLIENT_AUTH": "private_key_jwt"}, "OPEN_ID_CONNECT_CLIENT_AUTH", "CLIENT_KEY_FILE"),
         (
             {"OPEN_ID_CONNECT_CLIENT_AUTH": "none", "OPEN_ID_CONNECT_CLIENT_SECRET": "s"},
@@ -332,6 +337,13 @@ def test_files_that_are_no_keys_or_certificates_are_told(tmp_path: Path) -> None
     path.write_text("nothing of the kind")
     assert "PEM" in problems(GOOD | {"OPEN_ID_CONNECT_CLIENT_KEY_FILE": str(path)})[0]
     assert str(path) in problems(GOOD | {"TLS_CA_FILE": str(path)})[0]
+
+
+def test_whom_assertions_are_for_can_be_set() -> None:
+    assert read_settings(GOOD).client.assertion_audience == "issuer"
+    variable = read_settings(GOOD | {"OPEN_ID_CONNECT_CLIENT_ASSERTION_AUDIENCE": "token_endpoint"})
+    option = read_settings(GOOD, options={"oidc_client_assertion_audience": "token_endpoint"})
+    assert variable.client.assertion_audience == option.client.assertion_audience == "token_endpoint"
 
 
 def test_a_ca_file_with_a_byte_order_mark_is_refused(tmp_path: Path) -> None:

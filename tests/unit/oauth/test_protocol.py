@@ -2,6 +2,7 @@ import base64
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote_plus
 
@@ -497,7 +498,7 @@ def claims_of(assertion: str, key: Any, algorithm: str) -> dict[str, Any]:
     assert header == {"alg": algorithm, "typ": "JWT"}
     options: Any = {"verify_exp": False, "verify_iat": False, "require": ["iss", "sub", "aud", "jti", "iat", "exp"]}
     claims: dict[str, Any] = jwt.decode(
-        assertion, key, algorithms=[algorithm], audience=METADATA.token_endpoint, options=options
+        assertion, key, algorithms=[algorithm], audience=METADATA.issuer, options=options
     )
     return claims
 
@@ -532,7 +533,7 @@ def test_a_key_signs_assertions_with_an_algorithm_of_its_own_that_the_issuer_pre
     assert claims == {
         "iss": "client",
         "sub": "client",
-        "aud": METADATA.token_endpoint,
+        "aud": METADATA.issuer,
         "iat": int(NOW),
         "exp": int(NOW) + 60,
     }
@@ -561,6 +562,35 @@ def test_any_secret_that_an_issuer_gives_signs_assertions_without_warning(secret
     signed, _, signature = assertion.rpartition(".")
     algorithm = jwt.get_algorithm_by_name("HS256")
     assert algorithm.verify(signed.encode(), secret.encode(), base64.urlsafe_b64decode(signature + "=="))
+
+
+@pytest.mark.parametrize(
+    ("client", "offered"),
+    [
+        (Client("client", None, "private_key_jwt", ed25519.Ed25519PrivateKey.generate()), ()),
+        (Client("client", SECRET, "client_secret_jwt"), ("HS256",)),
+    ],
+)
+def test_an_assertion_is_for_one_audience_of_two(client: Client, offered: tuple[str, ...]) -> None:
+    def audience(client: Client) -> object:
+        return jwt.decode(assertion_of(client, *offered), options={"verify_signature": False})["aud"]
+
+    assert audience(client) == ISSUER
+    assert audience(replace(client, assertion_audience="issuer")) == ISSUER
+    assert audience(replace(client, assertion_audience="token_endpoint")) == f"{ISSUER}/token"
+
+
+@pytest.mark.parametrize(
+    ("offered", "algorithm"),
+    [(("Ed25519",), "Ed25519"), (("ES256", "Ed25519"), "Ed25519"), (("EdDSA", "Ed25519"), "EdDSA"), ((), "EdDSA")],
+)
+def test_an_ed25519_key_signs_under_the_name_that_is_offered(offered: tuple[str, ...], algorithm: str) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    assertion = assertion_of(Client("client", None, "private_key_jwt", key), *offered)
+
+    head, payload, signature = assertion.split(".")
+    assert json.loads(base64.urlsafe_b64decode(head + "==")) == {"alg": algorithm, "typ": "JWT"}
+    key.public_key().verify(base64.urlsafe_b64decode(signature + "=="), f"{head}.{payload}".encode())
 
 
 def test_every_assertion_has_a_jti_of_its_own() -> None:

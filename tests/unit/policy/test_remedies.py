@@ -91,6 +91,12 @@ def test_a_public_client_is_not_told_of_its_secret() -> None:
     )
 
 
+def test_a_client_that_signs_assertions_is_told_whom_they_may_have_to_be_for() -> None:
+    settings = replace(SETTINGS, client=Client("c", "hush-hush", "client_secret_jwt"))
+    remedy = command_remedy(rejected("invalid_client"), settings, in_container=False)
+    assert "OPEN_ID_CONNECT_CLIENT_ASSERTION_AUDIENCE=token_endpoint" in remedy
+
+
 def test_a_proxy_that_is_not_configured_leads_to_its_log() -> None:
     error = IssuerUnavailable("x", cause="not_configured")
     for settings in (None, SETTINGS):

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -476,12 +476,13 @@ def test_a_client_without_secret_cannot_use_the_empty_one(key: PrivateKey | None
             assert authenticate(issuer, Client("client", "", method)).status == 401
 
 
-def test_an_assertion_has_to_be_current_and_meant_for_the_token_endpoint() -> None:
-    client = Client("client", None, "private_key_jwt", KEYS["Ed25519"])
+def test_an_assertion_has_to_be_current_and_meant_for_this_issuer() -> None:
+    client = Client("client", None, "private_key_jwt", KEYS["Ed25519"], "token_endpoint")
     with FakeIssuer(client_key=KEYS["Ed25519"]) as issuer:
         assert authenticate(issuer, client, now=time.time() - 3600).status == 401
         assert authenticate(issuer, client, endpoint="https://other.example/token").status == 401
         assert authenticate(issuer, client).status == 200
+        assert authenticate(issuer, replace(client, assertion_audience="issuer")).status == 200
 
 
 @pytest.mark.parametrize("missing", ["iss", "sub", "jti", "exp", "iat"])
