@@ -29,6 +29,9 @@ class Connections:
 
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
         """Log why the service cannot be reached; the client gets a 502 with a code."""
+        # A client that hangs up ends the attempt, which says nothing about the service.
+        if data.client.timestamp_end is not None:
+            return
         logger.warning(
             "the protected service cannot be reached: %s; run `run-mitmproxy.py check` for the remedy",
             printable(data.server.error),

@@ -489,7 +489,10 @@ def test_no_body_is_in_no_encoding(transport: HttpTransport) -> None:
 )
 def test_a_body_that_cannot_be_decoded_is_refused(transport: HttpTransport, encoding: str, body: bytes) -> None:
     answer = http(body, f"Content-Encoding: {encoding}")
-    with RawServer(replies(answer)) as server, pytest.raises(IssuerUnavailable, match=r"encoding|incomplete body") as caught:
+    with (
+        RawServer(replies(answer)) as server,
+        pytest.raises(IssuerUnavailable, match=r"encoding|incomplete body") as caught,
+    ):
         transport.get(server.url, timeout=PATIENCE)
     assert caught.value.was_sent
 
