@@ -1,7 +1,6 @@
 """What a hostile client hides in a body, and what a hostile service or client sends without end."""
 
 import contextlib
-import json
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +17,13 @@ from tests.support.environment import settings_for
 from tests.support.network import RawServer
 from tests.support.network import http as response
 from tests.support.processes import ProxyProcess, StartProxy
+from tests.support.raw_http import ENTRIES, assert_refused, launch, port_of, send, statuses
 from tests.support.service import Http2Service, Recorder, http2_continuations, http2_get
 from tests.support.waiting import eventually
 
 MIB = 1024 * 1024
 HEAD = 256 * 1024
 GROWTH = 64 * MIB
-ENTRIES = {"launcher": {}, "addon": {}, "workers": {"PROXY_WORKERS": "2"}}
 
 H = b"Host: localhost\r\n"
 SMUGGLED = b"GET /smuggled HTTP/1.1\r\n" + H + b"\r\n"
@@ -44,11 +43,6 @@ class Setup:
         return [received.target for received in self.recorder.requests]
 
 
-def launch(start: StartProxy, entry: str, url: str, environment: dict[str, str], *arguments: str) -> ProxyProcess:
-    name = "addon" if entry == "addon" else "launcher"
-    return start(name, url, environment | ENTRIES[entry], *arguments)
-
-
 @pytest.fixture(scope="module", params=ENTRIES)
 def running(request: pytest.FixtureRequest, start: StartProxy) -> Iterator[Setup]:
     recorder = Recorder()
@@ -65,31 +59,6 @@ def setup(running: Setup) -> Setup:
     return running
 
 
-def port_of(proxy: ProxyProcess) -> int:
-    return int(proxy.url.rpartition(":")[2])
-
-
-def send(proxy: ProxyProcess, *parts: bytes) -> bytes:
-    """Send `parts`, each after the first bytes of an answer to the one before; return all until the connection ends.
-
-    One that is reset rather than closed raises.
-    """
-    with socket.create_connection(("127.0.0.1", port_of(proxy)), 10) as stream:
-        received = b""
-        for number, part in enumerate(parts):
-            if number:
-                received += stream.recv(65536)
-            with contextlib.suppress(BrokenPipeError):
-                stream.sendall(part)
-        while data := stream.recv(65536):
-            received += data
-        return received
-
-
-def statuses(answer: bytes) -> list[int]:
-    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", answer)]
-
-
 def memory(proxy: ProxyProcess) -> int:
     """Return what the process holds now, and its workers."""
     processes = [proxy.process.pid]
@@ -97,18 +66,6 @@ def memory(proxy: ProxyProcess) -> int:
         processes += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     lines = [line for pid in processes for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
-
-
-def assert_refused(answer: bytes, status: int) -> None:
-    """Check that this is one answer, in the usual form, and announces the end of the connection."""
-    assert statuses(answer) == [status]
-    head, _, body = answer.partition(b"\r\n\r\n")
-    lines = head.lower().split(b"\r\n")
-    assert b"x-oidc-proxy-error: bad_request" in lines
-    assert b"content-type: application/problem+json" in lines
-    assert b"connection: close" in lines
-    problem = json.loads(body)
-    assert (problem["code"], problem["status"]) == ("bad_request", status)
 
 
 # --- where a refused request ends --------------------------------------------------------------------------------
@@ -135,6 +92,9 @@ DOUBTFUL = {
     "signed length": POST + H + LENGTH.replace(b": ", b": +"),
     "length in hex": POST + H + b"Content-Length: 0x0\r\n",
     "length with zeros": POST + H + LENGTH.replace(b": ", b": 00"),
+    "length beyond 63 bits": POST + H + b"Content-Length: 9223372036854775808\r\n",
+    "length beyond 64 bits": POST + H + b"Content-Length: 18446744073709551617\r\n",
+    "another kind of version": b"POST / HTTP/2.0\r\n" + H + LENGTH,
     "length and coding": POST + H + b"Content-Length: 0\r\n" + CHUNKED,
     "two codings": POST + H + CHUNKED + CHUNKED,
     "another coding": POST + H + b"Transfer-Encoding: gzip\r\n",

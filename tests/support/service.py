@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 import h2.config
@@ -147,7 +147,12 @@ def exchange(port: int, request: bytes) -> bytes:
     return answer
 
 
-def http2_get(
+def http2_get(port: int, headers: dict[str, str], authority: str = "localhost", **how: Any) -> int:
+    """Ask the proxy over HTTP/2, as `http2_ask` does, and return the status, 0 when it ended the connection."""
+    return http2_ask(port, headers, authority, **how)[0]
+
+
+def http2_ask(
     port: int,
     headers: dict[str, str],
     authority: str = "localhost",
@@ -155,10 +160,11 @@ def http2_get(
     server_name: str = "localhost",
     tunnel_to: str | None = None,
     method: str = "GET",
+    path: str = "/",
     body: Sequence[bytes] = (),
     trailers: bool = False,
-) -> int:
-    """Ask the proxy over HTTP/2 and return the status, 0 when it ended the connection.
+) -> tuple[int, dict[str, str], bytes]:
+    """Ask the proxy over HTTP/2 and return status, headers and body; the status is 0 when it ended the connection.
 
     `server_name` is what TLS asks for; with `tunnel_to` all that goes through a CONNECT. A `body` has no length.
     """
@@ -167,7 +173,8 @@ def http2_get(
     context.set_alpn_protocols(["h2"])
     config = h2.config.H2Configuration(header_encoding="utf-8", validate_outbound_headers=False)
     connection = h2.connection.H2Connection(config)
-    pseudo = {":method": method, ":scheme": "https", ":authority": authority, ":path": "/"}
+    pseudo = {":method": method, ":scheme": "https", ":authority": authority, ":path": path}
+    status, received, content = 0, dict[str, str](), b""
     with contextlib.ExitStack() as opened:
         plain = opened.enter_context(socket.create_connection(("127.0.0.1", port), 10))
         if tunnel_to is not None:
@@ -188,9 +195,14 @@ def http2_get(
             while data := stream.recv(65536):
                 for event in connection.receive_data(data):
                     if isinstance(event, h2.events.ResponseReceived):
-                        return next(int(value) for name, value in event.headers or () if str(name) == ":status")
+                        received = {str(name): str(value) for name, value in event.headers or ()}
+                        status = int(received[":status"])
+                    elif isinstance(event, h2.events.DataReceived):
+                        content += event.data or b""
+                    elif isinstance(event, h2.events.StreamEnded | h2.events.StreamReset):
+                        return status, received, content
                 stream.sendall(connection.data_to_send())
-    return 0
+    return status, received, content
 
 
 def http2_continuations(port: int, block: bytes, most: int) -> int:

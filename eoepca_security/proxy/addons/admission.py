@@ -5,6 +5,7 @@ from mitmproxy.http import HTTPFlow, Response
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.patches.http_clients import is_origin_form
+from eoepca_security.proxy.patches.http_stream import is_misframed
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.destination import Destination
 from eoepca_security.proxy.policy.headers import is_one_request
@@ -16,7 +17,7 @@ def answer(flow: HTTPFlow, where: Destination, state: State) -> Response | None:
     """Return the proxy's own answer to a request, or None to forward it."""
     request = flow.request
     is_explicit = not where.is_reverse and flow.server_conn.address is None
-    if not is_one_request(request.data) or (is_explicit and is_origin_form(request)):
+    if not is_one_request(request.data) or is_misframed(request) or (is_explicit and is_origin_form(request)):
         return _refuse(flow, Refusal("bad_request", "servers could disagree about its meaning"))
     # A replay was accepted before, or comes from the user of mitmproxy's console.
     if flow.is_replay is None:
@@ -49,7 +50,9 @@ def _termination(flow: HTTPFlow, where: Destination, state: State) -> Response |
     if not where.is_reverse or flow.request.path.partition("?")[0] != endpoint:
         return None
     if flow.request.method != "POST":
-        return Response.make(405, b"", {"Allow": "POST"})
+        refused = _refuse(flow, Refusal("method_not_allowed", "this ends the proxy; to do that, send POST"))
+        refused.headers["Allow"] = "POST"
+        return refused
     # The proxy drains first, so this request still gets its answer.
     state.end_all()
     return Response.make(200, b"ending\n", {"Content-Type": "text/plain; charset=utf-8"})

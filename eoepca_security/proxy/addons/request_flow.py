@@ -3,8 +3,10 @@
 mitmproxy forwards a request whose hook raises. So each request has an error response while we decide about it.
 """
 
+from mitmproxy.flow import Error
 from mitmproxy.http import HTTPFlow
 
+from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.addons import admission
 from eoepca_security.proxy.addons.destinations import destination_of
 from eoepca_security.proxy.addons.injection import Injection
@@ -14,8 +16,16 @@ from eoepca_security.proxy.policy.apisix import without_gateway_headers
 from eoepca_security.proxy.policy.buffering import streams_request, streams_response
 from eoepca_security.proxy.policy.clearance import Clearance, clear, clearance
 from eoepca_security.proxy.policy.destination import Destination
-from eoepca_security.proxy.policy.headers import with_hidden_credentials, without_hop_by_hop
-from eoepca_security.proxy.policy.rewrite import ORIGIN, SHARING, naming_the_proxy, naming_the_service, shared
+from eoepca_security.proxy.policy.headers import with_connection_close, with_hidden_credentials, without_hop_by_hop
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, ERROR_HEADER
+from eoepca_security.proxy.policy.rewrite import (
+    ORIGIN,
+    SHARING,
+    naming_the_proxy,
+    naming_the_service,
+    shared,
+    with_usable_cookies,
+)
 
 
 class RequestFlow:
@@ -30,14 +40,15 @@ class RequestFlow:
         await self._decide(flow)
         if flow.response is None:
             flow.request.stream = streams_request(flow.request.data)
-        else:
-            # Do not ask the client to continue with a body.
+        # Do not ask the client to continue with a body that is not wanted, nor in HTTP/1.0 (RFC 9110 §10.1.1).
+        if flow.response is not None or flow.request.http_version == "HTTP/1.0":
             flow.request.headers.pop("Expect", None)
 
     async def _decide(self, flow: HTTPFlow) -> None:
         # mitmproxy also calls this for requests that it has already refused.
         if flow.error is not None or flow.response is not None:
             _hide_credentials(flow)
+            flow.metadata |= _code_of(flow)
             return
         # Fail closed: nothing leaves without a token. Requests are answered, never killed: when mitmproxy 12 kills a
         # request whose body is still arriving, it leaves the connection open, and the client hangs.
@@ -87,9 +98,9 @@ class RequestFlow:
             return
         fields = shared(response.headers.fields, flow.metadata.get(SHARING))
         if sent is not None and (proxy := flow.metadata.get(ORIGIN)) is not None:
-            fields = naming_the_proxy(fields, proxy, sent.target.origin)
+            fields = with_usable_cookies(naming_the_proxy(fields, proxy, sent.target.origin), proxy)
         if self._state.is_ending and not (flow.request.is_http2 or flow.request.is_http3):
-            fields = (*(field for field in fields if field[0].lower() != b"connection"), (b"Connection", b"close"))
+            fields = with_connection_close(fields)
         response.headers.fields = fields
         response.stream = streams_response(response.status_code, fields)
 
@@ -101,6 +112,15 @@ class RequestFlow:
         """Keep only the last message, so that a long connection does not fill the memory."""
         if flow.websocket is not None:
             del flow.websocket.messages[:-1]
+
+
+def _code_of(flow: HTTPFlow) -> dict[str, str]:
+    """Return what is to be told of a request that mitmproxy has refused or answered."""
+    if flow.error is not None:
+        was_killed = flow.error.msg == Error.KILLED_MESSAGE
+        return {} if was_killed else {CODE: "bad_request", DETAIL: printable(flow.error.msg)}
+    code = flow.response.headers.get(ERROR_HEADER) if flow.response is not None else None
+    return {CODE: code} if code else {}
 
 
 def _hide_credentials(flow: HTTPFlow) -> None:

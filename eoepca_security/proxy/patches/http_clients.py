@@ -6,20 +6,22 @@ to what they send, on the connection that the clearance is for and on no other.
 """
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
+from h2.errors import ErrorCodes
 from h11 import EndOfMessage, LocalProtocolError
 from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer, blank_line_regex
 from mitmproxy.connection import ConnectionState
-from mitmproxy.http import Request
+from mitmproxy.http import Request, Response
 from mitmproxy.net.http import http1
 from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy.commands import CloseConnection, CloseTcpConnection, RequestWakeup, SendData, StartHook
 from mitmproxy.proxy.context import Context
-from mitmproxy.proxy.events import ConnectionClosed, DataReceived, Event, Wakeup
+from mitmproxy.proxy.events import ConnectionClosed, DataReceived, Event, Start, Wakeup
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers.http._base import ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
@@ -30,16 +32,26 @@ from mitmproxy.proxy.layers.http._events import (
     ResponseProtocolError,
 )
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
-from mitmproxy.proxy.layers.http._http2 import Http2Client
+from mitmproxy.proxy.layers.http._http2 import Http2Client, Http2Server
 from mitmproxy.proxy.layers.http._http3 import Http3Client
+from mitmproxy.proxy.layers.tls import ClientTLSLayer
 from mitmproxy.proxy.mode_specs import ReverseMode
+from mitmproxy.proxy.tunnel import TunnelState
 
 from eoepca_security.proxy.patches import seams
-from eoepca_security.proxy.patches.messages import last_answer, with_headers
+from eoepca_security.proxy.patches.messages import authentication_required, last_answer, with_headers
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.clearance import clearance
 from eoepca_security.proxy.policy.destination import Target
-from eoepca_security.proxy.policy.headers import is_one_request, is_plain
+from eoepca_security.proxy.policy.headers import (
+    answer_without_hop_by_hop,
+    has_no_content,
+    is_one_request,
+    is_plain,
+    repaired,
+    with_connection_close,
+    without_framing,
+)
 from eoepca_security.proxy.policy.problem_details import MALFORMED
 
 MAX_HEAD: Final = 256 * 1024
@@ -50,8 +62,18 @@ LINGER: Final = 5.0
 """Seconds for which what a client still sends after the last answer is read and dropped: if the connection ended before
 that, the client might not get to read the answer."""
 
+HEAD_TIMEOUT: Final = 60.0
+"""Seconds that the head of a request may take to arrive from its first byte on, and a TLS handshake; as in nginx."""
+
 MAX_INTERIM: Final = 20
 """Most interim answers (1xx) that a service may give to one request."""
+
+_CUT_SHORT: Final = "the client closed its side of the connection before it had the answer"
+
+_EMPTY_LINES: Final = re.compile(rb"(?:\r?\n)*")
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n"
+
+_HEAD_FRAMES: Final = (1, 9)  # HEADERS, CONTINUATION (RFC 9113 §6)
 
 _INTERIM: Final = frozenset({100, *range(102, 200)})
 
@@ -60,6 +82,7 @@ logger = logging.getLogger(__name__)
 
 _origin_form: WeakSet[Request] = WeakSet()
 _read_request_head = http1.read_request_head
+_read_response_head = http1.read_response_head
 
 
 @dataclass
@@ -77,8 +100,13 @@ def install() -> None:
     seams.replace(http, "Http2Client", _Http2Client)
     seams.replace(http, "Http3Client", _Http3Client)
     seams.replace(http, "Http1Server", _Http1Server)
+    seams.replace(http, "Http2Server", _Http2Server)
+    seams.replace("mitmproxy.proxy.layers", "ClientTLSLayer", _ClientTLSLayer)
+    seams.replace("mitmproxy.addons.next_layer", "ClientTLSLayer", _ClientTLSLayer)
     seams.replace("mitmproxy.net.http.http1", "read_request_head", read_request_head)
+    seams.replace("mitmproxy.net.http.http1", "read_response_head", read_response_head)
     seams.replace(http1, "make_error_response", last_answer)
+    seams.replace("mitmproxy.addons.proxyauth", "make_auth_required_response", authentication_required)
     # mitmproxy raises on trailers, and the client hangs. A proxy may drop them (RFC 9110 §6.5.1).
     seams.replace(http1, "ChunkedReader", _ChunkedReader)
 
@@ -90,9 +118,17 @@ def read_request_head(lines: list[bytes]) -> Request:
     """
     request = _read_request_head(lines)
     validate_headers(request)
+    # HTTP/2 has another kind of head.
+    if request.is_http2 or request.is_http3:
+        raise ValueError("the request's version is not HTTP/1")
     if not (is_plain(lines) and is_one_request(request.data)):
         raise ValueError("the request is not well-formed")
     return request
+
+
+def read_response_head(lines: list[bytes]) -> Response:
+    """Read the head of an HTTP/1 answer; raises ValueError for one that is malformed and cannot be repaired."""
+    return _read_response_head(list(repaired(lines)))
 
 
 def is_origin_form(request: Request) -> bool:
@@ -158,14 +194,20 @@ class _Http1Client(Http1Client):
 
     def read_headers(self, event: Any) -> CommandGenerator[None]:
         if self.request is not None and self.stream_id is not None and _is_too_long(self.buf):
-            reason = f"{MALFORMED}: its head is longer than {MAX_HEAD // 1024} KiB"
-            self.state = self.done
-            yield CloseConnection(self.conn)
-            yield ReceiveHttp(ResponseProtocolError(self.stream_id, reason, ResponseProtocolError.code))
+            yield from self._give_up(f"its head is longer than {MAX_HEAD // 1024} KiB")
             return
         commands = super().read_headers(event)
         for command in commands:
-            if not (isinstance(command, ReceiveHttp) and _is_interim(command.event)):
+            if not (isinstance(command, ReceiveHttp) and isinstance(command.event, ResponseHeaders)):
+                yield command
+                continue
+            if command.event.response.status_code not in _INTERIM:
+                try:
+                    command.event = self._passed_on(command.event)
+                except ValueError as error:
+                    commands.close()
+                    yield from self._give_up(str(error))
+                    return
                 yield command
                 continue
             # mitmproxy takes it for the answer, and the answer for that to the next request (RFC 9110 §15.2).
@@ -173,22 +215,85 @@ class _Http1Client(Http1Client):
             self.response = None
             self._interim += 1
             if self._interim > MAX_INTERIM:
-                yield CloseConnection(self.conn)
-                yield CloseConnection(self.context.client)
+                yield from self._give_up(f"more than {MAX_INTERIM} interim answers")
             else:
                 yield from self.read_headers(DataReceived(self.conn, b""))
             return
 
+    def _passed_on(self, event: ResponseHeaders) -> ResponseHeaders:
+        """Return the answer as clients may see it; mitmproxy decides by the service's own how this connection goes on.
 
-def _is_interim(event: HttpEvent) -> bool:
-    return isinstance(event, ResponseHeaders) and event.response.status_code in _INTERIM
+        Raises ValueError for an answer that must not be passed on.
+        """
+        response = event.response
+        method = self.request.data.method if self.request is not None else b""
+        if (
+            has_no_content(method, response.status_code)
+            and method != b"HEAD"
+            and "Transfer-Encoding" in response.headers
+        ):
+            # What follows may be content that should not be there, or the next answer.
+            self.response = with_headers(response, with_connection_close(response.data.headers.fields))
+        fields = answer_without_hop_by_hop(response.data.headers.fields, response.status_code)
+        return replace(event, response=with_headers(response, without_framing(fields, method, response.status_code)))
+
+    def _give_up(self, reason: str) -> CommandGenerator[None]:
+        """End the connection to a service whose answer is malformed, for this reason."""
+        if self.stream_id is None:
+            raise RuntimeError("there is no request")
+        self.state = self.done
+        yield CloseConnection(self.conn)
+        error = ResponseProtocolError(self.stream_id, f"{MALFORMED}: {reason}", ResponseProtocolError.code)
+        yield ReceiveHttp(error)
 
 
 def _framed(request: Request, *, end_stream: bool) -> Request:
-    """Return the request so that HTTP/1 tells where it ends: HTTP/2 has no need of a length (RFC 9112 §6.3)."""
+    """Return the request so that HTTP/1 tells where it ends: HTTP/2 has no need of a length (RFC 9112 §6.3).
+
+    It has our version, not the client's (RFC 9110 §2.5).
+    """
+    if request.http_version == "HTTP/1.0":
+        return _with_our_version(with_headers(request, request.data.headers.fields))
     if end_stream or not (request.is_http2 or request.is_http3) or "Content-Length" in request.headers:
         return request
     return with_headers(request, (*request.data.headers.fields, (b"transfer-encoding", b"chunked")))
+
+
+def _for_client(request: Request, response: Response) -> Response:
+    """Return the answer so that this HTTP/1 client can tell where it ends (RFC 9112 §6.3)."""
+    fields = response.data.headers.fields
+    if response.status_code == 101 or (request.method == "CONNECT" and 200 <= response.status_code < 300):
+        return response
+    framed = without_framing(fields, request.data.method, response.status_code)
+    is_old = request.http_version == "HTTP/1.0"
+    if is_old:
+        # It ends with the connection, which a proxy does not keep for such clients in any case (RFC 9112 §9.3).
+        framed = tuple(field for field in framed if field[0].lower() != b"transfer-encoding")
+    if (
+        is_old
+        or http1.connection_close(request.http_version, request.headers)
+        or _ends_with_connection(request, response)
+    ):
+        framed = with_connection_close(framed)
+    if framed == fields and response.http_version != "HTTP/1.0":
+        return response
+    made = with_headers(response, framed)
+    return _with_our_version(made) if made.http_version == "HTTP/1.0" else made
+
+
+def _ends_with_connection(request: Request, response: Response) -> bool:
+    try:
+        return http1.expected_http_body_size(request, response) == -1
+    except ValueError:  # an add-on has put in something
+        return False
+
+
+_AnyMessage = TypeVar("_AnyMessage", Request, Response)
+
+
+def _with_our_version(copied: _AnyMessage) -> _AnyMessage:
+    copied.data.http_version = b"HTTP/1.1"
+    return copied
 
 
 class _Http2Client(Http2Client):
@@ -223,47 +328,143 @@ class _Http3Client(Http3Client):
 
 
 class _Http1Server(Http1Server):
-    _lingers = False
+    _linger: RequestWakeup | None = None
+    _head_timer: RequestWakeup | None = None
+    _skipped = 0
     _has_refused = False
 
     def _handle_event(self, event: Event) -> CommandGenerator[None]:
-        if self._lingers:
+        if self._linger is not None:
             # What still comes is nobody's request.
-            if isinstance(event, ConnectionClosed | Wakeup) and self.conn.state is not ConnectionState.CLOSED:
+            is_over = isinstance(event, ConnectionClosed) or (
+                isinstance(event, Wakeup) and event.command is self._linger
+            )
+            if is_over and self.conn.state is not ConnectionState.CLOSED:
                 yield CloseConnection(self.conn)
             return
-        for command in super()._handle_event(event):
+        for command in self._react(event):
             if isinstance(command, CloseConnection) and command.connection is self.conn and self._may_linger(event):
-                self._lingers = True
+                self._linger = RequestWakeup(LINGER)
                 yield CloseTcpConnection(self.conn, half_close=True)
-                yield RequestWakeup(LINGER)
+                yield self._linger
             else:
                 yield command
+
+    def _react(self, event: Event) -> CommandGenerator[None]:
+        if isinstance(event, Wakeup):
+            if event.command is self._head_timer:
+                yield from self._refuse(408, f"its head took longer than {HEAD_TIMEOUT:.0f} s")
+            return
+        yield from super()._handle_event(event)
+        if not (self.state == self.read_headers and (self.buf or self._skipped)):
+            self._head_timer = None
+        elif self._head_timer is None and self.conn.state is ConnectionState.OPEN:
+            self._head_timer = RequestWakeup(HEAD_TIMEOUT)
+            yield self._head_timer
 
     def _may_linger(self, event: Event) -> bool:
         return self.state != self.passthrough and not isinstance(event, ConnectionClosed)
 
+    def send(self, event: HttpEvent) -> CommandGenerator[None]:
+        if isinstance(event, ResponseHeaders) and self.request is not None:
+            event = replace(event, response=_for_client(self.request, event.response))
+        yield from super().send(event)
+        if self.response is not None and self.response.status_code == 100:
+            self.response = None  # it is still to come
+
     def read_headers(self, event: Any) -> CommandGenerator[None]:
+        self._skip_empty_lines()
+        if bytes(self.buf)[: len(_PREFACE)] == _PREFACE:
+            yield from self._refuse(505, "HTTP/2 works over TLS only: use https:// or HTTP/1.1")
+            return
+        if _is_too_long(self.buf) or self._skipped > MAX_HEAD:
+            yield from self._refuse(431, f"its head is longer than {MAX_HEAD // 1024} KiB")
+            return
         is_reverse = isinstance(self.context.client.proxy_mode, ReverseMode)  # where the form is all the same
-        for command in self._refuse() if _is_too_long(self.buf) else super().read_headers(event):
+        for command in super().read_headers(event):
             if isinstance(command, SendData) and not self._has_refused:
                 # Nothing else is sent while a head is read.
-                self._has_refused = True
-                yield RequestRefusedHook(Refusal("bad_request", "the head of a request is malformed or too long"))
-            elif not is_reverse and isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
+                yield self._refused()
+            elif isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
+                self._skipped = 0
                 request = command.event.request
-                if not request.data.authority:
+                if not is_reverse and not request.data.authority:
                     _origin_form.add(request)
             yield command
 
-    def _refuse(self) -> CommandGenerator[None]:
+    def _skip_empty_lines(self) -> None:
+        """Pass over empty lines before a request (RFC 9112 §2.2)."""
+        match = _EMPTY_LINES.match(bytes(self.buf))
+        if match is not None and match[0]:
+            self._skipped += len(match[0])
+            self.buf.maybe_extract_at_most(len(match[0]))
+
+    def _refused(self) -> RequestRefusedHook:
+        self._has_refused = True
+        return RequestRefusedHook(Refusal("bad_request", "the head of a request is malformed or too long"))
+
+    def _refuse(self, status: int, reason: str) -> CommandGenerator[None]:
         self.state = self.done
-        yield SendData(self.conn, last_answer(431, f"its head is longer than {MAX_HEAD // 1024} KiB"))
+        yield self._refused()
+        yield SendData(self.conn, last_answer(status, reason))
         yield CloseConnection(self.conn)
+
+    def read_body(self, event: Event) -> CommandGenerator[None]:
+        for command in super().read_body(event):
+            if isinstance(command, CloseConnection) and command.connection is self.conn:
+                yield from self._say(_CUT_SHORT if isinstance(event, ConnectionClosed) else "its body is malformed")
+            yield command
 
     def wait(self, event: Event) -> CommandGenerator[None]:
         is_too_much = isinstance(event, DataReceived) and len(self.buf) > MAX_HEAD
+        if isinstance(event, ConnectionClosed):
+            yield from self._say(_CUT_SHORT)
         yield from super().wait(ConnectionClosed(self.conn) if is_too_much else event)
+
+    def _say(self, reason: str) -> CommandGenerator[None]:
+        """Say why the connection ends without an answer, if none has begun and the client may still read."""
+        if self.response is None and self.conn.state & ConnectionState.CAN_WRITE:
+            yield SendData(self.conn, last_answer(400, reason))
+
+
+class _Http2Server(Http2Server):
+    _head_timer: RequestWakeup | None = None
+    _last_head = 0
+
+    def _handle_event(self, event: Event) -> CommandGenerator[None]:
+        if isinstance(event, Wakeup):
+            if event.command is self._head_timer:
+                yield from self.protocol_error("the head of a request takes too long", ErrorCodes.ENHANCE_YOUR_CALM)
+            return
+        yield from super()._handle_event(event)
+        head = self.h2_conn.highest_inbound_stream_id
+        if not self._is_in_head() or head != self._last_head:
+            self._head_timer, self._last_head = None, head
+        if self._head_timer is None and self._is_in_head() and self.conn.state is ConnectionState.OPEN:
+            self._head_timer = RequestWakeup(HEAD_TIMEOUT)
+            yield self._head_timer
+
+    def _is_in_head(self) -> bool:
+        """Tell whether a head has begun to arrive, or the connection's own, and is not complete."""
+        frames: Any = self.h2_conn.incoming_buffer
+        data = frames._data if hasattr(frames, "_data") else frames.data
+        is_cut = len(data) > 3 and data[3] in _HEAD_FRAMES
+        return bool(frames._headers_buffer or frames._preamble_len or is_cut)
+
+
+class _ClientTLSLayer(ClientTLSLayer):
+    _timer: RequestWakeup | None = None
+
+    def _handle_event(self, event: Event) -> CommandGenerator[None]:
+        if isinstance(event, Start):
+            self._timer = RequestWakeup(HEAD_TIMEOUT)
+            yield self._timer
+        if isinstance(event, Wakeup) and event.command is self._timer:
+            if self.tunnel_state is TunnelState.ESTABLISHING:
+                yield from self.on_handshake_error("the handshake takes too long")
+                yield from self._handshake_finished("the handshake takes too long")
+            return
+        yield from super()._handle_event(event)
 
 
 class _ChunkedReader(ChunkedReader):

@@ -13,9 +13,10 @@ import wsproto.events
 from mitmproxy.connection import Connection
 from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.net.http.http1 import expected_http_body_size
+from mitmproxy.net.http.status_codes import NO_RESPONSE
 from mitmproxy.net.http.validate import validate_headers
-from mitmproxy.proxy.commands import CloseConnection, StartHook
-from mitmproxy.proxy.events import DataReceived, Event
+from mitmproxy.proxy.commands import CloseConnection, RequestWakeup, StartHook
+from mitmproxy.proxy.events import DataReceived, Event, Wakeup
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers import websocket
 from mitmproxy.proxy.layers.http import DropStream, HttpStream, SendHttp
@@ -26,13 +27,14 @@ from mitmproxy.proxy.layers.http._events import (
     RequestProtocolError,
     ResponseData,
     ResponseEndOfMessage,
+    ResponseHeaders,
     ResponseProtocolError,
 )
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 
 from eoepca_security.proxy.patches import messages, seams
 from eoepca_security.proxy.policy.buffering import MAX_HELD
-from eoepca_security.proxy.policy.headers import is_websocket
+from eoepca_security.proxy.policy.headers import check_answer, has_no_content, is_websocket
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_error
 
 MAX_MESSAGE: Final = 16 * 1024 * 1024
@@ -45,11 +47,17 @@ MAX_DISCARDED: Final = 1024 * 1024 * 1024
 """Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
 answer only when they have sent everything, and would never see it if the connection ended before that."""
 
+HOLD_TIMEOUT: Final = 5.0
+"""Seconds for which an answer that refuses the token (401) may take to arrive; then it passes as it comes, and the
+request is not sent again."""
+
 # RFC 9110 §9.2.2: doing these twice is no different from doing them once.
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
 late: WeakSet[Connection] = WeakSet()
 """Connections that were ended because nothing came from the service for too long."""
+
+_misframed: WeakSet[Request] = WeakSet()
 
 _used: WeakSet[Connection] = WeakSet()
 
@@ -60,13 +68,34 @@ def install() -> None:
     seams.replace("mitmproxy.proxy.layers.websocket", "WebsocketLayer", _WebSocket)
 
 
-def _check(request: Request, answer: Response) -> None:
-    """Raise ValueError where an answer must not be passed on."""
+def is_misframed(request: Request) -> bool:
+    """Tell whether a request ended with its head and named another length than 0 (RFC 9113 §8.1.1)."""
+    return request in _misframed
+
+
+def _check(request: Request, answer: Response, *, ends: bool) -> None:
+    """Raise ValueError where an answer must not be passed on; `ends` says that it has no content."""
     validate_headers(answer)
-    switches = answer.status_code == 101 and is_websocket(request.data) and not (request.is_http2 or request.is_http3)
+    check_answer(answer.data.headers.fields)
+    if ends and not has_no_content(request.data.method, answer.status_code) and _names_content(answer):
+        raise ValueError("its Content-Length is not that of its content")
+    switches = answer.status_code == 101 and is_websocket(request.data)
     if not (switches or 200 <= answer.status_code <= 599):
         # mitmproxy crashes when it has to pass a 101 on to an HTTP/2 client.
         raise ValueError(f"unexpected status {answer.status_code}")
+
+
+def _names_content(message: Request | Response) -> bool:
+    return bool(message.headers.get("Content-Length", "0") != "0")
+
+
+def _status(error: ResponseProtocolError) -> int | None:
+    """Return the status of the answer that mitmproxy gives for an error, if any; in mitmproxy 11 it is the code."""
+    code: Any = error.code
+    if isinstance(code, int):
+        return None if code == NO_RESPONSE else code
+    status: int | None = code.http_status_code()
+    return status
 
 
 @dataclass
@@ -87,9 +116,57 @@ class Stream(HttpStream):
     _was_used = False
     _was_repeated = False
     _was_refused = False
+    _has_begun = False
+    _ends_with_head = False
+    _hold_timer: RequestWakeup | None = None
+
+    def _handle_event(self, event: Event) -> CommandGenerator[None]:
+        if isinstance(event, Wakeup):
+            if event.command is self._hold_timer and self.server_state == self.state_consume_response_body:
+                yield from self._stop_holding()
+        # What a service sends in spite of RFC 9112 §6.3 goes nowhere.
+        elif not (isinstance(event, ResponseData) and self._has_no_content()):
+            yield from self._in_words(super()._handle_event(event))
+
+    def _in_words(self, commands: CommandGenerator[None]) -> CommandGenerator[None]:
+        """Replace mitmproxy's own HTML in HTTP/2 and HTTP/3 with answers in our form; see `last_answer` for HTTP/1."""
+        reply: Any = None
+        while True:
+            try:
+                command = commands.send(reply)
+            except StopIteration:
+                return
+            reply = None
+            event = command.event if isinstance(command, SendHttp) else None
+            if isinstance(event, ResponseHeaders) and event.response.status_code != 100:
+                self._has_begun = True
+            if not isinstance(event, ResponseProtocolError) or self._has_begun or not self._is_multiplexed():
+                reply = yield command
+            elif (status := _status(event)) is None:
+                yield command
+            else:
+                self._has_begun = True
+                answer = messages.error_answer(status, event.message, method=self.flow.request.method)
+                yield SendHttp(ResponseHeaders(self.stream_id, answer), self.context.client)
+                yield SendHttp(ResponseData(self.stream_id, answer.raw_content or b""), self.context.client)
+                yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+
+    def _is_multiplexed(self) -> bool:
+        return self.flow.request.is_http2 or self.flow.request.is_http3
+
+    def _has_no_content(self) -> bool:
+        response = self.flow.response
+        return (
+            response is not None
+            and response.status_code != 101
+            and has_no_content(self.flow.request.data.method, response.status_code)
+        )
 
     def state_wait_for_request_headers(self, event: RequestHeaders) -> CommandGenerator[None]:
         """Answer without waiting for the body where the hooks have left an answer."""
+        request = event.request
+        if event.end_stream and (request.is_http2 or request.is_http3) and _names_content(request):
+            _misframed.add(request)
         yield from super().state_wait_for_request_headers(event)
         if self._is_in(self.state_consume_request_body) and not event.end_stream and self.flow.response is not None:
             yield from self._answer()
@@ -114,6 +191,15 @@ class Stream(HttpStream):
             else:
                 yield from self.flow_done()
 
+    def state_wait_for_response_headers(self, event: ResponseHeaders) -> CommandGenerator[None]:
+        """Look at the head of an answer; what refuses the token is held, but not for ever."""
+        self._ends_with_head = event.end_stream
+        yield from super().state_wait_for_response_headers(event)
+        is_held = self.server_state == self.state_consume_response_body and not event.end_stream
+        if is_held and self.flow.response is not None and self.flow.response.status_code == 401:
+            self._hold_timer = RequestWakeup(HOLD_TIMEOUT)
+            yield self._hold_timer
+
     def start_response_stream(self) -> CommandGenerator[None]:
         """Begin to stream the answer."""
         yield from super().start_response_stream()
@@ -128,11 +214,8 @@ class Stream(HttpStream):
         if response is None:
             raise RuntimeError("there is no answer")
         if isinstance(event, ResponseData) and len(self.response_body_buf) + len(event.data) > MAX_HELD:
-            held = bytes(self.response_body_buf)
-            self.response_body_buf.clear()
-            response.stream = True
-            yield from self.start_response_stream()
-            yield from self.state_stream_response_body(ResponseData(self.stream_id, held + event.data))
+            yield from self._stop_holding()
+            yield from self.state_stream_response_body(event)
             return
         if isinstance(event, ResponseEndOfMessage) and self._is_refusal():
             response.data.content = bytes(self.response_body_buf)
@@ -144,6 +227,17 @@ class Stream(HttpStream):
                 return
         yield from super().state_consume_response_body(event)
 
+    def _stop_holding(self) -> CommandGenerator[None]:
+        """Stream an answer that was held so far."""
+        if self.flow.response is None:
+            raise RuntimeError("there is no answer")
+        held = bytes(self.response_body_buf)
+        self.response_body_buf.clear()
+        self.flow.response.stream = True
+        yield from self.start_response_stream()
+        if held:
+            yield from self.state_stream_response_body(ResponseData(self.stream_id, held))
+
     def _is_refusal(self) -> bool:
         """Tell whether the token was refused, once for each request."""
         response = self.flow.response
@@ -154,11 +248,13 @@ class Stream(HttpStream):
 
     def send_response(self, already_streamed: bool = False) -> CommandGenerator[None]:
         """Send the answer, and end it even where the service did not want all of the request."""
+        if not already_streamed and self.flow.response is not None and self._has_no_content():
+            self.flow.response.data.content = b""
         yield from super().send_response(already_streamed)
         if self.server_state != self.state_done or not self._is_in(self.state_stream_request_body):
             return
         yield self._hang_up("the answer came early")
-        if self.flow.request.is_http2 or self.flow.request.is_http3:
+        if self._is_multiplexed():
             self.client_state = self.state_done
             yield from self.flow_done()
             return
@@ -166,7 +262,9 @@ class Stream(HttpStream):
         self._has_ended = True
         self.client_state = self.state_discard_request_body
         yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
-        if self.flow.response is not None and expected_http_body_size(self.flow.request, self.flow.response) == -1:
+        request, response = self.flow.request, self.flow.response
+        is_old = request.http_version == "HTTP/1.0"
+        if response is not None and (is_old or expected_http_body_size(request, response) == -1):
             yield CloseConnection(self.context.client)
 
     def make_server_connection(self) -> CommandGenerator[bool]:
@@ -194,7 +292,7 @@ class Stream(HttpStream):
         if request or self.flow.response is None:
             return (yield from super().check_invalid(request))
         try:
-            _check(self.flow.request, self.flow.response)
+            _check(self.flow.request, self.flow.response, ends=self._ends_with_head)
         except ValueError as error:
             # What else comes on this connection may be anything.
             yield self._hang_up("the answer is malformed")
@@ -231,10 +329,9 @@ class Stream(HttpStream):
         yield HttpResponseHeadersHook(self.flow)
         if (yield from self.check_killed(True)):
             return
-        is_multiplexed = self.flow.request.is_http2 or self.flow.request.is_http3
         if not self._is_in(self.state_done):
             # HTTP/1 has to read on, or it would take the rest for the next request.
-            self.client_state = self.state_done if is_multiplexed else self.state_discard_request_body
+            self.client_state = self.state_done if self._is_multiplexed() else self.state_discard_request_body
         yield from self.send_response()
 
     def _may_repeat(self) -> bool:

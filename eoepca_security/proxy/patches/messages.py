@@ -2,6 +2,7 @@
 
 from typing import Final, TypeVar
 
+from mitmproxy.addons import proxyauth
 from mitmproxy.http import Headers, Request, Response
 from mitmproxy.net.http import http1
 
@@ -40,8 +41,23 @@ def last_resort() -> Response:
     return with_headers(_LAST_RESORT, _LAST_RESORT.data.headers.fields)
 
 
+def error_answer(status_code: int, reason: str, *, method: str = "") -> Response:
+    """Return an answer in place of one that mitmproxy makes; `reason` is mitmproxy's for it."""
+    code = "upstream_unavailable" if status_code in (502, 504) else "bad_request"
+    _, headers, body = parts(code, printable(reason), status=status_code)
+    return Response.make(status_code, b"" if method == "HEAD" else body, headers)
+
+
+def authentication_required(is_proxy: bool) -> Response:
+    """Return the answer to a client that has not given the password of mitmproxy's option `proxyauth`."""
+    status, challenge = (407, "Proxy-Authenticate") if is_proxy else (401, "WWW-Authenticate")
+    detail = "send the user name and password of mitmproxy's option proxyauth (Basic authentication)"
+    _, headers, body = parts("proxy_authentication_required", detail, status=status)
+    return Response.make(status, body, headers | {challenge: f'Basic realm="{proxyauth.REALM}"'})
+
+
 def last_answer(status_code: int, message: str = "") -> bytes:
     """Return an answer of HTTP/1 after which the connection ends; `message` is mitmproxy's reason for it."""
-    code = "bad_request" if status_code < 500 else "upstream_unavailable"
-    _, headers, body = parts(code, printable(message), status=status_code)
-    return bytes(http1.assemble_response(Response.make(status_code, body, headers | {"Connection": "close"})))
+    response = error_answer(status_code, message)
+    response.headers["Connection"] = "close"
+    return bytes(http1.assemble_response(response))

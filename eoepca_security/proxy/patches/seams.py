@@ -45,12 +45,15 @@ patches/lazy_imports.py
     ssl:SSLContext load_default_certs(self, purpose=Ellipsis) < create_default_context
 """
 
-_ROWS: Final = """
+# h2 renamed it with the version that mitmproxy 12 uses.
+_FRAME_DATA: Final = "data" if TESTED.startswith("11.") else "_data"
+
+_ROWS: Final = f"""
 patches/http_clients.py
     mitmproxy.proxy.layers.http
         Http1Client(context); Http2Client(context) < HttpClient._handle_event HttpLayer._handle_event
         Http3Client(context) < HttpClient._handle_event HttpLayer._handle_event
-        Http1Server(context) < HttpLayer._handle_event
+        Http1Server(context); Http2Server(context) < HttpLayer._handle_event
     mitmproxy.proxy.layers.http._http1:Http1Client
         send(self, event) < Http1Connection._handle_event
         read_headers(self, event) < Http1Connection.start Http1Connection.mark_done
@@ -58,13 +61,21 @@ patches/http_clients.py
         buf conn context request response state stream_id
     mitmproxy.proxy.layers.http._http1:Http1Server
         _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
+        send(self, event) < Http1Connection._handle_event
         read_headers(self, event) < Http1Connection.start Http1Connection.mark_done
+        read_body(self, event) < Http1Server.read_headers
         wait(self, event) < Http1Server.mark_done
         done(self, event); passthrough(self, event)
-        buf conn context state
+        buf conn context request response state
     mitmproxy.proxy.layers.http._http1
         make_error_response(status_code, message='') < Http1Server.send Http1Server.read_headers
         ChunkedReader() < make_body_reader
+    mitmproxy.proxy.layers.http._http2:Http2Server
+        _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
+        protocol_error(self, message, error_code=Ellipsis)
+        conn h2_conn
+    h2.connection:H2Connection highest_inbound_stream_id incoming_buffer
+    h2.frame_buffer:FrameBuffer _headers_buffer _preamble_len {_FRAME_DATA}
     mitmproxy.proxy.layers.http._http2:Http2Client
         _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
         _handle_event2(self, event) < Http2Client._handle_event
@@ -73,7 +84,20 @@ patches/http_clients.py
     mitmproxy.proxy.layers.http._http3:Http3Client
         _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
         __init__(self, context)
-    mitmproxy.net.http.http1 read_request_head(lines) < mitmproxy.proxy.layers.http._http1:Http1Server.read_headers
+    mitmproxy.proxy.layers ClientTLSLayer(context) < mitmproxy.addons.next_layer:NextLayer._setup_explicit_http_proxy
+    mitmproxy.addons.next_layer ClientTLSLayer(context) < NextLayer._setup_reverse_proxy NextLayer._next_layer
+    mitmproxy.proxy.layers.tls:ClientTLSLayer
+        _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
+        on_handshake_error(self, err) < mitmproxy.proxy.tunnel:TunnelLayer._handle_event
+        _handshake_finished(self, err) < mitmproxy.proxy.tunnel:TunnelLayer._handle_event
+        tunnel_state
+    mitmproxy.proxy.tunnel:TunnelState ESTABLISHING
+    mitmproxy.addons.proxyauth make_auth_required_response(is_proxy) < ProxyAuth.authenticate_http
+    mitmproxy.net.http.http1
+        read_request_head(lines) < mitmproxy.proxy.layers.http._http1:Http1Server.read_headers
+        read_response_head(lines) < mitmproxy.proxy.layers.http._http1:Http1Client.read_headers
+        connection_close(http_version, headers) < mitmproxy.proxy.layers.http._http1:Http1Connection.mark_done
+        expected_http_body_size(request, response=None)
     mitmproxy.net.http.validate validate_headers(message)
     mitmproxy.proxy.layers.http._base ReceiveHttp(event)
     mitmproxy.proxy.layers.http._events
@@ -84,7 +108,7 @@ patches/http_clients.py
     mitmproxy.proxy.commands
         CloseConnection(connection); CloseTcpConnection(connection, half_close=False); SendData(connection, data)
         RequestWakeup(delay); StartHook(*args, **kwargs)
-    mitmproxy.proxy.events ConnectionClosed(connection); DataReceived(connection, data); Wakeup(command)
+    mitmproxy.proxy.events ConnectionClosed(connection); DataReceived(connection, data); Start(); Wakeup(command)
     mitmproxy.proxy.context:Context client server
     mitmproxy.connection:Server address tls via
     h11._readers:ChunkedReader __call__(self, buf)
@@ -95,7 +119,9 @@ patches/http_stream.py
         HttpStream(context, stream_id) < HttpLayer.make_stream
         DropStream(stream_id); SendHttp(event, connection)
     mitmproxy.proxy.layers.http:HttpStream
+        _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
         state_wait_for_request_headers(self, event) < HttpStream._handle_event
+        state_wait_for_response_headers(self, event) < HttpStream.state_wait_for_request_headers
         start_request_stream(self) < HttpStream.state_wait_for_request_headers
         start_response_stream(self) < HttpStream.state_wait_for_response_headers
         state_consume_response_body(self, event) < HttpStream.state_wait_for_response_headers
@@ -105,16 +131,21 @@ patches/http_stream.py
         check_invalid(self, request) < HttpStream.state_wait_for_response_headers
         check_killed(self, emit_error_hook); flow_done(self); state_done(self, _); state_errored(self, _)
         state_consume_request_body(self, event); state_stream_request_body(self, event)
-        state_stream_response_body(self, event); state_wait_for_response_headers(self, event)
+        state_stream_response_body(self, event)
         flow < HttpStream.state_wait_for_request_headers
         client_state context response_body_buf server_state stream_id
     mitmproxy.proxy.utils:ReceiveBuffer __bytes__(self); __len__(self); clear(self)
     mitmproxy.proxy.layers.http._events
         RequestData(stream_id, data); RequestEndOfMessage(stream_id)
         ResponseData(stream_id, data); ResponseEndOfMessage(stream_id)
+        ResponseHeaders(stream_id, response, end_stream=False)
         RequestProtocolError(stream_id, message, code) | (stream_id, message, code=400)
     mitmproxy.proxy.layers.http._events:RequestProtocolError code
+    mitmproxy.proxy.layers.http._events:ResponseProtocolError code
     mitmproxy.proxy.layers.http._hooks HttpResponseHeadersHook(flow)
+    mitmproxy.proxy.commands RequestWakeup(delay)
+    mitmproxy.proxy.events Wakeup(command)
+    mitmproxy.net.http.status_codes NO_RESPONSE
     mitmproxy.net.http.http1 expected_http_body_size(request, response=None)
     mitmproxy.proxy.layers.websocket WebsocketLayer(context, flow) < mitmproxy.proxy.layers.http:HttpStream.flow_done
     mitmproxy.proxy.layers.websocket:WebsocketLayer
@@ -173,6 +204,7 @@ patches/header_lookup.py
         _default value
     mitmproxy.optmanager unset < _Option.current
 patches/messages.py
+    mitmproxy.addons.proxyauth REALM
     mitmproxy.http:MessageData __dict__ headers
     mitmproxy.http:Request __dict__ data
     mitmproxy.http:Response __dict__ data

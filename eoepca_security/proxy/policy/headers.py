@@ -1,7 +1,7 @@
-"""Which parts of a client's request the protected service gets."""
+"""Which parts of a client's request the protected service gets, and which parts of its answer the client gets."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Protocol
 
 Fields = tuple[tuple[bytes, bytes], ...]
@@ -23,6 +23,8 @@ _HOP_BY_HOP: Final = frozenset(
 )
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"host"})
 
+_MAX_LENGTH: Final = 2**63 - 1
+
 _CREDENTIALS: Final = frozenset({b"authorization", b"proxy-authorization"})
 
 _METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -30,11 +32,37 @@ _PATH: Final = re.compile(rb"\*|/[^\x00-\x20\x7f]*")
 _BREAK: Final = re.compile(rb"[\r\n\x00]")
 # Programs disagree on whether these are spaces or line ends; mitmproxy strips them around values (RFC 9112 §2.2).
 _ODD: Final = re.compile(rb"^[ \t]|[\r\x00\x0b\x0c]")
+_STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] +[0-9]{3}(?:[ \t].*)?")
+_REPAIRABLE: Final = re.compile(rb"^[ \t]|^[^:]*[ \t]:")
 
 
 def is_plain(lines: Iterable[bytes]) -> bool:
     """Return whether all programs read the same lines in an HTTP/1 head: no folded lines, no unusual line ends."""
     return not any(map(_ODD.search, lines))
+
+
+def repaired(lines: Sequence[bytes]) -> Sequence[bytes]:
+    """Return the lines of an answer's head so that all programs read the same lines.
+
+    Folded lines become one line (RFC 9112 §5.2), and spaces before a colon are removed (§5.1). Raises ValueError for a
+    head that cannot be repaired.
+    """
+    if lines and _STATUS_LINE.fullmatch(lines[0]) is None:
+        raise ValueError("the status line is malformed")
+    if any(map(_REPAIRABLE.search, lines[1:])):
+        whole = [lines[0]]
+        for line in lines[1:]:
+            if line[:1] not in (b" ", b"\t"):
+                name, colon, value = line.partition(b":")
+                whole.append(name.rstrip(b" \t") + colon + value)
+            elif len(whole) > 1:
+                whole[-1] = whole[-1].rstrip(b" \t") + b" " + line.strip(b" \t")
+            else:
+                raise ValueError("the first header line begins with a space")
+        lines = whole
+    if not is_plain(lines):
+        raise ValueError("a header has a control character")
+    return lines
 
 
 class HasFields(Protocol):
@@ -71,6 +99,12 @@ def value_of(fields: Fields, name: bytes) -> bytes | None:
     return b", ".join(values) if values else None
 
 
+def has_usable_length(fields: Fields) -> bool:
+    """Return whether `Content-Length`, if there is one, fits into 63 bits (RFC 9110 §8.6)."""
+    length = value_of(fields, b"content-length")
+    return length is None or (length.isdigit() and len(length) < 20 and int(length) <= _MAX_LENGTH)
+
+
 def is_one_request(head: RequestHead) -> bool:
     """Return whether all servers read this as one request in HTTP/1.
 
@@ -85,12 +119,26 @@ def is_one_request(head: RequestHead) -> bool:
         and head.http_version in (b"HTTP/1.0", b"HTTP/1.1", b"HTTP/2.0", b"HTTP/3")
         and _BREAK.search(b"".join(map(b"".join, head.headers.fields))) is None
         and _FRAMING.isdisjoint(_connection_options(head.headers.fields))
+        and has_usable_length(head.headers.fields)
     )
+
+
+def check_answer(fields: Fields) -> None:
+    """Raise ValueError for an answer that programs could read differently; see `is_one_request`."""
+    if _BREAK.search(b"".join(map(b"".join, fields))) is not None:
+        raise ValueError("a header has a line break or NUL")
+    if not has_usable_length(fields):
+        raise ValueError("its Content-Length is not a usable number")
 
 
 def is_websocket(head: RequestHead) -> bool:
     """Return whether the request asks for a WebSocket (RFC 6455 §4.1)."""
-    return head.method == b"GET" and (value_of(head.headers.fields, b"upgrade") or b"").strip().lower() == b"websocket"
+    return (
+        head.method == b"GET"
+        # Servers ignore Upgrade in HTTP/1.0 (RFC 9110 §7.8).
+        and head.http_version == b"HTTP/1.1"
+        and (value_of(head.headers.fields, b"upgrade") or b"").strip().lower() == b"websocket"
+    )
 
 
 def without_hop_by_hop(head: RequestHead) -> Fields:
@@ -111,6 +159,42 @@ def without_hop_by_hop(head: RequestHead) -> Fields:
     kept += [option for option in (b"close", b"keep-alive") if option in options]
     connection = ((b"Connection", b", ".join(kept)),) if kept else ()
     return (*(field for field in fields if field[0].lower() not in dropped), *connection)
+
+
+def answer_without_hop_by_hop(fields: Fields, status: int) -> Fields:
+    """Return an answer's fields without those for the service's connection to us (RFC 9110 §7.6.1).
+
+    Raises ValueError if `Connection` names a header that defines the end of the answer.
+    """
+    options = _connection_options(fields)
+    if not _FRAMING.isdisjoint(options):
+        raise ValueError("its Connection names a header that defines its end")
+    dropped = _HOP_BY_HOP | options | {b"te", b"upgrade"}
+    if status == 101:
+        dropped -= {b"upgrade"}
+    kept = tuple(field for field in fields if field[0].lower() not in dropped)
+    return (*kept, (b"Connection", b"Upgrade")) if status == 101 else kept
+
+
+def has_no_content(method: bytes, status: int) -> bool:
+    """Return whether an answer ends with its head, whatever its headers say (RFC 9112 §6.3)."""
+    return method == b"HEAD" or status < 200 or status in (204, 304)
+
+
+def without_framing(fields: Fields, method: bytes, status: int) -> Fields:
+    """Return an answer's fields without those that announce content, if it cannot have any.
+
+    A length stays, because it is that of the answer to a GET (RFC 9110 §8.6), except with 204, which must have none.
+    """
+    if not has_no_content(method, status) or status == 101:
+        return fields
+    dropped = {b"transfer-encoding", b"content-length"} if status == 204 else {b"transfer-encoding"}
+    return tuple(field for field in fields if field[0].lower() not in dropped)
+
+
+def with_connection_close(fields: Fields) -> Fields:
+    """Return the fields with `Connection: close` (RFC 9112 §9.6)."""
+    return (*(field for field in fields if field[0].lower() != b"connection"), (b"Connection", b"close"))
 
 
 def with_hidden_credentials(fields: Fields) -> Fields:

@@ -26,6 +26,8 @@ ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
     "host_not_allowed": (403, "The proxy does not accept this Host"),
     "cross_site_request": (403, "The proxy does not accept requests from other web sites"),
     "bad_request": (400, "The request is not well-formed"),
+    "method_not_allowed": (405, "The proxy does not accept this method here"),
+    "proxy_authentication_required": (407, "The proxy requires a user name and password"),
     IssuerUnavailable.code: (503, "The identity provider does not provide a token"),
     CredentialsRejected.code: (502, "The identity provider rejected the proxy's credentials"),
     TokenInvalid.code: (502, "The identity provider's token cannot be used"),

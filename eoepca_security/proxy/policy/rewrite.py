@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from eoepca_security.oauth.urls import parse_origin
+from eoepca_security.oauth.urls import DEFAULT_PORTS, parse_host
 from eoepca_security.proxy.policy.headers import Fields
 
 ORIGIN: Final = "oidc_proxy_origin"
@@ -25,7 +25,14 @@ _ABOUT_SHARING: Final = (b"access-control-", b"cross-origin-resource-policy", b"
 _FOR_READERS: Final = (b"access-control-expose-headers", b"timing-allow-origin")
 
 _OF_REQUESTS: Final = frozenset({b"origin", b"referer"})
-_OF_RESPONSES: Final = frozenset({b"location", b"content-location"})  # RFC 9110 §10.2.2, §8.7
+_OF_RESPONSES: Final = frozenset({b"location", b"content-location", b"refresh"})  # RFC 9110 §10.2.2, §8.7
+
+_URL: Final = re.compile(rb"([A-Za-z]+:)?//([^/?#]*)")
+_REFRESH: Final = re.compile(rb"""\s*[0-9.]+\s*[;,]\s*(?:url\s*=\s*)?["']?""", re.IGNORECASE)
+
+# Cookies of these names have to be `Secure` (RFC 6265bis §4.1.3).
+_ALWAYS_SECURE: Final = (b"__secure-", b"__host-", b"__http-", b"__host-http-")
+_NEEDS_SECURE: Final = (b"secure", b"partitioned", b"samesite=none")
 
 
 def naming_the_service(fields: Fields, proxy: str, service: str) -> Fields:
@@ -34,8 +41,35 @@ def naming_the_service(fields: Fields, proxy: str, service: str) -> Fields:
 
 
 def naming_the_proxy(fields: Fields, proxy: str, service: str) -> Fields:
-    """Return a response's fields, with locations at the service changed to the proxy."""
-    return _moved_in(fields, _OF_RESPONSES, service, proxy)
+    """Return a response's fields, with locations at the service changed to the proxy.
+
+    This includes the `http://` address of an https service: many services do not know about the TLS in front of them.
+    """
+    return _moved_in(fields, _OF_RESPONSES, service, proxy, is_downgraded=True)
+
+
+def with_usable_cookies(fields: Fields, proxy: str) -> Fields:
+    """Return a response's fields with cookies that clients accept from `proxy` and send back to it.
+
+    `Domain` names the service, so it is removed. So are `Secure` and what depends on it if the client uses http, unless
+    the cookie's name requires `Secure`: some browsers accept such cookies from localhost.
+    """
+    if not any(name.lower() == b"set-cookie" for name, _ in fields):
+        return fields
+    dropped = _NEEDS_SECURE if proxy.startswith("http://") else ()
+    return tuple((name, _usable(value, dropped) if name.lower() == b"set-cookie" else value) for name, value in fields)
+
+
+def _usable(cookie: bytes, dropped: tuple[bytes, ...]) -> bytes:
+    pair, *attributes = cookie.split(b";")
+    if pair.strip().lower().startswith(_ALWAYS_SECURE):
+        dropped = ()
+    kept = [a for a in attributes if (plain := re.sub(rb"\s", b"", a).lower()) not in dropped and not _is_domain(plain)]
+    return b";".join([pair, *kept])
+
+
+def _is_domain(attribute: bytes) -> bool:
+    return attribute.partition(b"=")[0] == b"domain"
 
 
 def shared(fields: Fields, sharing: Mapping[str, str] | None) -> Fields:
@@ -46,19 +80,38 @@ def shared(fields: Fields, sharing: Mapping[str, str] | None) -> Fields:
     return (*passed, *added)
 
 
-def _moved_in(fields: Fields, names: frozenset[bytes], old: str, new: str) -> Fields:
+def _moved_in(fields: Fields, names: frozenset[bytes], old: str, new: str, *, is_downgraded: bool = False) -> Fields:
     # Most messages have none of them.
     if names.isdisjoint([name.lower() for name, _ in fields]):
         return fields
-    return tuple((name, _moved(value, old, new) if name.lower() in names else value) for name, value in fields)
+    moved = []
+    for name, value in fields:
+        start = _REFRESH.match(value) if name.lower() == b"refresh" else None
+        begin = start.end() if start is not None else 0
+        is_meant = name.lower() in names
+        moved.append((name, value[:begin] + _moved(value[begin:], old, new, is_downgraded) if is_meant else value))
+    return tuple(moved)
 
 
-def _moved(value: bytes, old: str, new: str) -> bytes:
-    match = re.match(rb"[A-Za-z]+://[^/?#]*", value)
+def _moved(value: bytes, old: str, new: str, is_downgraded: bool) -> bytes:
+    match = _URL.match(value)
     if match is None:
         return value
+    scheme = (match[1] or b"").decode("latin-1").lower().rstrip(":")
     try:
-        is_old = parse_origin(match[0].decode("latin-1")) == parse_origin(old)
+        is_old = _is_same(scheme, match[2].decode("latin-1"), old, is_downgraded)
     except ValueError:
         return value
     return new.encode() + value[match.end() :] if is_old else value
+
+
+def _is_same(scheme: str, authority: str, origin: str, is_downgraded: bool) -> bool:
+    """Tell whether a URL, whose scheme may be missing, is of `origin`; raises ValueError for one that is none."""
+    own_scheme, _, own_authority = origin.partition("://")
+    host, own = parse_host(authority), parse_host(own_authority)
+    port, own_port = host.port or DEFAULT_PORTS.get(scheme or own_scheme), own.port or DEFAULT_PORTS.get(own_scheme)
+    if (scheme or own_scheme) == own_scheme:
+        return (host.name, port) == (own.name, own_port)
+    by_default = host.port in (None, 80) and own_port == 443
+    is_http = is_downgraded and (scheme, own_scheme) == ("http", "https")
+    return is_http and host.name == own.name and (by_default or host.port == own_port)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eoepca_security.proxy.policy.rewrite import naming_the_proxy, naming_the_service, shared
+from eoepca_security.proxy.policy.rewrite import naming_the_proxy, naming_the_service, shared, with_usable_cookies
 
 PROXY = "http://localhost:8080"
 SERVICE = "https://service.example"
@@ -18,8 +18,18 @@ SERVICE = "https://service.example"
         ("https://service.example/Zoë", "http://localhost:8080/Zoë"),
         ("https://sérvice.example/", "https://sérvice.example/"),
         ("/jobs/1", "/jobs/1"),
-        ("//service.example/", "//service.example/"),
-        ("http://service.example/", "http://service.example/"),
+        ("//service.example/jobs/1", "http://localhost:8080/jobs/1"),
+        ("//SERVICE.example:443", "http://localhost:8080"),
+        ("//service.example:80/", "//service.example:80/"),
+        ("//evil.example/", "//evil.example/"),
+        ("///service.example/", "///service.example/"),
+        # As services say that do not know of the server that speaks TLS for them.
+        ("http://service.example/jobs/1", "http://localhost:8080/jobs/1"),
+        ("http://service.example:80/", "http://localhost:8080/"),
+        ("HTTP://service.example:443/", "http://localhost:8080/"),
+        ("http://service.example:8000/", "http://service.example:8000/"),
+        ("http://evil.example/", "http://evil.example/"),
+        ("ftp://service.example/", "ftp://service.example/"),
         ("https://service.example:8443/", "https://service.example:8443/"),
         ("https://service.example.evil.example/", "https://service.example.evil.example/"),
         ("https://service.example@evil.example/", "https://service.example@evil.example/"),
@@ -36,6 +46,62 @@ SERVICE = "https://service.example"
 def test_only_what_leads_to_the_service_itself_leads_to_the_proxy(value: str, expected: str) -> None:
     fields = tuple((name, value.encode()) for name in (b"location", b"Content-Location", b"Link"))
     assert [moved.decode() for _, moved in naming_the_proxy(fields, PROXY, SERVICE)] == [expected, expected, value]
+
+
+@pytest.mark.parametrize(
+    ("service", "location", "is_moved"),
+    [
+        ("https://service.example:9200", "http://service.example:9200/", True),
+        ("https://service.example:9200", "http://service.example/", False),
+        ("https://service.example:9200", "//service.example:9200/", True),
+        ("https://service.example:9200", "//service.example/", False),
+        ("http://service.example", "//service.example/", True),
+        # Whoever is sent from http to https has to get there.
+        ("http://service.example", "https://service.example/", False),
+        ("http://service.example:9200", "https://service.example:9200/", False),
+    ],
+)
+def test_what_a_service_calls_itself_depends_on_its_port(service: str, location: str, is_moved: bool) -> None:
+    ((_, moved),) = naming_the_proxy(((b"Location", location.encode()),), PROXY, service)
+    assert moved.decode() == (f"{PROXY}/" if is_moved else location)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("5; url=https://service.example/a?b", "5; url=http://localhost:8080/a?b"),
+        ("0;URL='http://service.example/a'", "0;URL='http://localhost:8080/a'"),
+        (' 0.5 , "//service.example/a"', ' 0.5 , "http://localhost:8080/a"'),
+        ("3; https://service.example", "3; http://localhost:8080"),
+        ("5", "5"),
+        ("5; url=/a", "5; url=/a"),
+        (
+            "5; url=https://evil.example/?https://service.example/",
+            "5; url=https://evil.example/?https://service.example/",
+        ),
+    ],
+)
+def test_refresh_is_like_location(value: str, expected: str) -> None:
+    assert naming_the_proxy(((b"refresh", value.encode()),), PROXY, SERVICE) == ((b"refresh", expected.encode()),)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "cookie", "expected"),
+    [
+        (PROXY, "a=b; Path=/; Secure; HttpOnly", "a=b; Path=/; HttpOnly"),
+        (PROXY, "a=b;secure;DOMAIN = .service.example;Max-Age=5", "a=b;Max-Age=5"),
+        (PROXY, "a=b; SameSite=None; Secure; Partitioned", "a=b"),
+        (PROXY, "a=b; SameSite=Lax; Secure", "a=b; SameSite=Lax"),
+        (PROXY, "secure=domain; Path=/secure", "secure=domain; Path=/secure"),
+        (PROXY, "Secure", "Secure"),
+        (PROXY, "__Host-a=b; Path=/; Secure", "__Host-a=b; Path=/; Secure"),
+        (PROXY, "__secure-a=b; Domain=service.example; Secure; SameSite=None", "__secure-a=b; Secure; SameSite=None"),
+        ("https://localhost:8080", "a=b; Secure; SameSite=None; Domain=service.example", "a=b; Secure; SameSite=None"),
+    ],
+)
+def test_cookies_fit_the_address_that_the_client_uses(proxy: str, cookie: str, expected: str) -> None:
+    fields = ((b"set-cookie", cookie.encode()), (b"X", b"Secure"))
+    assert with_usable_cookies(fields, proxy) == ((b"set-cookie", expected.encode()), (b"X", b"Secure"))
 
 
 def test_a_page_of_the_proxy_is_one_of_the_service() -> None:
