@@ -14,6 +14,7 @@ from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES, is_loopback
 from eoepca_security.proxy.admin.metrics import exposition
 from eoepca_security.proxy.admin.page import RESOURCES, page
 from eoepca_security.proxy.admin.status import AdminSource
+from eoepca_security.proxy.config.port_check import bind_host
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import ADMIN
 from eoepca_security.proxy.policy import problem_details
@@ -67,7 +68,7 @@ class Admin:
     def start(self) -> Address | None:
         """Listen and return the address, with the actual port; None if that fails."""
         try:
-            sockets = bind_sockets(self._address.port, self._address.host)
+            sockets = bind_sockets(self._address.port, bind_host(self._address.host))
         except OSError as error:
             reason = f"{ADMIN.env}: cannot listen on {self._address} ({error.strerror or error})"
             if self._is_set:
@@ -125,9 +126,11 @@ class _Page(RequestHandler):
         self.tell(200, {"Content-Type": media_type}, text.encode())
 
     def write_error(self, status_code: int, **_: Any) -> None:
-        headers = {"Content-Type": "application/problem+json"}
         if status_code == 405:
-            headers["Allow"] = self.allow
+            status, headers, body = problem_details.parts("method_not_allowed", f"this page takes {self.allow} only")
+            self.tell(status, headers | {"Allow": self.allow}, body)
+            return
+        headers = {"Content-Type": "application/problem+json"}
         self.tell(status_code, headers, json.dumps({"status": status_code, "title": self._reason}).encode())
 
     async def head(self) -> None:

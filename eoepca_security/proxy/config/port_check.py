@@ -20,8 +20,20 @@ class Obstacle:
     is_foreign: bool
 
 
+def bind_host(host: str) -> str:
+    """Return the host to bind to: `::` means all addresses of both families, which asyncio and tornado write as ""."""
+    return "" if host == "::" else host
+
+
 def cannot_listen(host: str, port: int) -> Obstacle | None:
     """Return why nothing can listen on `host` and `port`, or None."""
+    if host == "::":
+        # Both families, see `bind_host`.
+        return _cannot_bind(host, port) or _cannot_bind("0.0.0.0", port)  # noqa: S104  only a trial
+    return _cannot_bind(host, port)
+
+
+def _cannot_bind(host: str, port: int) -> Obstacle | None:
     foreign = Obstacle(f"{host!r} is not an address of this machine", is_foreign=True)
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

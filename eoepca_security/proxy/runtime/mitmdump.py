@@ -16,6 +16,7 @@ from mitmproxy.tools.dump import DumpMaster
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.admin.worker_states import Channel, answer
+from eoepca_security.proxy.config.port_check import bind_host
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.patches import certificate_authority, connection_pool
 from eoepca_security.proxy.patches.hook_cache import settle_memory
@@ -73,7 +74,7 @@ def _run(
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
             connection_pool.install(connection_pool.Pool())
             if worker is not None:
-                share_listeners((settings.host, settings.port), worker.listeners)
+                share_listeners((bind_host(settings.host), settings.port), worker.listeners)
                 answer(worker.line, addon.admin_source())
                 self.event_loop.add_reader(worker.lifeline, self._orphaned, worker.lifeline)
 
@@ -95,7 +96,7 @@ def _run(
 
     own = [
         *("--mode", f"reverse:{settings.upstream}"),
-        *("--listen-host", settings.host, "--listen-port", str(settings.port)),
+        *("--listen-host", bind_host(settings.host), "--listen-port", str(settings.port)),
         *(["--ssl-insecure"] if settings.tls_no_verify else []),
     ]
     certificate_authority.read_quickly()

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from eoepca_security.proxy.admin.worker_states import Channel, Workers
+from eoepca_security.proxy.config.port_check import bind_host
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.patches.hook_cache import settle_memory
 from eoepca_security.proxy.patches.lazy_imports import without_cas
@@ -34,7 +35,7 @@ def run_workers(
 
         from eoepca_security.proxy.admin.server import Admin  # noqa: PLC0415  before forking
 
-    listeners = bind_sockets(settings.port, settings.host)
+    listeners = bind_sockets(settings.port, bind_host(settings.host))
     supervisor = os.getpid()
     # Resolve port 0 once, so that all processes report the same port.
     settings = replace(settings, port=listeners[0].getsockname()[1])
