@@ -20,7 +20,7 @@ from tests.support.network import RawServer, free_port
 from tests.support.network import http as response
 from tests.support.processes import ProxyProcess, StartProxy
 from tests.support.raw_http import ENTRIES, assert_refused, launch, port_of, read_all, send, statuses
-from tests.support.service import http2_ask
+from tests.support.service import Http2Service, http2_ask
 
 H = b"Host: localhost\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -401,6 +401,18 @@ def test_so_is_a_handshake(start_: bytes, setup: Setup) -> None:
         read_all(stream)
 
 
+def test_so_is_a_handshake_inside_a_tunnel(start: StartProxy, tmp_path: Path) -> None:
+    hurried = tmp_path / "hurried.py"
+    hurried.write_text(HURRIED)
+    with FakeIssuer() as issuer:
+        proxy = start("addon", "", settings_for(issuer, PROXY_INJECT_HOSTS="service.example"), "-s", str(hurried))
+        with socket.create_connection(("127.0.0.1", port_of(proxy)), 10) as stream:
+            stream.sendall(b"CONNECT service.example:443 HTTP/1.1\r\nHost: service.example:443\r\n\r\n")
+            assert b" 200 " in stream.recv(65536)
+            stream.sendall(b"\x16\x03\x01")
+            assert read_all(stream) == b""
+
+
 def test_a_client_may_take_its_time_between_requests_and_in_a_body(setup: Setup) -> None:
     with connected(setup, "plain") as stream, connected(setup, "plain") as body, connected(setup, "plain") as late:
         stream.sendall(NEXT.replace(b"close", b"keep-alive"))
@@ -413,6 +425,18 @@ def test_a_client_may_take_its_time_between_requests_and_in_a_body(setup: Setup)
         assert statuses(read_all(body)) == [200]
         stream.sendall(NEXT)
         assert statuses(read_all(stream)) == [200]
+
+
+@pytest.mark.parametrize(("status", "method", "expected"), [(200, "GET", 502), (304, "GET", 304), (200, "HEAD", 200)])
+def test_a_head_of_http_2_that_ends_the_stream_has_no_length(
+    status: int, method: str, expected: int, start: StartProxy, certificate: Path
+) -> None:
+    with FakeIssuer() as issuer, Http2Service(certificate, [status], [("content-length", "5")]) as service:
+        proxy = start("launcher", service.url, settings_for(issuer, TLS_CA_FILE=str(certificate)))
+        answer = http2_ask(port_of(proxy), {}, method=method)
+        assert answer[0] == expected
+        if expected == 502:
+            assert_coded(answer, 502, "upstream_unavailable")
 
 
 # --- an answer that is held back while the token is replaced -------------------------------------------------------

@@ -135,7 +135,7 @@ HOST: Final = Variable(
     None,
     "Address to listen on.",
     "Anything that can reach it acts with your identity, so keep it on loopback, or inside a container or pod. "
-    "(mitmdump -s: use `--listen-host` instead.)",
+    "`0.0.0.0` is all IPv4 addresses, `::` all addresses of both families. (mitmdump -s: use `--listen-host` instead.)",
     default="127.0.0.1",
 )
 PORT: Final = Variable(
