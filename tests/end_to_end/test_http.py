@@ -384,6 +384,12 @@ def test_a_head_that_takes_too_long_is_given_up(protocol: str, start_: bytes, se
     assert_refused(answer[answer.rindex(b"HTTP/1.1 ") :], 408)
 
 
+def test_an_empty_line_without_a_request_is_given_up_without_an_answer(setup: Setup) -> None:
+    with connected(setup, "plain") as stream:
+        stream.sendall(b"\r\n")
+        assert read_all(stream) == b""
+
+
 HEADERS_FRAME = b"\0\0\5\1\0\0\0\0\1"
 
 

@@ -45,7 +45,6 @@ from eoepca_security.proxy.policy.clearance import clearance
 from eoepca_security.proxy.policy.destination import Target
 from eoepca_security.proxy.policy.headers import (
     answer_without_hop_by_hop,
-    has_no_content,
     is_one_request,
     is_plain,
     repaired,
@@ -227,11 +226,7 @@ class _Http1Client(Http1Client):
         """
         response = event.response
         method = self.request.data.method if self.request is not None else b""
-        if (
-            has_no_content(method, response.status_code)
-            and method != b"HEAD"
-            and "Transfer-Encoding" in response.headers
-        ):
+        if response.status_code in (204, 304) and "Transfer-Encoding" in response.headers:
             # What follows may be content that should not be there, or the next answer.
             self.response = with_headers(response, with_connection_close(response.data.headers.fields))
         fields = answer_without_hop_by_hop(response.data.headers.fields, response.status_code)
@@ -352,8 +347,11 @@ class _Http1Server(Http1Server):
 
     def _react(self, event: Event) -> CommandGenerator[None]:
         if isinstance(event, Wakeup):
-            if event.command is self._head_timer:
+            if event.command is self._head_timer and self.buf:
                 yield from self._refuse(408, f"its head took longer than {HEAD_TIMEOUT:.0f} s")
+            elif event.command is self._head_timer:
+                # Empty lines are no request, and what nobody has asked for could be taken for the next answer.
+                yield CloseConnection(self.conn)
             return
         yield from super()._handle_event(event)
         if not (self.state == self.read_headers and (self.buf or self._skipped)):
