@@ -10,7 +10,15 @@ from mitmproxy.http import Request
 
 from eoepca_security.errors import IssuerUnavailable
 from eoepca_security.proxy.policy.apisix import ApisixHeaders, without_gateway_headers
-from eoepca_security.proxy.policy.headers import is_one_request, with_hidden_credentials, without_hop_by_hop
+from eoepca_security.proxy.policy.headers import (
+    answer_without_hop_by_hop,
+    has_usable_length,
+    is_one_request,
+    repaired,
+    with_hidden_credentials,
+    without_framing,
+    without_hop_by_hop,
+)
 from eoepca_security.session.session import AccessToken
 
 
@@ -154,3 +162,44 @@ def test_without_userinfo_the_access_tokens_claims_stand_in_for_it(caplog: pytes
 def test_methods_that_mitmproxy_takes_for_others_are_refused(method: str) -> None:
     assert not is_one_request(request(method=method).data)
     assert is_one_request(request(method="get").data)
+
+
+@pytest.mark.parametrize(
+    ("length", "is_usable"),
+    [("0", True), ("9223372036854775807", True), ("9223372036854775808", False), ("1" * 5000, False), ("-1", False)],
+)
+def test_lengths_fit_63_bits(length: str, is_usable: bool) -> None:
+    assert has_usable_length(((b"Content-Length", length.encode()),)) == is_usable
+
+
+def test_the_head_of_an_answer_is_repaired_or_refused() -> None:
+    status = b"HTTP/1.1 200 OK"
+    fine = [status, b"A: b", b"C:d : e"]
+    assert repaired(fine) == fine
+    assert repaired([status, b"A : b", b"C:\td", b"  e", b"\tf "]) == [status, b"A: b", b"C:\td e f"]
+    begun = ([b"HTTP/3.0 200 OK"], [b"ICY 200 OK"], [status, b" A: b"], [status, b"A: b", b" \rc"], [status, b"A: \0"])
+    for malformed in begun:
+        with pytest.raises(ValueError, match=r"status line|begins with a space|control character"):
+            repaired(malformed)
+
+
+def test_what_is_for_the_services_connection_is_dropped() -> None:
+    fields = ((b"Connection", b"close, X"), (b"x", b"1"), (b"Upgrade", b"websocket"), (b"Y", b"1"))
+    assert answer_without_hop_by_hop(fields, 200) == ((b"Y", b"1"),)
+    assert answer_without_hop_by_hop(fields, 101) == (*fields[2:], (b"Connection", b"Upgrade"))
+    with pytest.raises(ValueError, match="defines its end"):
+        answer_without_hop_by_hop(((b"Connection", b"Content-Length"),), 200)
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "left"),
+    [
+        (b"GET", 200, [b"Transfer-Encoding", b"content-length"]),
+        (b"HEAD", 200, [b"content-length"]),
+        (b"GET", 304, [b"content-length"]),
+        (b"GET", 204, []),
+    ],
+)
+def test_what_has_no_content_announces_none(method: bytes, status: int, left: list[bytes]) -> None:
+    fields = ((b"Transfer-Encoding", b"chunked"), (b"content-length", b"5"))
+    assert [name for name, _ in without_framing(fields, method, status)] == left
