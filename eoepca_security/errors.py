@@ -31,7 +31,7 @@ Cause = Literal[
     "other_issuer",
     "plain_http",
     "redirect",
-    # An environment variable that many programs read, for a proxy for example, is wrong.
+    # An environment variable that many programs read, such as one for a proxy, is wrong.
     "environment",
     # The issuer answered 400, 401 or 403 without saying whether it refuses the client, the session, or neither.
     "unclear_refusal",

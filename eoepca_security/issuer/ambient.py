@@ -1,4 +1,4 @@
-"""What the environment says of proxies and CAs, for all programs: which variable keeps us from the issuer."""
+"""The environment variables for proxies and CAs that many programs read, and what is wrong with them."""
 
 import os
 import ssl
@@ -14,9 +14,9 @@ _CA_BUNDLES: Final = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def ambient_problem(url: str) -> str | None:
-    """Say which environment variable must be wrong where `url` cannot be reached, and how; None when all may be right.
+    """Say which environment variable keeps us from reaching `url` and why, or return None.
 
-    Values are not repeated: a proxy's address may have a password in it.
+    The text does not contain the value: a proxy's address may contain a password.
     """
     try:
         return _proxy_problem(url) or _bundle_problem(url)
@@ -34,11 +34,11 @@ def _proxy_problem(url: str) -> str | None:
     names = (f"{parts.scheme}_proxy", "all_proxy")
     name = next((name for name, value in os.environ.items() if name.lower() in names and value == proxy), names[1])
     if proxy.lower().startswith("socks"):
-        return f"{name} names a SOCKS proxy, and only those that speak HTTP can be used"
+        return f"{name} names a SOCKS proxy, but only HTTP proxies are supported"
     try:
         split_url(requests.utils.prepend_scheme_if_needed(proxy, "http"))  # type: ignore[no-untyped-call]
     except ValueError:
-        return f"{name} is not the address of a proxy, like http://proxy.example:3128"
+        return f"{name} is not the address of a proxy, such as http://proxy.example:3128"
     return None
 
 

@@ -34,16 +34,16 @@ def usable_cas(ca_file: Path) -> Path:
 
 
 def _refuse_hidden(ca_file: Path) -> None:
-    """Raise OSError for certificates that OpenSSL ignores because something precedes them on their line."""
+    """Raise OSError for a certificate that OpenSSL silently skips, because a byte order mark precedes it."""
     if b"\xef\xbb\xbf-----BEGIN" in ca_file.read_bytes():
-        raise OSError("a certificate in it comes after a byte order mark: save it as plain text without one")
+        raise OSError("a byte order mark precedes a certificate in it: save the file without one")
 
 
 def _read_trust(ca_file: Path | None) -> ssl.SSLContext:
     try:
         context = ssl.create_default_context()
     except OSError as error:
-        raise OSError(f"SSLKEYLOGFILE is set and cannot be written: {error.strerror}") from None
+        raise OSError(f"SSLKEYLOGFILE is set but cannot be written: {error.strerror}") from None
     # Python 3.13 turned this flag on. It refuses the many private CAs that have no key identifier.
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.load_verify_locations(requests.utils.DEFAULT_CA_BUNDLE_PATH)

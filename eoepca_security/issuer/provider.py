@@ -192,7 +192,10 @@ class Provider:
 
         Raises TokenInvalid or IssuerUnavailable.
         """
-        unverified = read_access_token(token, Policy(audience, from_issuer=True), now=self.now())
+        # It came as `access_token`, so it is one, even with claims of ID tokens or without a subject.
+        unverified = read_access_token(
+            token, Policy(audience, require_subject=False, accept_id_tokens=True), now=self.now()
+        )
         with contextlib.suppress(NoKeyFits):
             return self._keys.get().confirm(unverified)
         return self._keys.get(anew=True).confirm(unverified)

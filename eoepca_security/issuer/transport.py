@@ -95,7 +95,7 @@ class HttpTransport:
                 answer = self._send(session, request, timeout)
         except IssuerUnavailable:
             raise
-        except Exception as error:  # noqa: BLE001  what an odd environment makes of the libraries has many types
+        except Exception as error:  # noqa: BLE001  with odd environment variables, the libraries raise many types
             cause, reason = explain(error)
             if not adapter.was_connected and (problem := ambient_problem(str(request.url))):
                 raise IssuerUnavailable(
@@ -258,17 +258,16 @@ def _resolve(host: str, port: int, timeout: float) -> list[Any]:
 
 
 def _decoded(body: bytes, encoding: str) -> bytes:
-    """Undo a Content-Encoding (RFC 9110 §8.4), which some servers use without being asked.
+    """Undo a Content-Encoding (RFC 9110 §8.4), which some servers use unrequested.
 
-    Raises ValueError when the encoding is unknown, when the body does not fit it, and when the body is longer than
-    `MAX_BODY`.
+    Raises ValueError when the encoding is unknown, the body is not in it, or the result is longer than `MAX_BODY`.
     """
     codings = [coding for text in encoding.lower().split(",") if (coding := text.strip()) not in ("", "identity")]
     if not codings or not body:
         return body
     if len(codings) > 1 or codings[0] not in ("gzip", "x-gzip", "deflate"):
         raise ValueError("with an unrequested content encoding")
-    # Some servers send the bare format as "deflate", without the frame that RFC 9110 §8.4.1.2 requires.
+    # Some servers send "deflate" without the zlib frame that RFC 9110 §8.4.1.2 requires.
     is_bare = codings[0] == "deflate" and (body[0] & 0x0F != 8 or int.from_bytes(body[:2]) % 31 != 0)
     window = -zlib.MAX_WBITS if is_bare else zlib.MAX_WBITS + (0 if codings[0] == "deflate" else 16)
     decoded = b""
@@ -276,18 +275,18 @@ def _decoded(body: bytes, encoding: str) -> bytes:
         while body and len(decoded) <= MAX_BODY:
             part = zlib.decompressobj(window)
             decoded += part.decompress(body, MAX_BODY + 1 - len(decoded))
-            body = part.unused_data  # there may be several gzip members (RFC 1952 §2.2)
+            body = part.unused_data  # gzip allows several parts (RFC 1952 §2.2)
             if not part.eof and len(decoded) <= MAX_BODY:
-                raise ValueError("with an incomplete body")
+                raise ValueError("with a body that is cut off")
     except zlib.error:
-        raise ValueError("with a body that is not in its content encoding") from None
+        raise ValueError("with a body that is not in the content encoding that it names") from None
     if len(decoded) > MAX_BODY:
         raise ValueError(f"with more than {MAX_BODY // 1024} KiB")
     return decoded
 
 
 def _target(url: str, location: str) -> str:
-    """Return where a redirect leads, without its query, which may have secrets."""
+    """Say where a redirect leads, without its query, fragment and user, which may be secret."""
     try:
         parts = urlsplit(urljoin(url, location))
         host = parts.netloc.rpartition("@")[2]

@@ -131,8 +131,8 @@ def read_device_token_response(
 ) -> TokenResponse | Pending:
     """Read the answer to a poll.
 
-    Raises the same errors as `read_token_response`, and CredentialsRejected when the login is over: after every error
-    code but the two in `Pending`, whatever it means elsewhere (RFC 8628 §3.5).
+    Raises the same errors as `read_token_response`, and CredentialsRejected when the login is over. Every error code
+    but the two of `Pending` ends it (RFC 8628 §3.5).
     """
     pending = {reason.value: reason for reason in Pending}
     try:

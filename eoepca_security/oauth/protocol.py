@@ -43,8 +43,8 @@ ASSERTION_LIFETIME: Final = 60
 """How long a client assertion is valid, in seconds (RFC 7523 §3: it must expire)."""
 
 MAX_LIFETIME: Final = 10 * 365 * 86_400.0
-"""Longest accepted lifetime of a token, in seconds: 10 years. Some issuers say "for ever" with a number that timers and
-calendars cannot express."""
+"""The longest accepted lifetime of a token in seconds: 10 years. Some issuers send numbers for "never expires" that
+timers and calendars cannot represent."""
 
 PASSING_ERRORS: Final = frozenset(
     {
@@ -56,10 +56,10 @@ PASSING_ERRORS: Final = frozenset(
         "rate_limit_exceeded",
     }
 )
-"""Error codes that say nothing about the client or the session, so that the same request may succeed later. Every other
-one is final, also one that no RFC knows: asking again with the same credentials does not change it."""
+"""The error codes after which the same request may succeed later. All others, including unknown ones, are final:
+a retry with the same credentials does not help."""
 
-# RFC 6749 §4.1.2.1 and §5.2, RFC 8628 §3.5, RFC 8707 §2; the last is Keycloak's, for offline_access.
+# RFC 6749 §4.1.2.1 and §5.2, RFC 8628 §3.5, RFC 8707 §2. Keycloak sends `not_allowed` for offline_access.
 _KNOWN_ERRORS: Final = PASSING_ERRORS | {
     "invalid_request",
     "invalid_client",
@@ -81,7 +81,7 @@ _UNCLEAR_STATUSES: Final = (400, 401, 403)
 class Client:
     """An OAuth client and how it authenticates (`CLIENT_AUTH_METHODS`).
 
-    `assertion_audience` names the audience of the assertions that it signs (`ASSERTION_AUDIENCES`).
+    `assertion_audience` is the audience of the assertions that it signs (`ASSERTION_AUDIENCES`).
     """
 
     client_id: str
@@ -383,8 +383,8 @@ def _assertion_algorithm(client: Client, metadata: ProviderMetadata, method: str
 def _client_assertion(client: Client, metadata: ProviderMetadata, method: str, now: float) -> str:
     """Return a signed JWT that authenticates the client (RFC 7523 §3, OpenID Connect Core §9).
 
-    It is for the issuer, by name and alone: an endpoint's address could have been put there by another issuer, to use
-    the assertion itself (draft-ietf-oauth-rfc7523bis).
+    Its only audience is the issuer: a malicious issuer could name another one's endpoint as its own, and use the
+    assertion there (draft-ietf-oauth-rfc7523bis).
     """
     for_endpoint = client.assertion_audience == "token_endpoint"
     algorithm = _assertion_algorithm(client, metadata, method)
@@ -409,7 +409,7 @@ def _segment(members: Mapping[str, object]) -> str:
 
 
 def _error_code(answer: Mapping[str, object], secrets: Collection[str]) -> str:
-    """Return the error code, a known one as the RFCs spell it; empty where there is none."""
+    """Return the error code, in the spelling of the RFCs if they define it, or an empty string."""
     error = answer.get("error")
     candidates: list[object] = [error.get("code"), error.get("status")] if isinstance(error, dict) else [error]
     candidates.append(answer.get("errorCode"))  # Okta's
@@ -418,7 +418,7 @@ def _error_code(answer: Mapping[str, object], secrets: Collection[str]) -> str:
 
 
 def _description(answer: Mapping[str, object], secrets: Collection[str]) -> str:
-    """Return what the issuer says to people; empty where that is nothing."""
+    """Return the issuer's text for people, or an empty string."""
     error = answer.get("error")
     inner = error if isinstance(error, dict) else {}
     words = (
@@ -445,7 +445,10 @@ def _first_words(error: ValueError) -> str:
 
 
 def read_seconds(value: object) -> float | None:
-    """Return a lifetime, at most `MAX_LIFETIME`; some issuers send text. None when it is not a positive number."""
+    """Return a lifetime of at most `MAX_LIFETIME`, which some issuers send as a string.
+
+    None when it is not a positive number.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

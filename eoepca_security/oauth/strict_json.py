@@ -9,8 +9,8 @@ def parse_object(data: bytes, *, unique_keys: bool = False) -> dict[str, Any]:
     """Return the JSON object in `data`.
 
     Raises ValueError when it is not UTF-8, not JSON (`NaN` and `Infinity` are not, RFC 8259 §6), nested too deeply, or
-    not an object. With `unique_keys`, also when an object has a duplicate member (RFC 8725 §2.4), when a number is too
-    large for a float, which otherwise becomes null, and when there is a byte order mark (RFC 8259 §8.1).
+    not an object. With `unique_keys`, also when an object has a duplicate member (RFC 8725 §2.4), a number is too large
+    for a float (which is null otherwise), or it begins with a byte order mark (RFC 8259 §8.1).
     """
     try:
         value = (_UNIQUE if unique_keys else _PLAIN).decode(data.decode("utf-8" if unique_keys else "utf-8-sig"))

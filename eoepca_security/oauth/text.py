@@ -16,7 +16,7 @@ def printable(value: object, limit: int = 200) -> str:
 def without_secrets(text: object, secrets: Collection[str]) -> str:
     """Return an issuer's text without `secrets`: some issuers repeat what they were sent, or part of it.
 
-    It has at most 500 characters: issuers explain themselves in up to three sentences, with IDs to search for.
+    The text is limited to 500 characters: some issuers write three sentences and IDs to search for.
     """
     if not isinstance(text, str):
         return ""

@@ -93,8 +93,7 @@ class Policy:
     `leeway` is the accepted clock difference in seconds. With `authorized_parties`, the token must have been issued to
     one of these clients (`azp`, or `client_id` of RFC 9068). `accept_bound` accepts tokens that are bound to a key,
     for when someone else has verified the binding. `require_subject` refuses tokens without `sub` (RFC 9068 §2.2).
-    `accept_id_tokens` accepts the claims of ID tokens that Dex puts into its access tokens, and so ID tokens. With
-    `from_issuer`, the issuer itself sent the token as `access_token`, so that it is one even with claims of ID tokens.
+    `accept_id_tokens` accepts the claims of ID tokens that Dex puts into its access tokens, and so ID tokens.
     """
 
     audience: str
@@ -103,7 +102,6 @@ class Policy:
     accept_bound: bool = False
     require_subject: bool = True
     accept_id_tokens: bool = False
-    from_issuer: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,12 @@ def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
         raise TokenInvalid(f"the token is not for the audience {audience}", claim="aud")
     if claim := _claim_of_another_kind(claims, "access"):
         raise TokenInvalid(f"the token is not an access token, according to its {claim}")
-    if not policy.from_issuer and _looks_like_another_kind(unverified, policy):
+    others = _CLAIMS_OF_OTHER_TOKENS - {"at_hash"} if policy.accept_id_tokens else _CLAIMS_OF_OTHER_TOKENS
+    if not others.isdisjoint(claims):
+        raise TokenInvalid("the token is not an access token")
+    # Before version 24, Keycloak also puts the login's nonce into access tokens, but marks them as access tokens.
+    is_marked = unverified.header.typ == "at+jwt" or claims.get("typ") in ("Bearer", "DPoP")
+    if "nonce" in claims and not is_marked and not policy.accept_id_tokens:
         raise TokenInvalid("the token is not an access token")
     if policy.authorized_parties is not None:
         party = claims.get("client_id") if party is None else party
@@ -196,17 +199,6 @@ def read_access_token(token: str, policy: Policy, *, now: float) -> Unverified:
             raise TokenInvalid("the token was issued to a client that is not an authorized party", claim="azp")
     check_binding(claims, policy)
     return unverified
-
-
-def _looks_like_another_kind(token: Unverified, policy: Policy) -> bool:
-    """Return whether a token has claims that usually only other kinds have, and is not marked as an access token."""
-    claims = token.claims
-    others = _CLAIMS_OF_OTHER_TOKENS - {"at_hash"} if policy.accept_id_tokens else _CLAIMS_OF_OTHER_TOKENS
-    if not others.isdisjoint(claims):
-        return True
-    # Before version 24, Keycloak also puts the login's nonce into access tokens, but marks them as access tokens.
-    is_marked = token.header.typ == "at+jwt" or claims.get("typ") in ("Bearer", "DPoP")
-    return "nonce" in claims and not is_marked and not policy.accept_id_tokens
 
 
 def check_binding(claims: Mapping[str, Any], policy: Policy) -> None:

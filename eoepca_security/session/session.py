@@ -276,6 +276,6 @@ def _stored(refresh_token: str, token: AccessToken | None, session_ends_at: floa
 
 
 def number(value: Any) -> float | None:
-    """Return a JSON number as a time in epoch seconds, between 1970 and 9999; None for anything else."""
+    """Return a JSON number as a time in epoch seconds, limited to what a calendar can represent, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return float(min(max(value, 0), _LAST_TIME)) if is_number else None

@@ -29,7 +29,7 @@ class Connections:
 
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
         """Log why the service cannot be reached; the client gets a 502 with a code."""
-        # A client that hangs up ends the attempt, which says nothing about the service.
+        # mitmproxy also ends the attempt when the client hangs up, which says nothing about the service.
         if data.client.timestamp_end is not None:
             return
         logger.warning(

@@ -281,7 +281,7 @@ class _Run:
         return remedy
 
     def _other_methods(self) -> Iterator[Client]:
-        """Return the client with each other way to prove itself that the issuer offers, and with none."""
+        """Yield the client with every other authentication method that the issuer offers, and with none."""
         client, metadata = self._settings.client, self._provider.metadata()
         chosen = choose_auth_method(client, metadata)
         for method in ("client_secret_basic", "client_secret_post", "client_secret_jwt"):

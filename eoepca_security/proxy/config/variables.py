@@ -59,8 +59,8 @@ CLIENT_KEY_FILE: Final = Variable(
 ASSERTION_AUDIENCE: Final = Variable(
     "OPEN_ID_CONNECT_CLIENT_ASSERTION_AUDIENCE",
     "oidc_client_assertion_audience",
-    f"Whom the assertions of private_key_jwt and client_secret_jwt are for: {' or '.join(ASSERTION_AUDIENCES)}.",
-    "issuer is the safe one; token_endpoint is for issuers that still ask for that.",
+    f"The audience of private_key_jwt and client_secret_jwt assertions: {' or '.join(ASSERTION_AUDIENCES)}.",
+    "issuer is safer; token_endpoint is for issuers that still require it.",
     default=ASSERTION_AUDIENCES[0],
 )
 REFRESH_TOKEN: Final = Variable(

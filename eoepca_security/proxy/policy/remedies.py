@@ -55,7 +55,7 @@ SESSION_ERRORS: Final = (
     "expired_token",
     "token_expired",
 )
-"""The error codes with which issuers refuse the session (RFC 6749 §5.2; all but the first are their own)."""
+"""The error codes with which issuers refuse the session: that of RFC 6749 §5.2, and their own."""
 
 BINDING_REMEDY: Final = "turn off DPoP-bound and certificate-bound access tokens for this client at the issuer"
 
@@ -252,8 +252,8 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
         )
     if by_proxy and cause in ("refused", "unknown_host", "timeout", "ended"):
         return (
-            f"the connection goes through a proxy: check HTTPS_PROXY (or HTTP_PROXY, ALL_PROXY), or add {host} to "
-            "NO_PROXY"
+            "the connection goes through a proxy: check HTTPS_PROXY (or HTTP_PROXY, ALL_PROXY), or add "
+            f"{host} to NO_PROXY"
         )
     if by_proxy and cause == "unknown_ca":
         return f"the proxy on the network path may replace certificates: set {CA_FILE.env} to its CA's PEM file"
@@ -267,7 +267,7 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
         "no_tls": f"check the port and scheme in {name}: should it be {other}://?",
         "proxy": _PROXY,
         "redirect": f"set {name} to the address that it redirects to",
-        "environment": "fix that variable, or unset it",
+        "environment": "fix or unset that variable",
     }.get(cause, f"check the host and port in {name}: should it be {other}://?")
 
 
@@ -292,7 +292,10 @@ def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -
 
 
 def client_remedy(client: Client, *, works_with: str | None = None) -> str:
-    """Return the remedy for a refused client. `works_with` is another method with which it was accepted, if any."""
+    """Return the remedy for a refused client.
+
+    `works_with` is another client authentication method with which the issuer accepted it.
+    """
     if works_with == "none":
         return f"the client is public: unset {CLIENT_SECRET.env} and {CLIENT_AUTH.env}"
     if works_with is not None:

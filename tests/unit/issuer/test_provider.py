@@ -587,6 +587,12 @@ def test_a_token_of_the_issuer_is_verified_over_the_network(network: HttpTranspo
         provider.verify(issuer.issue(), "other")
 
 
+def test_a_token_that_the_issuer_gives_needs_no_subject(verifying: Verifying) -> None:
+    claims = verifying.claims()
+    del claims["sub"]
+    assert "sub" not in verifying.provider.verify(verifying.signer.sign(claims), "service")
+
+
 def test_keys_are_fetched_once_within_their_lifetime_and_again_after_it(verifying: Verifying) -> None:
     for _ in range(3):
         verifying.provider.verify(verifying.token(), "service")

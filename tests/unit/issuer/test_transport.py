@@ -489,10 +489,7 @@ def test_no_body_is_in_no_encoding(transport: HttpTransport) -> None:
 )
 def test_a_body_that_cannot_be_decoded_is_refused(transport: HttpTransport, encoding: str, body: bytes) -> None:
     answer = http(body, f"Content-Encoding: {encoding}")
-    with (
-        RawServer(replies(answer)) as server,
-        pytest.raises(IssuerUnavailable, match=r"encoding|incomplete body") as caught,
-    ):
+    with RawServer(replies(answer)) as server, pytest.raises(IssuerUnavailable, match=r"encoding|cut off") as caught:
         transport.get(server.url, timeout=PATIENCE)
     assert caught.value.was_sent
 
@@ -677,7 +674,7 @@ def _nobody_is_known(*_: object, **__: object) -> object:
 @pytest.mark.parametrize("value", ["/nowhere/keys", "/"])
 def test_a_file_for_keys_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("SSLKEYLOGFILE", value)
-    with pytest.raises(IssuerUnavailable, match="SSLKEYLOGFILE is set and cannot be written"):
+    with pytest.raises(IssuerUnavailable, match="SSLKEYLOGFILE is set but cannot be written"):
         HttpTransport(trust).get("https://127.0.0.1:1/", timeout=PATIENCE)
 
 

@@ -61,7 +61,7 @@ def rejected(issuer_error: str) -> CredentialsRejected:
         ),
         (IssuerUnavailable("x", cause="plain_http"), "OPEN_ID_CONNECT_DANGEROUSLY_ALLOW_HTTP"),
         (IssuerUnavailable("x", cause="redirect"), "set OPEN_ID_CONNECT_URL"),
-        (IssuerUnavailable("x", cause="environment"), "fix that variable, or unset it"),
+        (IssuerUnavailable("x", cause="environment"), "fix or unset that variable"),
         (IssuerUnavailable("x", cause="unclear_refusal"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
         (IssuerUnavailable("x", cause="unclear_refusal"), "run-mitmproxy.py login"),
         (IssuerUnavailable("x", cause="unknown_ca"), "set TLS_CA_FILE"),
