@@ -23,9 +23,7 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 except ModuleNotFoundError as error:
-    sys.exit(
-        f"a dependency of the proxy is not installed ({error.name}): run this with "
-        "`uv run --no-dev --extra proxy run-mitmproxy.py`"
-    )
+    command = " ".join(["uv run --no-dev --extra proxy run-mitmproxy.py", *sys.argv[1:2]])
+    sys.exit(f"a dependency of the proxy is not installed ({error.name}): run it as `{command}`")
 
 sys.exit(main())

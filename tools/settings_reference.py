@@ -14,7 +14,7 @@ ENV_HEAD: Final = """\
 #
 # Precedence: add-on options (--set), then the environment, then .env in the working directory. Empty means unset.
 # Put 'single quotes' around a value with spaces or a #, but not in a file for docker's --env-file, which keeps
-# the quotes as part of the value. Lines that start with # show the defaults.
+# the quotes as part of the value. A setting with a # before it shows its default.
 # Variables marked (secret) can be read from a file instead: append _FILE to the name, e.g.
 # OPEN_ID_REFRESH_TOKEN_FILE=/run/secrets/refresh-token
 # See also docs/settings.md. tools/settings_reference.py generates both files.

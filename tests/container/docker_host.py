@@ -1,6 +1,7 @@
 """The Docker engine, and what containers reach on its host: an issuer and a service, over TLS."""
 
 import contextlib
+import ipaddress
 import json
 import os
 import re
@@ -65,7 +66,8 @@ def has_engine() -> bool:
 def gateway() -> str:
     """Return the host's address on the bridge that containers are on."""
     (configuration, *_) = inspect("bridge")["IPAM"]["Config"]
-    return str(configuration["Gateway"])
+    # An engine that has just made the bridge does not name it, but takes the first address (Docker 20.10).
+    return str(configuration.get("Gateway") or next(ipaddress.ip_network(configuration["Subnet"]).hosts()))
 
 
 def unique(purpose: str) -> str:

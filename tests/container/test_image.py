@@ -307,4 +307,4 @@ def test_any_user_of_group_0_keeps_the_session_and_others_are_told(image: str, v
     assert nowhere.stderr.startswith("TMPDIR: ")
     with serving(image, there, "--user", "5555:5555", "--read-only", "--tmpfs", "/tmp") as proxy:
         wait_until_it_answers(proxy, 502)  # the token from the settings is used up
-        assert "memory only" in proxy.logs
+        assert "only in memory" in proxy.logs

@@ -42,7 +42,7 @@ def read_dotenv(folder: Path) -> Mapping[str, str]:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env: cannot be read ({_reason(error)}); fix or remove {path}") from None
-        # Only parse: interpolation would change a secret that contains ${.
+    # Only parse: interpolation would change a secret that contains ${.
     bindings = list(parse_stream(io.StringIO(text)))
     if bad := [binding.original.line for binding in bindings if binding.error]:
         raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: fix or remove it" for line in bad))
