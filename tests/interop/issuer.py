@@ -26,9 +26,11 @@ class Issuer:
     """A running issuer: a row of the table in docs/issuers.md.
 
     `settings` are the launcher's for the client that people log in with, `login_options` what `login --browser` needs
-    besides, and `clients` the settings of clients that act for themselves, by client authentication method. `audience`
-    is that of access tokens, None where they are opaque. `pace` is how many seconds it needs between two tokens of a
-    user, `refusal` the proxy's code for its refusals. `lacks` says why a scenario, by its name, is not for this issuer.
+    besides, `device_options` what `login` by device does, and `clients` the settings of clients that act for
+    themselves, by client authentication method. `audience` is that of access tokens, None where they are opaque.
+    `marks_id_tokens` says whether more than the audience tells ID tokens from access tokens. `pace` is how many seconds
+    it needs between two tokens of a user, `refusal` the proxy's code for its refusals. `lacks` says why a scenario, by
+    its name, is not for this issuer.
 
     `user_of` returns whose token it is, None where the issuer does not know it. `person` opens a page and does what it
     asks for; returns the last page's text. `revoke` ends all of the user's sessions, as an administrator does.
@@ -43,7 +45,9 @@ class Issuer:
     audience: str | None = None
     pace: float = 0.0
     refusal: str = "credentials_rejected"
+    marks_id_tokens: bool = True
     login_options: tuple[str, ...] = ()
+    device_options: tuple[str, ...] = ()
     clients: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
 
