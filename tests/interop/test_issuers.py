@@ -17,6 +17,7 @@ from eoepca_security.oauth.verify import unverified_claims
 from tests.interop import (
     issuer_canaille,
     issuer_glewlwyd,
+    issuer_hydra,
     issuer_keycloak,
     issuer_oidc_provider,
     issuer_spring,
@@ -40,6 +41,7 @@ ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {
     f"oidc-provider {issuer_oidc_provider.VERSION}, opaque": issuer_oidc_provider.opaque_and_key,
 }
 SLOW_ISSUERS: dict[str, Callable[[Path], AbstractContextManager[Issuer]]] = {
+    f"Ory Hydra {issuer_hydra.VERSION}": issuer_hydra.public,
     f"Spring Authorization Server {issuer_spring.VERSION}": issuer_spring.confidential,
 }
 
