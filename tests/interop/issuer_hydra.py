@@ -21,7 +21,7 @@ from tests.support.network import free_port
 
 VERSION = "2.3.0"
 MODULE = "github.com/ory/hydra/v2"
-BUILD_SECONDS = 1200.0
+BUILD_SECONDS = 500.0
 START_SECONDS = 60.0
 MOST_REDIRECTS = 12
 SECRET = "test-only-client-secret-of-some-length"

@@ -30,7 +30,7 @@ from tests.support.network import free_port
 FOLDER = Path(__file__).with_name("spring")
 _VERSION_IN_POM = re.compile(r"<spring-authorization-server\.version>(.+?)<")
 VERSION = _VERSION_IN_POM.findall((FOLDER / "pom.xml").read_text())[0]
-BUILD_SECONDS = 600.0
+BUILD_SECONDS = 300.0
 START_SECONDS = 120.0
 SECRET = "test-only-client-secret-of-some-length"
 CLIENT_ID = "eoepca-login"
