@@ -601,3 +601,41 @@ def test_so_does_who_connects_through_a_forward_proxy(start: StartProxy) -> None
         nowhere = send(proxy, b"GET / HTTP/1.0\r\n\r\n")
         assert b"x-oidc-proxy-error: bad_request" in nowhere.lower()
         assert statuses(nowhere) == [400]
+
+
+# --- clients that go away, and services that repeat the token -------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+def test_a_client_that_leaves_while_the_proxy_connects_crashes_nothing(start: StartProxy, entry: str) -> None:
+    with FakeIssuer() as issuer, contextlib.ExitStack() as opened:
+        # Its queue is full, so that it does not even accept.
+        deaf = opened.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            client = opened.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(deaf.getsockname())
+        proxy = launch(start, entry, f"http://127.0.0.1:{deaf.getsockname()[1]}", settings_for(issuer))
+        answer = send(proxy, b"POST / HTTP/1.1\r\n" + H + CHUNKED + b"\r\n" + CHUNKS, half_close=True)
+        assert_refused(answer, 400)
+        assert "has crashed" not in proxy.output
+
+
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+def test_what_is_logged_of_malformed_messages_quotes_none_of_them(start: StartProxy, entry: str) -> None:
+    def repeat(server: RawServer, connection: socket.socket) -> None:
+        server.read_request(connection)
+        (authorization,) = re.findall(rb"(?i)\r\nauthorization: ([^\r]*)", server.requests[-1])
+        connection.sendall(response(b"ok") + authorization)
+        connection.recv(1)  # until the proxy ends the connection
+
+    with FakeIssuer() as issuer, RawServer(repeat) as service:
+        url = f"http://127.0.0.1:{service.port}"
+        proxy = launch(start, entry, url, settings_for(issuer), "--set", "termlog_verbosity=info")
+        assert statuses(send(proxy, b"GET / HTTP/1.1\r\n" + H + b"\r\n", NEXT)) == [200, 200]
+        send(proxy, b"GET / HTTP/1.1\r\n" + H + b"Authorization: Bearer the-clients-own\r\n", half_close=True)
+        proxy.stop()
+    assert "data that belongs to no request" in proxy.output
+    assert "malformed or incomplete" in proxy.output
+    assert "eyJ" not in proxy.output
+    assert "the-clients-own" not in proxy.output

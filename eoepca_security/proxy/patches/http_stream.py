@@ -51,6 +51,8 @@ HOLD_TIMEOUT: Final = 5.0
 """Seconds for which an answer that refuses the token (401) may take to arrive; then it passes as it comes, and the
 request is not sent again."""
 
+_MULTIPLEXED: Final = (b"h2", b"h3")
+
 # RFC 9110 §9.2.2: doing these twice is no different from doing them once.
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
 
@@ -121,12 +123,17 @@ class Stream(HttpStream):
     _hold_timer: RequestWakeup | None = None
 
     def _handle_event(self, event: Event) -> CommandGenerator[None]:
+        # No generator itself: there are a dozen events for each request.
         if isinstance(event, Wakeup):
-            if event.command is self._hold_timer and self.server_state == self.state_consume_response_body:
-                yield from self._stop_holding()
-        # What a service sends in spite of RFC 9112 §6.3 goes nowhere.
-        elif not (isinstance(event, ResponseData) and self._has_no_content()):
-            yield from self._in_words(super()._handle_event(event))
+            return self._wake(event)
+        if isinstance(event, ResponseData) and self._has_no_content():
+            return self.state_blamed(event)  # what a service sends in spite of RFC 9112 §6.3 goes nowhere
+        commands = super()._handle_event(event)
+        return self._in_words(commands) if self.context.client.alpn in _MULTIPLEXED else commands
+
+    def _wake(self, event: Wakeup) -> CommandGenerator[None]:
+        if event.command is self._hold_timer and self.server_state == self.state_consume_response_body:
+            yield from self._stop_holding()
 
     def _in_words(self, commands: CommandGenerator[None]) -> CommandGenerator[None]:
         """Replace mitmproxy's own HTML in HTTP/2 and HTTP/3 with answers in our form; see `last_answer` for HTTP/1."""
@@ -174,7 +181,7 @@ class Stream(HttpStream):
     def start_request_stream(self) -> CommandGenerator[None]:
         """Begin to stream the request; what follows an answer to it is discarded."""
         yield from super().start_request_stream()
-        if self._is_in(self.state_errored) and self.flow.response is not None:
+        if self._is_in(self.state_errored) and self.server_state == self.state_done:
             self.client_state = self.state_discard_request_body
 
     def state_discard_request_body(self, event: Event) -> CommandGenerator[None]:
@@ -220,6 +227,8 @@ class Stream(HttpStream):
         if isinstance(event, ResponseEndOfMessage) and self._is_refusal():
             response.data.content = bytes(self.response_body_buf)
             yield TokenRefusedHook(self.flow)
+            if (yield from self.check_killed(True)):
+                return  # the client has gone meanwhile, so nothing is sent again for it
             if self.flow.response is None:
                 self.response_body_buf.clear()
                 self.server_state = self.state_wait_for_response_headers
@@ -333,6 +342,8 @@ class Stream(HttpStream):
             # HTTP/1 has to read on, or it would take the rest for the next request.
             self.client_state = self.state_done if self._is_multiplexed() else self.state_discard_request_body
         yield from self.send_response()
+        if self._is_multiplexed():
+            self.client_state = self.state_errored  # takes what still comes, and does nothing
 
     def _may_repeat(self) -> bool:
         """Tell whether the service has merely ended a connection that it kept, while our request was on its way."""

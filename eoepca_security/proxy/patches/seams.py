@@ -107,7 +107,7 @@ patches/http_clients.py
     mitmproxy.proxy.layers.http._events:ResponseProtocolError code
     mitmproxy.proxy.commands
         CloseConnection(connection); CloseTcpConnection(connection, half_close=False); SendData(connection, data)
-        RequestWakeup(delay); StartHook(*args, **kwargs)
+        Log(message, level=20); RequestWakeup(delay); StartHook(*args, **kwargs)
     mitmproxy.proxy.events ConnectionClosed(connection); DataReceived(connection, data); Start(); Wakeup(command)
     mitmproxy.proxy.context:Context client server
     mitmproxy.connection:Server address tls via

@@ -31,14 +31,14 @@ _METHOD: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _PATH: Final = re.compile(rb"\*|/[^\x00-\x20\x7f]*")
 _BREAK: Final = re.compile(rb"[\r\n\x00]")
 # Programs disagree on whether these are spaces or line ends; mitmproxy strips them around values (RFC 9112 §2.2).
-_ODD: Final = re.compile(rb"^[ \t]|[\r\x00\x0b\x0c]")
+_ODD: Final = re.compile(rb"^[ \t]|[\r\x00\x0b\x0c]", re.MULTILINE)
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] +[0-9]{3}(?:[ \t].*)?")
-_REPAIRABLE: Final = re.compile(rb"^[ \t]|^[^:]*[ \t]:")
+_REPAIRABLE: Final = re.compile(rb"^[ \t]|^[^:\n]*[ \t]:", re.MULTILINE)
 
 
 def is_plain(lines: Iterable[bytes]) -> bool:
     """Return whether all programs read the same lines in an HTTP/1 head: no folded lines, no unusual line ends."""
-    return not any(map(_ODD.search, lines))
+    return _ODD.search(b"\n".join(lines)) is None
 
 
 def repaired(lines: Sequence[bytes]) -> Sequence[bytes]:
@@ -49,17 +49,18 @@ def repaired(lines: Sequence[bytes]) -> Sequence[bytes]:
     """
     if lines and _STATUS_LINE.fullmatch(lines[0]) is None:
         raise ValueError("the status line is malformed")
-    if any(map(_REPAIRABLE.search, lines[1:])):
-        whole = [lines[0]]
+    if _REPAIRABLE.search(b"\n".join(lines[1:])) is not None:
+        whole = [[lines[0]]]
         for line in lines[1:]:
             if line[:1] not in (b" ", b"\t"):
                 name, colon, value = line.partition(b":")
-                whole.append(name.rstrip(b" \t") + colon + value)
+                whole.append([name.rstrip(b" \t") + colon + value])
             elif len(whole) > 1:
-                whole[-1] = whole[-1].rstrip(b" \t") + b" " + line.strip(b" \t")
+                whole[-1][-1] = whole[-1][-1].rstrip(b" \t")
+                whole[-1].append(line.strip(b" \t"))
             else:
                 raise ValueError("the first header line begins with a space")
-        lines = whole
+        lines = [b" ".join(parts) for parts in whole]
     if not is_plain(lines):
         raise ValueError("a header has a control character")
     return lines

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -39,6 +40,9 @@ ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
 MALFORMED: Final = "its answer is malformed"
 """The start of the reason for not forwarding the service's answer."""
 
+# mitmproxy quotes what it could not read, and a service may repeat the token.
+_QUOTED: Final = re.compile(r"[:\s]+(bytearray\()?b?['\"].*", re.DOTALL)
+
 HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
 
 
@@ -67,7 +71,7 @@ def upstream_error(service: str, reason: str, *, is_plain: bool = False) -> Upst
     mitmproxy only gives the reason as text, and only this function parses it. `is_plain` is true for a connection
     without TLS.
     """
-    reason = reason.rstrip(". ")
+    reason = _QUOTED.sub("", reason).rstrip(". ")
     if "does not speak TLS" in reason:
         remedy = "should REMOTE_PROTECTED_DOMAIN use http:// instead of https://?"
     elif "certificate verify failed" in reason.lower():

@@ -71,3 +71,18 @@ def test_the_last_resort_is_a_new_one_each_time() -> None:
     first.headers["X"] = "y"
     assert "X" not in messages.last_resort().headers
     assert messages.last_resort().status_code == 503
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "Invalid header line: b'the-token'",
+        "illegal chunk header: bytearray(b'the-token')",
+        "Unknown HTTP transfer encoding: 'the-token'",
+        'Invalid header name "the-token"',
+    ],
+)
+def test_what_a_service_sent_is_not_repeated(reason: str) -> None:
+    error = problem_details.upstream_error("service.example:443", f"{problem_details.MALFORMED}: {reason}")
+    assert "the-token" not in error.detail
+    assert reason.partition(":")[0].partition('"')[0].strip() in error.detail
