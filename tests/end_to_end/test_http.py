@@ -21,6 +21,7 @@ from tests.support.network import http as response
 from tests.support.processes import ProxyProcess, StartProxy
 from tests.support.raw_http import ENTRIES, assert_refused, launch, port_of, read_all, send, statuses
 from tests.support.service import Http2Service, http2_ask
+from tests.support.waiting import eventually
 
 H = b"Host: localhost\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
@@ -639,3 +640,21 @@ def test_what_is_logged_of_malformed_messages_quotes_none_of_them(start: StartPr
     assert "malformed or incomplete" in proxy.output
     assert "eyJ" not in proxy.output
     assert "the-clients-own" not in proxy.output
+
+
+@pytest.mark.parametrize("entry", ["launcher", "addon"])
+def test_nothing_is_sent_again_for_a_client_that_has_gone(start: StartProxy, entry: str) -> None:
+    def refuse(server: RawServer, connection: socket.socket) -> None:
+        server.read_request(connection)
+        connection.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n")
+
+    with FakeIssuer() as issuer, RawServer(refuse) as service:
+        proxy = launch(start, entry, f"http://127.0.0.1:{service.port}", settings_for(issuer))
+        issuer.behaviour.delay = 1.5
+        with socket.create_connection(("127.0.0.1", port_of(proxy)), 10) as client:
+            client.sendall(b"POST /pay HTTP/1.1\r\n" + H + b"Content-Length: 2\r\n\r\nok")
+            # The service has refused the token, and the issuer is asked for another one.
+            eventually(lambda: len(issuer.requests) == 2)
+        # The end waits for the issuer's answer.
+        proxy.stop()
+        assert len(service.requests) == 1
