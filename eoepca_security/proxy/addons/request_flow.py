@@ -17,7 +17,7 @@ from eoepca_security.proxy.policy.buffering import streams_request, streams_resp
 from eoepca_security.proxy.policy.clearance import Clearance, clear, clearance
 from eoepca_security.proxy.policy.destination import Destination
 from eoepca_security.proxy.policy.headers import with_connection_close, with_hidden_credentials, without_hop_by_hop
-from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, ERROR_HEADER
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, ERROR_HEADER, without_quotes
 from eoepca_security.proxy.policy.rewrite import (
     ORIGIN,
     SHARING,
@@ -115,10 +115,10 @@ class RequestFlow:
 
 
 def _code_of(flow: HTTPFlow) -> dict[str, str]:
-    """Return what is to be told of a request that mitmproxy has refused or answered."""
+    """Return the metadata for a request that mitmproxy has refused or answered."""
     if flow.error is not None:
         was_killed = flow.error.msg == Error.KILLED_MESSAGE
-        return {} if was_killed else {CODE: "bad_request", DETAIL: printable(flow.error.msg)}
+        return {} if was_killed else {CODE: "bad_request", DETAIL: printable(without_quotes(flow.error.msg))}
     code = flow.response.headers.get(ERROR_HEADER) if flow.response is not None else None
     return {CODE: code} if code else {}
 

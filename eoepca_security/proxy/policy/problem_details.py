@@ -40,8 +40,7 @@ ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
 MALFORMED: Final = "its answer is malformed"
 """The start of the reason for not forwarding the service's answer."""
 
-# mitmproxy quotes what it could not read, and a service may repeat the token.
-_QUOTED: Final = re.compile(r"[:\s]+(bytearray\()?b?['\"].*", re.DOTALL)
+_QUOTED: Final = re.compile(r"[:\s](bytearray\()?b?['\"].*", re.DOTALL)
 
 HEADERS: Final = {"Content-Type": "application/problem+json", "Cache-Control": "no-store"}
 
@@ -65,13 +64,18 @@ class UpstreamError:
         return told(self.reason, self.remedy)
 
 
+def without_quotes(reason: str) -> str:
+    """Return mitmproxy's reason for an error without the bytes that it quotes, which may contain credentials."""
+    return _QUOTED.sub("", reason).rstrip(". :")
+
+
 def upstream_error(service: str, reason: str, *, is_plain: bool = False) -> UpstreamError:
     """Return code and remedy for mitmproxy's `reason` that `service` (host:port) did not answer.
 
     mitmproxy only gives the reason as text, and only this function parses it. `is_plain` is true for a connection
     without TLS.
     """
-    reason = _QUOTED.sub("", reason).rstrip(". ")
+    reason = without_quotes(reason)
     if "does not speak TLS" in reason:
         remedy = "should REMOTE_PROTECTED_DOMAIN use http:// instead of https://?"
     elif "certificate verify failed" in reason.lower():

@@ -28,6 +28,7 @@ from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.clearance import Clearance
 from eoepca_security.proxy.policy.destination import Target
+from eoepca_security.proxy.policy.problem_details import DETAIL
 from eoepca_security.session.session import AccessToken
 
 SERVICE = Target("https", "service.example", 443)
@@ -101,6 +102,13 @@ async def test_a_request_that_mitmproxy_refused_is_left_alone(context: Any) -> N
     flow.error = Error("invalid")
     await addon_with(StubSource(), context).request_flow.requestheaders(flow)
     assert "Authorization" not in flow.request.headers
+
+
+async def test_what_mitmproxy_refused_is_reported_without_the_clients_bytes(context: Any) -> None:
+    flow = flow_for()
+    flow.error = Error("Received header value surrounded by whitespace b'Bearer the-clients-own '")
+    await addon_with(StubSource(), context).request_flow.requestheaders(flow)
+    assert flow.metadata[DETAIL] == "Received header value surrounded by whitespace"
 
 
 async def test_an_answer_that_is_there_already_is_left_alone(context: Any) -> None:
