@@ -84,7 +84,8 @@ logger = logging.getLogger(__name__)
 class Provider:
     """One issuer, used by one client.
 
-    `issuer_url` is the issuer or its discovery document. `allow_http` allows plain http beyond loopback, which exposes
+    `issuer_url` is the issuer or its discovery document. `issuer` is its name, if that is not its address (inside a
+    cluster, say). `allow_http` allows plain http beyond loopback, which exposes
     tokens and secrets to everyone on the network path. `now` returns epoch seconds. Raises SettingsError when the URL
     is not valid or not allowed.
     """
@@ -95,6 +96,7 @@ class Provider:
         client: Client,
         transport: Transport,
         *,
+        issuer: str | None = None,
         scope: str | None = None,
         allow_http: bool = False,
         now: Callable[[], float] = time.time,
@@ -102,6 +104,7 @@ class Provider:
         if problem := issuer_url_problem(issuer_url, allow_http=allow_http):
             raise SettingsError(f"issuer_url {problem}")
         self._discovery_url = discovery_url(issuer_url)
+        self._issuer = issuer
         self._client = client
         self._transport = transport
         self._scope = scope
@@ -236,7 +239,9 @@ class Provider:
     def _fetch_metadata(self) -> ProviderMetadata:
         answer = self._get(self._discovery_url)
         try:
-            return read_metadata(answer.status, answer.body, url=self._discovery_url, allow_http=self._allow_http)
+            return read_metadata(
+                answer.status, answer.body, url=self._discovery_url, issuer=self._issuer, allow_http=self._allow_http
+            )
         except IssuerUnavailable as error:
             error.retry_after = _retry_after(answer)
             raise

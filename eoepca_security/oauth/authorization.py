@@ -86,7 +86,7 @@ def build_device_request(
     url = metadata.device_authorization_endpoint
     if url is None:
         raise CredentialsRejected("the issuer does not offer the device authorization grant", cause="no_device_login")
-    form = {"client_id": client.client_id, "scope": scope, **_challenge(verifier)}
+    form = {**client.params, "client_id": client.client_id, "scope": scope, **_challenge(verifier)}
     return build_client_request(client, metadata, url, form, now=now)
 
 
@@ -118,6 +118,7 @@ def build_device_token_request(
 ) -> TokenRequest:
     """Build a poll for the tokens of a device login (RFC 8628 §3.4)."""
     form = {
+        **client.params,
         "grant_type": DEVICE_GRANT,
         "device_code": device.device_code,
         "client_id": client.client_id,
@@ -155,6 +156,7 @@ def build_authorization_request(
         raise CredentialsRejected("the issuer does not offer browser login", cause="no_browser_login")
     state, nonce, verifier = (new_verifier() for _ in range(3))
     parameters = {
+        **client.params,
         "response_type": "code",
         "client_id": client.client_id,
         "redirect_uri": redirect_uri,
@@ -164,7 +166,8 @@ def build_authorization_request(
         **_challenge(verifier),
     }
     if "offline_access" in scope.split():
-        parameters["prompt"] = "consent"  # without it, the issuer may omit the refresh token (OpenID Connect Core §11)
+        # Without it, the issuer may omit the refresh token (OpenID Connect Core §11).
+        parameters.setdefault("prompt", "consent")
     url = f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(parameters)}"
     return AuthorizationRequest(url, redirect_uri, state, nonce, verifier)
 
@@ -204,6 +207,7 @@ def build_code_request(
 ) -> TokenRequest:
     """Build the request that exchanges a code for tokens (RFC 6749 §4.1.3, RFC 7636 §4.5)."""
     form = {
+        **client.params,
         "grant_type": "authorization_code",
         "code": code,
         "redirect_uri": request.redirect_uri,

@@ -73,6 +73,38 @@ _KNOWN_ERRORS: Final = PASSING_ERRORS | {
     "not_allowed",
 }
 
+RESERVED_PARAMS: Final = frozenset(
+    {
+        "grant_type",
+        "client_id",
+        "client_secret",
+        "client_assertion",
+        "client_assertion_type",
+        "refresh_token",
+        "scope",
+        "code",
+        "code_verifier",
+        "code_challenge",
+        "code_challenge_method",
+        "redirect_uri",
+        "response_type",
+        "response_mode",
+        "state",
+        "nonce",
+        "device_code",
+        "request",
+        "request_uri",
+        "subject_token",
+        "subject_token_type",
+        "requested_token_type",
+        "actor_token",
+        "actor_token_type",
+        "username",
+        "password",
+    }
+)
+"""Parameters that the protocol defines, so that `Client.params` must not have them."""
+
 _PASSING_STATUSES: Final = (408, 425, 429)  # RFC 9110 §15.5.9, RFC 8470 §5.2, RFC 6585 §4
 _UNCLEAR_STATUSES: Final = (400, 401, 403)
 
@@ -81,7 +113,8 @@ _UNCLEAR_STATUSES: Final = (400, 401, 403)
 class Client:
     """An OAuth client and how it authenticates (`CLIENT_AUTH_METHODS`).
 
-    `assertion_audience` is the audience of the assertions that it signs (`ASSERTION_AUDIENCES`).
+    `assertion_audience` is the audience of the assertions that it signs (`ASSERTION_AUDIENCES`). `params` are further
+    parameters for its token requests and logins, for issuers that need some; they never replace the protocol's own.
     """
 
     client_id: str
@@ -89,6 +122,7 @@ class Client:
     auth_method: str = "auto"
     key: PrivateKey | None = field(default=None, repr=False)
     assertion_audience: str = "issuer"
+    params: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
 
 @dataclass(frozen=True)
@@ -141,11 +175,13 @@ class TokenResponse:
     id_token: str | None = field(default=None, repr=False)
 
 
-def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = False) -> ProviderMetadata:
+def read_metadata(
+    status: int, body: bytes, *, url: str, issuer: str | None = None, allow_http: bool = False
+) -> ProviderMetadata:
     """Read a discovery document fetched from `url`.
 
-    Its `issuer` must match `url` (OpenID Connect Discovery §4.3), except for a trailing slash, which people leave out.
-    Raises IssuerUnavailable.
+    It must name `issuer`, which is `url` without the well-known part when it is None (OpenID Connect Discovery §4.3). A
+    trailing slash makes no difference, because people leave it out. Raises IssuerUnavailable.
     """
     if status != 200:
         cause: Cause | None = "not_there" if status in (400, 401, 403, 404) else None
@@ -154,9 +190,10 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         document = parse_object(body)
     except ValueError as error:
         raise IssuerUnavailable(f"{url} is not a discovery document: {_first_words(error)}", url=url) from None
-    issuer = document.get("issuer")
-    if not isinstance(issuer, str) or issuer.rstrip("/") != issuer_of(url):
-        raise IssuerUnavailable(f"{url} names another issuer, {printable(issuer)}", cause="other_issuer", url=url)
+    named = document.get("issuer")
+    expected = issuer_of(url) if issuer is None else issuer.rstrip("/")
+    if not isinstance(named, str) or named.rstrip("/") != expected:
+        raise IssuerUnavailable(f"{url} names another issuer, {printable(named)}", cause="other_issuer", url=url)
     endpoints = {}
     for name in ("token_endpoint", "jwks_uri"):
         value = document.get(name)
@@ -170,7 +207,7 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
             )
         endpoints[name] = value
     return ProviderMetadata(
-        issuer=issuer,
+        issuer=named,
         token_endpoint=endpoints.get("token_endpoint", ""),
         jwks_uri=endpoints.get("jwks_uri"),
         # Only used for extra headers, so an invalid URL is ignored.
@@ -182,7 +219,7 @@ def read_metadata(status: int, body: bytes, *, url: str, allow_http: bool = Fals
         authorization_endpoint=_good_url(document.get("authorization_endpoint"), allow_http=allow_http),
         device_authorization_endpoint=_good_url(document.get("device_authorization_endpoint"), allow_http=allow_http),
         revocation_endpoint=_good_url(document.get("revocation_endpoint"), allow_http=allow_http),
-        access_token_issuer=_access_token_issuer(document.get("access_token_issuer"), issuer),
+        access_token_issuer=_access_token_issuer(document.get("access_token_issuer"), named),
         names_itself=document.get("authorization_response_iss_parameter_supported") is True,
     )
 
@@ -234,7 +271,7 @@ def build_token_request(
         form = {"grant_type": "refresh_token", "refresh_token": refresh_token}
     if scope is not None:
         form["scope"] = scope
-    return build_client_request(client, metadata, metadata.token_endpoint, form, now=now)
+    return build_client_request(client, metadata, metadata.token_endpoint, {**client.params, **form}, now=now)
 
 
 def build_client_request(

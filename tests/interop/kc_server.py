@@ -32,6 +32,8 @@ REQUEST_SECONDS = 10.0
 
 REALM = "eoepca"
 ROTATING_REALM = "eoepca-rotating"  # as REALM, but a refresh token may be used once
+INNER_REALM = "eoepca-inner"  # as REALM, but it calls itself by an address that only the outside knows
+OUTER_ISSUER = f"https://sso.example.org/realms/{INNER_REALM}"
 REALM_FILE = Path(__file__).with_name("realm-eoepca.json")
 
 
@@ -148,7 +150,7 @@ def running_keycloak(
     java_home = find_java_home(version, java_majors)
     archive = fetch_archive(java_home, version)
     home = folder / f"keycloak-{version}"
-    realms = realms or two_realms()
+    realms = realms or all_realms()
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
@@ -166,6 +168,9 @@ def running_keycloak(
             f"--http-port={port}",
             "--import-realm",
         ]
+        if version == VERSION:
+            # A realm with another name still gives the address that it was asked at for its token endpoint.
+            command += [f"--hostname={keycloak.url}", "--hostname-backchannel-dynamic=true"]
         env = {
             "PATH": os.environ["PATH"],
             "HOME": str(home),
@@ -184,10 +189,15 @@ def running_keycloak(
         shutil.rmtree(home, ignore_errors=True)
 
 
-def two_realms() -> list[dict[str, Any]]:
-    """The realm file's and its rotating twin."""
+def all_realms() -> list[dict[str, Any]]:
+    """The realm file's, its rotating twin, and one that names itself differently."""
     realm = json.loads(REALM_FILE.read_text())
-    return [realm, {**realm, "realm": ROTATING_REALM, "revokeRefreshToken": True, "refreshTokenMaxReuse": 0}]
+    outer = {"frontendUrl": OUTER_ISSUER.partition("/realms/")[0]}
+    return [
+        realm,
+        {**realm, "realm": ROTATING_REALM, "revokeRefreshToken": True, "refreshTokenMaxReuse": 0},
+        {**realm, "realm": INNER_REALM, "attributes": {**realm.get("attributes", {}), **outer}},
+    ]
 
 
 def fetch_archive(java_home: Path, version: str) -> Path:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import jwt
 import pytest
 from fastapi import Depends, FastAPI, Security
 
@@ -21,6 +22,8 @@ from tests.interop.kc_process import Child, accepts, running
 from tests.interop.kc_server import (
     AUDIENCE,
     CONFIDENTIAL,
+    INNER_REALM,
+    OUTER_ISSUER,
     PUBLIC,
     REALM,
     ROTATING_REALM,
@@ -257,6 +260,33 @@ def test_client_credentials_grant(keycloak: Keycloak, service: Service, stack: E
     assert response.status_code == 200, f"{response.text}\n{proxy.child.output()}"
     assert response.json()["azp"] == CONFIDENTIAL.client_id
     assert_tells_no_secret(proxy.child.output(), CONFIDENTIAL.secret)
+
+
+def test_an_issuer_at_an_inner_address_is_known_by_its_outer_name(keycloak: Keycloak, tmp_path: Path) -> None:
+    login = keycloak.login(INNER_REALM, CONFIDENTIAL)
+    inner = Launch(tmp_path, keycloak.issuer(INNER_REALM), CONFIDENTIAL, "http://127.0.0.1:9", login.refresh_token)
+
+    def token(**more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, LAUNCHER, "token"],
+            env=inner.env(free_port()) | more,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=EXIT_SECONDS,
+            check=False,
+        )
+
+    unnamed = token()
+    assert unnamed.returncode == 1
+    assert f"names another issuer, {OUTER_ISSUER}" in unnamed.stderr
+    assert "OPEN_ID_CONNECT_ISSUER" in unnamed.stderr
+
+    # The audience is set, so the token's issuer is verified too.
+    named = token(OPEN_ID_CONNECT_ISSUER=OUTER_ISSUER)
+    assert named.returncode == 0, named.stderr
+    claims = jwt.decode(named.stdout.strip(), options={"verify_signature": False})
+    assert claims["iss"] == OUTER_ISSUER
 
 
 def test_token_prints_one_token(keycloak: Keycloak, service: Service, tmp_path: Path) -> None:

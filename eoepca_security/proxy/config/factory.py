@@ -44,6 +44,7 @@ def make_provider(settings: Settings, transport: Transport | None = None) -> Pro
         settings.issuer_url,
         settings.client,
         transport or HttpTransport(partial(trust, settings.ca_file)),
+        issuer=settings.issuer,
         scope=settings.scope,
         allow_http=settings.allow_http,
     )
@@ -55,7 +56,7 @@ def make_store(settings: Settings) -> TokenStore | None:
         return None
     return TokenStore(
         settings.token_store,
-        issuer_url=settings.issuer_url,
+        issuer_url=settings.known_as,
         client_id=settings.client.client_id,
         origin=settings.refresh_token,
     )

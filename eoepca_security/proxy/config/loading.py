@@ -77,6 +77,7 @@ def read_settings(
     reader = Reader(options or {}, environ, dotenv or {})
     allow_http = reader.boolean(ALLOW_HTTP)
     issuer_url = reader.issuer(allow_http=allow_http)
+    issuer = reader.issuer_name()
     client = reader.client()
     grant = reader.choice(GRANT, GRANTS)
     refresh_token = reader.token(REFRESH_TOKEN)
@@ -93,7 +94,7 @@ def read_settings(
         and refresh_token is None
         and access_token is None
         and reader.is_unset(REFRESH_TOKEN, ACCESS_TOKEN)
-        and not _has_session(token_store, issuer_url, client.client_id)
+        and not _has_session(token_store, issuer or issuer_url, client.client_id)
     ):
         reader.problem(
             REFRESH_TOKEN,
@@ -118,6 +119,7 @@ def read_settings(
     reader.warnings += unknown
     settings = Settings(
         issuer_url=issuer_url,
+        issuer=issuer,
         client=client,
         grant=grant,
         refresh_token=refresh_token,

@@ -29,12 +29,15 @@ class Address(NamedTuple):
 class Settings:
     """All settings, checked. `upstream` is None only when the caller did not need it.
 
+    `issuer` is the issuer's name if it is not the address in `issuer_url`, else None.
+
     `admin` is None when the admin listener is off. `admin_is_set` is true when the user set it, so that the proxy must
     not start without it. An empty `allowed_hosts` allows the names of loopback and the listening address.
     """
 
     issuer_url: str
     client: Client
+    issuer: str | None = None
     grant: str = "refresh_token"
     refresh_token: str | None = field(default=None, repr=False)
     access_token: str | None = field(default=None, repr=False)
@@ -59,6 +62,11 @@ class Settings:
     warnings: tuple[str, ...] = ()
 
     @property
+    def known_as(self) -> str:
+        """The issuer's name or its discovery document, by which its sessions are known."""
+        return self.issuer or self.issuer_url
+
+    @property
     def login(self) -> tuple[str | None, ...]:
         """The settings that identify the login: if one differs, it is another login."""
-        return (discovery_url(self.issuer_url), self.client.client_id, self.grant, self.refresh_token)
+        return (discovery_url(self.known_as), self.client.client_id, self.grant, self.refresh_token)

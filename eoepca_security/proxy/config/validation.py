@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import parse_qsl
 
 from eoepca_security.issuer.ca_trust import usable_cas
 from eoepca_security.oauth.protocol import (
     ASSERTION_AUDIENCES,
     CLIENT_AUTH_METHODS,
+    RESERVED_PARAMS,
     Client,
     PrivateKey,
     load_private_key,
@@ -19,6 +21,7 @@ from eoepca_security.oauth.protocol import (
 from eoepca_security.oauth.urls import (
     DEFAULT_PORTS,
     EVERYWHERE,
+    WELL_KNOWN,
     is_loopback,
     issuer_url_problem,
     parse_host,
@@ -39,6 +42,8 @@ from eoepca_security.proxy.config.variables import (
     ENDPOINT,
     HOST,
     ISSUER,
+    ISSUER_NAME,
+    PARAMS,
     PORT,
     TERMINATION_ENDPOINT,
     TOKEN_STORE,
@@ -182,6 +187,18 @@ class Reader:
             self.problem(ISSUER, problem)
         return url
 
+    def issuer_name(self) -> str | None:
+        name = self.text(ISSUER_NAME)
+        if name is None:
+            return None
+        # A name is only compared, so plain http is safe here.
+        problem = issuer_url_problem(name, allow_http=True)
+        if problem is None and name.rstrip("/").partition("?")[0].endswith(WELL_KNOWN):
+            problem = f"must be the issuer itself, without {WELL_KNOWN}"
+        if problem:
+            self.problem(ISSUER_NAME, problem)
+        return name
+
     def client(self) -> Client:
         client_id = self.required(CLIENT_ID, "set it to the client's ID at the issuer")
         secret, key = self.secret(CLIENT_SECRET), self._client_key()
@@ -193,7 +210,24 @@ class Reader:
         if method == "none" and (secret is not None or key is not None):
             given = CLIENT_SECRET.env if secret is not None else CLIENT_KEY_FILE.env
             self.problem(CLIENT_AUTH, f"none contradicts {given}: unset one of the two")
-        return Client(client_id, secret, method, key, self.choice(ASSERTION_AUDIENCE, ASSERTION_AUDIENCES))
+        audience = self.choice(ASSERTION_AUDIENCE, ASSERTION_AUDIENCES)
+        return Client(client_id, secret, method, key, audience, self._params())
+
+    def _params(self) -> dict[str, str]:
+        text = self.text(PARAMS)
+        if text is None:
+            return {}
+        try:
+            pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, max_num_fields=100)
+        except ValueError:
+            self.problem(PARAMS, "is not form-encoded: write it like audience=https%3A%2F%2Fapi.example&prompt=login")
+            return {}
+        params = dict(pairs)
+        if len(params) != len(pairs) or "" in params:
+            self.problem(PARAMS, "must give each parameter a name, and name it once")
+        if reserved := sorted(RESERVED_PARAMS & params.keys()):
+            self.problem(PARAMS, f"must not set {', '.join(reserved)}: the protocol or another setting does")
+        return params
 
     def _client_key(self) -> PrivateKey | None:
         path = self.text(CLIENT_KEY_FILE)

@@ -38,6 +38,18 @@ ISSUER: Final = Variable(
     "address may have a query (?p=POLICY for Azure AD B2C).",
     required=True,
 )
+ISSUER_NAME: Final = Variable(
+    "OPEN_ID_CONNECT_ISSUER",
+    "oidc_issuer",
+    "The issuer's name, if it is not the address in OPEN_ID_CONNECT_URL (inside a cluster, say).",
+    "The discovery document must name this issuer. Sessions belong to it, whatever address it is reached at.",
+)
+PARAMS: Final = Variable(
+    "OPEN_ID_CONNECT_PARAMS",
+    "oidc_params",
+    "Further parameters for token requests and logins, form-encoded: name=value&name=value.",
+    "For issuers that need them, such as Auth0: audience=https%3A%2F%2Fapi.example. Not for secrets.",
+)
 CLIENT_ID: Final = Variable(
     "OPEN_ID_CONNECT_CLIENT_ID", "oidc_client_id", "The client's ID at the issuer.", required=True
 )
@@ -203,7 +215,16 @@ ALLOW_HTTP: Final = Variable(
 
 GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
     {
-        "The identity provider": (ISSUER, CLIENT_ID, CLIENT_SECRET, CLIENT_AUTH, CLIENT_KEY_FILE, ASSERTION_AUDIENCE),
+        "The identity provider": (
+            ISSUER,
+            ISSUER_NAME,
+            CLIENT_ID,
+            CLIENT_SECRET,
+            CLIENT_AUTH,
+            CLIENT_KEY_FILE,
+            ASSERTION_AUDIENCE,
+            PARAMS,
+        ),
         "The session": (REFRESH_TOKEN, ACCESS_TOKEN, GRANT, TOKEN_STORE, AUDIENCE, SCOPE),
         "The protected service": (UPSTREAM, ENDPOINT, TLS_NO_VERIFY, CA_FILE),
         "The proxy": (

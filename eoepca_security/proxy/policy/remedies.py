@@ -30,6 +30,7 @@ from eoepca_security.proxy.config.variables import (
     ENDPOINT,
     GRANT,
     ISSUER,
+    ISSUER_NAME,
     REFRESH_TOKEN,
     SCOPE,
     UPSTREAM,
@@ -226,8 +227,9 @@ def _issuer_remedy(place: Place, error: IssuerUnavailable) -> str:
             return _CHECK_PATH.format(name)
         case "other_issuer":
             remedy = f"set {name} to the issuer's name in its discovery document"
-            query = urlsplit(place.url).query
-            return f"{remedy}, followed by {WELL_KNOWN}?{query}" if query else remedy
+            if query := urlsplit(place.url).query:
+                remedy += f", followed by {WELL_KNOWN}?{query}"
+            return f"{remedy}; or, if this address is right, set {ISSUER_NAME.env} to that name"
         case "plain_http":
             return f"configure the issuer to use https:// there, or set {ALLOW_HTTP.env} on a network that you trust"
         case "unclear_refusal":

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from mitmproxy.options import Options
 
 from eoepca_security.errors import SettingsError
+from eoepca_security.proxy.config.factory import make_store
 from eoepca_security.proxy.config.loading import read_dotenv, read_settings, settings_in
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.file_store import TokenStore
@@ -80,6 +81,18 @@ def test_secrets_do_not_show() -> None:
         ({"OPEN_ID_CONNECT_URL": "https://issuer.example?x=1"}, "OPEN_ID_CONNECT_URL", "has a ? part"),
         ({"OPEN_ID_CONNECT_URL": "https://issuer.example#x"}, "OPEN_ID_CONNECT_URL", "has a # part"),
         ({"OPEN_ID_CONNECT_URL": "https://issuer.example:x"}, "OPEN_ID_CONNECT_URL", "not a valid URL"),
+        ({"OPEN_ID_CONNECT_ISSUER": "issuer"}, "OPEN_ID_CONNECT_ISSUER", "not a valid URL"),
+        ({"OPEN_ID_CONNECT_ISSUER": "https://i.example?x=1"}, "OPEN_ID_CONNECT_ISSUER", "has a ? part"),
+        (
+            {"OPEN_ID_CONNECT_ISSUER": "https://i.example/.well-known/openid-configuration"},
+            "OPEN_ID_CONNECT_ISSUER",
+            "the issuer itself",
+        ),
+        ({"OPEN_ID_CONNECT_PARAMS": "audience"}, "OPEN_ID_CONNECT_PARAMS", "form-encoded"),
+        ({"OPEN_ID_CONNECT_PARAMS": "a=1&&b=2"}, "OPEN_ID_CONNECT_PARAMS", "form-encoded"),
+        ({"OPEN_ID_CONNECT_PARAMS": "a=1&a=2"}, "OPEN_ID_CONNECT_PARAMS", "once"),
+        ({"OPEN_ID_CONNECT_PARAMS": "=1"}, "OPEN_ID_CONNECT_PARAMS", "name"),
+        ({"OPEN_ID_CONNECT_PARAMS": "grant_type=password&state=x"}, "OPEN_ID_CONNECT_PARAMS", "grant_type, state"),
         ({"OPEN_ID_CONNECT_CLIENT_ID": ""}, "OPEN_ID_CONNECT_CLIENT_ID", "required"),
         ({"OPEN_ID_REFRESH_TOKEN": ""}, "OPEN_ID_REFRESH_TOKEN", "required"),
         ({"OPEN_ID_REFRESH_TOKEN": "a b"}, "OPEN_ID_REFRESH_TOKEN", "spaces"),
@@ -436,6 +449,32 @@ def test_a_session_in_the_store_makes_a_refresh_token_optional(tmp_path: Path) -
     store = TokenStore(tmp_path, issuer_url=GOOD["OPEN_ID_CONNECT_URL"], client_id="client", origin=None)
     store.write(Stored("r", "a", 0.0, 60.0))
     assert read_settings(environment).refresh_token is None
+
+
+def test_sessions_are_known_by_the_issuers_name_whatever_address_it_is_reached_at(tmp_path: Path) -> None:
+    store = TokenStore(tmp_path, issuer_url=GOOD["OPEN_ID_CONNECT_URL"], client_id="client", origin=None)
+    store.write(Stored("r", "a", 0.0, 60.0))
+    inner = GOOD | {
+        "OPEN_ID_CONNECT_URL": "http://127.0.0.1:8080/realms/test",
+        "OPEN_ID_REFRESH_TOKEN": "",
+        "OPEN_ID_TOKEN_STORE": str(tmp_path),
+    }
+
+    assert problems(inner)[0].startswith("OPEN_ID_REFRESH_TOKEN: ")
+    settings = read_settings(inner | {"OPEN_ID_CONNECT_ISSUER": GOOD["OPEN_ID_CONNECT_URL"]})
+    found = make_store(settings)
+    assert found is not None
+    assert found.place == store.place
+    assert settings.login == (*read_settings(GOOD).login[:3], None)
+
+
+def test_parameters_for_the_issuer_are_decoded() -> None:
+    text = "audience=https%3A%2F%2Fapi.example&kc_idp_hint=a+b&empty="
+    expected = {"audience": "https://api.example", "kc_idp_hint": "a b", "empty": ""}
+
+    assert read_settings(GOOD | {"OPEN_ID_CONNECT_PARAMS": text}).client.params == expected
+    assert read_settings(GOOD, options={"oidc_params": text}).client.params == expected
+    assert read_settings(GOOD).client.params == {}
 
 
 def test_the_admin_listener_has_a_default_under_the_launcher_only() -> None:

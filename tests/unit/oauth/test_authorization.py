@@ -191,6 +191,23 @@ def request_() -> AuthorizationRequest:
     return build_authorization_request(CLIENT, METADATA, "openid offline_access", redirect_uri="http://127.0.0.1:1/cb")
 
 
+def test_each_step_of_a_login_carries_the_clients_own_parameters() -> None:
+    client = Client("c", params={"audience": "https://api.example", "prompt": "login", "client_id": "other"})
+    device = DeviceAuthorization("d", "v", "U", f"{ISSUER}/device", 60.0, 5.0)
+    by_browser = build_authorization_request(client, METADATA, "openid offline_access", redirect_uri="http://127.0.0.1")
+
+    forms = [
+        build_device_request(client, METADATA, "openid", "v", now=0).form,
+        build_device_token_request(client, METADATA, device, now=0).form,
+        dict(parse_qsl(urlsplit(by_browser.url).query)),
+        build_code_request(client, METADATA, by_browser, "code", now=0).form,
+    ]
+
+    assert [form["audience"] for form in forms] == ["https://api.example"] * 4
+    assert [form["client_id"] for form in forms] == ["c"] * 4
+    assert forms[2]["prompt"] == "login"
+
+
 def test_an_authorization_request(request_: AuthorizationRequest) -> None:
     parts = urlsplit(request_.url)
     assert parts._replace(query="").geturl() == f"{ISSUER}/auth"

@@ -317,6 +317,16 @@ def test_a_document_of_another_issuer_is_refused(issuer: object, url: str) -> No
     assert caught.value.cause == "other_issuer"
 
 
+def test_a_document_at_another_address_has_to_name_the_issuer_that_is_set() -> None:
+    inner = "http://localhost:8080/realms/test/.well-known/openid-configuration"
+
+    assert read_metadata(200, document(), url=inner, issuer=ISSUER).issuer == ISSUER
+    assert read_metadata(200, document(), url=inner, issuer=f"{ISSUER}/").issuer == ISSUER
+    for named in ("http://localhost:8080/realms/test", f"{ISSUER}x", None):
+        with pytest.raises(IssuerUnavailable, match="names another issuer"):
+            read_metadata(200, document(issuer=named), url=inner, issuer=ISSUER)
+
+
 def test_the_name_of_another_issuer_is_shown_without_its_control_characters() -> None:
     with pytest.raises(IssuerUnavailable) as caught:
         read_metadata(200, document(issuer="evil\r\n\x1b[31m" + "x" * 5000), url=DOCUMENT_URL)
@@ -445,6 +455,19 @@ def test_a_refresh_request_carries_the_refresh_token_and_scope(scope: str | None
     assert request.url == METADATA.token_endpoint
     assert request.form == (expected if scope is None else {**expected, "scope": scope})
     assert request.headers == {}
+
+
+@pytest.mark.parametrize("refresh_token", ["r-1", None])
+def test_a_token_request_carries_the_clients_own_parameters_but_never_in_place_of_the_protocols(
+    refresh_token: str | None,
+) -> None:
+    client = Client("client", params={"audience": "https://api.example", "grant_type": "password", "scope": "all"})
+    request = build_token_request(client, METADATA, now=NOW, refresh_token=refresh_token, scope="openid")
+
+    assert request.form["audience"] == "https://api.example"
+    assert request.form["grant_type"] == ("refresh_token" if refresh_token else "client_credentials")
+    assert request.form["scope"] == "openid"
+    assert "api.example" not in repr(client)
 
 
 @pytest.mark.parametrize("scope", [None, "openid profile"])

@@ -53,6 +53,7 @@ def rejected(issuer_error: str) -> CredentialsRejected:
             "check the path in OPEN_ID_CONNECT_URL: Keycloak uses /realms/",
         ),
         (IssuerUnavailable("x", cause="other_issuer"), "set OPEN_ID_CONNECT_URL to the issuer's name"),
+        (IssuerUnavailable("x", cause="other_issuer"), "if this address is right, set OPEN_ID_CONNECT_ISSUER"),
         (
             IssuerUnavailable(
                 "x", cause="other_issuer", url="https://a/.well-known/openid-configuration?p=B2C_1_login"
