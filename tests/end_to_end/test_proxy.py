@@ -1,15 +1,13 @@
 """The proxy as a process, under both of its entry points, before a service that knows good tokens from bad ones."""
 
 import concurrent.futures
-import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,7 +16,7 @@ import pytest
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler
 from tests.support.environment import settings_for
-from tests.support.processes import ROOT, ProxyProcess, StartProxy, run_process
+from tests.support.processes import ROOT, ProxyProcess, StartProxy
 from tests.support.service import Service
 from tests.support.waiting import eventually
 
@@ -303,33 +301,6 @@ def test_a_stop_does_not_wait_for_a_silent_issuer(start: StartProxy) -> None:
         assert proxy.stop() == 0
         assert time.monotonic() - began < 10  # a moment for an answer that may have the only refresh token
         assert "Traceback" not in proxy.output
-
-
-def break_script(script: Path) -> None:
-    script.write_text("this is no Python")
-    os.utime(script, (time.time() + 10, time.time() + 10))
-
-
-@pytest.mark.parametrize("spoil", [break_script, Path.unlink])
-def test_an_addon_that_is_edited_goes_on_and_one_that_is_spoilt_ends_the_proxy(
-    spoil: Callable[[Path], None], base_environment: dict[str, str], tmp_path: Path, client: httpx.Client
-) -> None:
-    script = tmp_path / "addon.py"
-    good = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + (ROOT / "mitmproxy-oidc-addon.py").read_text()
-    script.write_text(good)
-    # The store is none: what the first one got to is in memory only.
-    with FakeIssuer(Behaviour(refresh_tokens="rotate")) as issuer, Service(issuer) as service:
-        mitmdump = str(Path(sys.executable).parent / "mitmdump")
-        command = [mitmdump, "-s", str(script), "--mode", f"reverse:{service.url}@127.0.0.1:0"]
-        process = run_process(command, base_environment | settings_for(issuer), tmp_path)
-        proxy = ProxyProcess(process).wait_until_started()
-        os.utime(script, (time.time() + 5, time.time() + 5))
-        eventually(lambda: proxy.output.count("OIDC proxy listening") == 2)
-        assert client.get(proxy.url).status_code == 200
-        spoil(script)
-        proxy.wait_until_ended()
-        assert all(seen.authorized for seen in service.seen)
-        assert issuer.reuses == 0
 
 
 def test_a_port_in_use_is_told(start: StartProxy) -> None:

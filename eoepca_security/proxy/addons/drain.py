@@ -50,9 +50,7 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
         if loop.time() - began > SAME_SIGNAL:
             hurry.set()
 
-    for instance in server.servers:
-        if instance.is_running:
-            await instance.stop()
+    await stop_listening(server)
     for number in STOP_SIGNALS:
         # Not supported on every platform, or outside the main thread.
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
@@ -63,6 +61,19 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
             # asyncio has no event for an empty buffer.
             while not hurry.is_set() and (is_busy() or _unsent(server)):  # noqa: ASYNC110
                 await asyncio.sleep(_INTERVAL)
+    await disconnect(server)
+    return hurry.is_set()
+
+
+async def stop_listening(server: Proxyserver) -> None:
+    """Stop accepting connections."""
+    for instance in server.servers:
+        if instance.is_running:
+            await instance.stop()
+
+
+async def disconnect(server: Proxyserver) -> None:
+    """Close all connections of clients; what has been written to them still arrives."""
     for handler in tuple(server.connections.values()):
         client = handler.transports.get(handler.client)
         if client is not None and client.handler is not None:
@@ -71,7 +82,6 @@ async def drain(server: Proxyserver, is_busy: Callable[[], bool]) -> bool:
         async with asyncio.timeout(_CLOSING_TIMEOUT):
             while server.connections:  # noqa: ASYNC110  as above
                 await asyncio.sleep(_INTERVAL)
-    return hurry.is_set()
 
 
 def _unsent(server: Proxyserver) -> bool:

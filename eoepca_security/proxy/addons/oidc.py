@@ -9,11 +9,14 @@ from collections.abc import Callable
 
 from mitmproxy import ctx
 from mitmproxy.addonmanager import traverse
+from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.log import ALERT
 from mitmproxy.master import Master
 
 from eoepca_security.errors import TokenError
 from eoepca_security.proxy.addons.configuration import Configuration
 from eoepca_security.proxy.addons.connections import Connections
+from eoepca_security.proxy.addons.drain import disconnect, stop_listening
 from eoepca_security.proxy.addons.lifecycle import Lifecycle, exit_if_rejected, logger
 from eoepca_security.proxy.addons.monitoring import Monitoring
 from eoepca_security.proxy.addons.request_flow import RequestFlow
@@ -48,7 +51,7 @@ class OIDCAuthProxy:
             self.state,
             self.admin_source(),
             on_started=on_started or exit_if_rejected,
-            on_unloaded=_exit_if_unprotected,
+            on_unloaded=_exit_unless_replaced,
         )
         self.request_flow = RequestFlow(self.state)
         # The order matters: count a request as it arrives, and decide about it before anything else handles it.
@@ -75,7 +78,29 @@ def _shut_down() -> None:
     ctx.master.shutdown()
 
 
-def _exit_if_unprotected(master: Master) -> None:
-    if not any(isinstance(addon, OIDCAuthProxy) for addon in traverse(master.addons.chain)):
-        logger.error("the OIDC add-on was unloaded: stopping, because requests would be forwarded without tokens")
-        master.shutdown()
+def _exit_unless_replaced(master: Master) -> None:
+    """Say which version of an edited script serves; if none does, stop with exit code 1."""
+    loaded = [addon.state for addon in traverse(master.addons.chain) if isinstance(addon, OIDCAuthProxy)]
+    if not loaded:
+        logger.error("the OIDC add-on was unloaded, and the edited script brought no other: stopping with exit code 1")
+    elif not all(state.is_serving for state in loaded):
+        logger.error("the edited script could not start the OIDC add-on: stopping with exit code 1")
+    else:
+        logger.log(ALERT, "the OIDC add-on was loaded again: the edited script serves from now on")
+        return
+    if master.addons.get(_ExitWith1.name) is None:
+        master.addons.add(_ExitWith1())
+    master.shutdown()
+
+
+class _ExitWith1:
+    """An add-on that is told last that mitmproxy ends, which otherwise ends with exit code 0."""
+
+    name = "_exitwith1"
+
+    async def done(self) -> None:
+        server = ctx.master.addons.get("proxyserver")
+        if isinstance(server, Proxyserver):
+            await stop_listening(server)
+            await disconnect(server)
+        raise SystemExit(1)

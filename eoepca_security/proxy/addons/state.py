@@ -33,6 +33,11 @@ class State:
     is_ending: bool = False
     in_flight: WeakSet[HTTPFlow] = field(default_factory=WeakSet)
 
+    @property
+    def is_serving(self) -> bool:
+        """Whether the add-on has started, with settings that are right."""
+        return self.is_running and self.source is not None and not self.problems
+
     def remedy(self, error: TokenError) -> str:
         """Return the remedy for an error that leaves the proxy without a token."""
         return failure_remedy(error, self.settings, in_container=self.in_container)
