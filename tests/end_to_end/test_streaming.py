@@ -21,6 +21,7 @@ from tests.support.environment import settings_for
 from tests.support.network import RawServer, replies
 from tests.support.network import http as response
 from tests.support.processes import ROOT, ProxyProcess, StartProxy, admin_of
+from tests.support.raw_http import port_of
 from tests.support.service import http2_get
 from tests.support.waiting import eventually
 
@@ -468,6 +469,36 @@ def test_clients_that_go_away_at_any_moment_leave_no_connection_behind(start: St
         # What is kept at most, and what listens.
         eventually(lambda: sockets() <= 32 + 8)
         assert httpx.get(proxy.url, trust_env=False).status_code == 200
+
+
+def test_events_and_websockets_may_be_quiet_for_longer_than_a_service_may_be_silent(
+    start: StartProxy, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("from mitmproxy.proxy import server\nserver.TCP_TIMEOUT = 1\n")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    arguments = ["--set", "tcp_timeout=1"] if int(version("mitmproxy").partition(".")[0]) >= 12 else []
+    switch = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+    events = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+
+    def rare(server: RawServer, connection: socket.socket) -> None:
+        server.read_request(connection)
+        is_socket = b"websocket" in server.requests[-1].lower()
+        connection.sendall(switch if is_socket else events)
+        server.stopping.wait(2.5)
+        connection.sendall(b"\x81\x04late" if is_socket else b"data: late\n\n")
+
+    upgrade = b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    with FakeIssuer() as issuer, RawServer(rare) as service, contextlib.ExitStack() as opened:
+        proxy = start("launcher", f"http://127.0.0.1:{service.port}", settings_for(issuer, PYTHONPATH=path), *arguments)
+        clients = []
+        for connection in (upgrade + b"Connection: Upgrade\r\n", b"Connection: close\r\n"):
+            clients.append(opened.enter_context(socket.create_connection(("127.0.0.1", port_of(proxy)), 10)))
+            clients[-1].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + connection + b"\r\n")
+        for client in clients:
+            answer = b""
+            while data := client.recv(65536):
+                answer += data
+            assert b"late" in answer
 
 
 def test_a_service_that_stays_silent_is_told_of_in_time(start: StartProxy, tmp_path: Path) -> None:

@@ -19,7 +19,13 @@ from eoepca_security.proxy.config.factory import ca_bundle_file
 from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
-from eoepca_security.proxy.patches import certificate_authority, header_lookup, http_clients, http_stream
+from eoepca_security.proxy.patches import (
+    certificate_authority,
+    client_timeout,
+    header_lookup,
+    http_clients,
+    http_stream,
+)
 from eoepca_security.proxy.patches.hook_cache import cache_hooks
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.apisix import ApisixHeaders
@@ -109,6 +115,7 @@ class Configuration:
         # A new source would lose a session that is only in memory.
         is_same_login = state.settings is None or state.settings.login == settings.login
         state.settings = settings
+        client_timeout.set_limit(settings.client_timeout)
         state.apisix = ApisixHeaders(state.describe) if settings.forward_as == "apisix" else None
         state.source = self._make_source(
             settings,

@@ -1,7 +1,11 @@
 """Connections to services: which host's certificate to verify, and which connections to pass through."""
 
+import asyncio
 import logging
 
+from mitmproxy import ctx
+from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.connection import Client, Connection
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
@@ -9,16 +13,27 @@ from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.patches import client_timeout
 from eoepca_security.proxy.policy.destination import may_inject
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
 
 
 class Connections:
-    """Decides about each connection to a service when it is made."""
+    """Decides about each connection to a service when it is made, and watches those of clients."""
 
     def __init__(self, state: State) -> None:
         self._state = state
+
+    def client_connected(self, client: Client) -> None:
+        """Have the system end the connection of a client that is gone, or does not read its answers."""
+        if (streams := _streams(client, client)) is not None:
+            client_timeout.watch(client, *streams)
+
+    def server_connected(self, data: ServerConnectionHookData) -> None:
+        """Have the system notice that a service is gone: it may be silent while a client listens to it."""
+        if (streams := _streams(data.client, data.server)) is not None:
+            client_timeout.keep_alive(streams[1])
 
     def server_connect(self, data: ServerConnectionHookData) -> None:
         """Verify the certificate for the host that gets the token, not for a host in the client's own TLS handshake."""
@@ -44,3 +59,13 @@ class Connections:
             return
         if not any(may_inject(self._state.settings, scheme, *address[:2]) for scheme in ("http", "https")):
             data.layer = TCPLayer(context, ignore=True)
+
+
+def _streams(client: Client, connection: Connection) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+    """Return what reads from and writes to one of a client's connections, if it is TCP."""
+    server = ctx.master.addons.get("proxyserver")
+    handler = server.connections.get(client.id) if isinstance(server, Proxyserver) else None
+    io = handler.transports.get(connection) if handler is not None else None
+    if io is None or not (isinstance(io.reader, asyncio.StreamReader) and isinstance(io.writer, asyncio.StreamWriter)):
+        return None
+    return io.reader, io.writer

@@ -141,6 +141,7 @@ def read_settings(
         termination_endpoint=reader.termination_endpoint(),
         forward_as=reader.choice(FORWARD_AS, FORWARD_AS_CHOICES),
         workers=reader.workers(),
+        client_timeout=reader.client_timeout(),
         inject_hosts=inject_hosts,
         warnings=tuple(reader.warnings),
     )

@@ -12,6 +12,9 @@ NO_VERIFY: Final = "{} is on: anyone on the network path to the service can read
 MAX_WORKERS: Final = 64
 """The maximum number of processes for one listener."""
 
+MAX_CLIENT_TIMEOUT: Final = 86_400
+"""The maximum number of seconds for which a client may keep the proxy waiting: a day."""
+
 T = TypeVar("T")
 
 
@@ -58,6 +61,7 @@ class Settings:
     termination_endpoint: str | None = None
     forward_as: str = "bearer"
     workers: int = 1
+    client_timeout: int = 60
     inject_hosts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

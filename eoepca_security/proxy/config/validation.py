@@ -28,7 +28,7 @@ from eoepca_security.oauth.urls import (
     parse_origin,
     split_url,
 )
-from eoepca_security.proxy.config.settings import MAX_WORKERS, Address
+from eoepca_security.proxy.config.settings import MAX_CLIENT_TIMEOUT, MAX_WORKERS, Address
 from eoepca_security.proxy.config.variables import (
     ADMIN,
     ALLOW_HTTP,
@@ -39,6 +39,7 @@ from eoepca_security.proxy.config.variables import (
     CLIENT_ID,
     CLIENT_KEY_FILE,
     CLIENT_SECRET,
+    CLIENT_TIMEOUT,
     ENDPOINT,
     HOST,
     ISSUER,
@@ -357,6 +358,14 @@ class Reader:
             return 1
         if int(value) > 1 and not hasattr(os, "fork"):
             self.problem(WORKERS, "must be 1 on this system, which cannot fork")
+        return int(value)
+
+    def client_timeout(self) -> int:
+        """Return how long a client may keep the proxy waiting, in seconds."""
+        value = self.text(CLIENT_TIMEOUT) or CLIENT_TIMEOUT.default
+        if not re.fullmatch(r"[0-9]{1,5}", value) or not 1 <= int(value) <= MAX_CLIENT_TIMEOUT:
+            self.problem(CLIENT_TIMEOUT, f"{value!r} is not a valid number of seconds: use 1 to {MAX_CLIENT_TIMEOUT}")
+            return int(CLIENT_TIMEOUT.default)
         return int(value)
 
     def endpoint(self) -> str:

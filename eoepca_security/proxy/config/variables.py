@@ -198,6 +198,14 @@ WORKERS: Final = Variable(
     "More than one helps from about a thousand requests per second; each can use one core.",
     default="1",
 )
+CLIENT_TIMEOUT: Final = Variable(
+    "PROXY_CLIENT_TIMEOUT",
+    "client_timeout",
+    "Seconds for which a client may send nothing of what it has begun, or read nothing of its answer.",
+    "Then the proxy ends the exchange. Uploads and downloads may take as long as they want while they move, and so may "
+    "a client that waits for the service. Raise this if your programs pause for longer in the middle of a download.",
+    default="60",
+)
 INJECT_HOSTS: Final = Variable(
     "PROXY_INJECT_HOSTS",
     "inject_hosts",
@@ -236,6 +244,7 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
             TERMINATION_ENDPOINT,
             FORWARD_AS,
             WORKERS,
+            CLIENT_TIMEOUT,
             INJECT_HOSTS,
         ),
         "Danger": (ALLOW_HTTP,),

@@ -170,13 +170,24 @@ class _PoolingHandler(ProxyConnectionHandler):
             watch.cancel()
 
     async def on_timeout(self) -> None:
-        """Where nothing has come for long, tell those who wait for the service; end the rest, as mitmproxy does."""
-        waiting = [(server, io.handler) for server, io in self.transports.items() if isinstance(server, Server)]
+        """Where nothing has come for long, tell those who wait for the service; end the rest, as mitmproxy does.
+
+        An answer that has begun, or a WebSocket, may be quiet for as long as both sides are there.
+        """
+        streams = self.http_layer.streams.values() if self.http_layer is not None else ()
+        quiet = {stream.context.server for stream in streams if http_stream.may_be_quiet(stream)}
+        if quiet:
+            self.timeout_watchdog.register_activity()
+        waiting = [
+            (server, io.handler)
+            for server, io in self.transports.items()
+            if isinstance(server, Server) and server not in quiet
+        ]
         for server, handler in waiting:
             if handler is not None:
                 http_stream.late.add(server)
                 handler.cancel("timed out")
-        await (self.timeout_watchdog.watch() if waiting else super().on_timeout())
+        await (self.timeout_watchdog.watch() if waiting or quiet else super().on_timeout())
 
     def take(self, event: GetHttpConnection) -> Idle | None:
         """Take a connection over from the pool."""

@@ -7,10 +7,12 @@ to what they send, on the connection that the clearance is for and on no other.
 
 import logging
 import re
+import time
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 from weakref import WeakSet
 
+from h2.config import H2Configuration
 from h2.errors import ErrorCodes
 from h11 import EndOfMessage, LocalProtocolError
 from h11._readers import ChunkedReader
@@ -26,7 +28,10 @@ from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers.http._base import ReceiveHttp
 from mitmproxy.proxy.layers.http._events import (
     HttpEvent,
+    RequestData,
+    RequestEndOfMessage,
     RequestHeaders,
+    RequestProtocolError,
     RequestTrailers,
     ResponseHeaders,
     ResponseProtocolError,
@@ -34,12 +39,13 @@ from mitmproxy.proxy.layers.http._events import (
 from mitmproxy.proxy.layers.http._http1 import Http1Client, Http1Server
 from mitmproxy.proxy.layers.http._http2 import Http2Client, Http2Server
 from mitmproxy.proxy.layers.http._http3 import Http3Client
+from mitmproxy.proxy.layers.http._http_h2 import BufferedH2Connection
 from mitmproxy.proxy.layers.tls import ClientTLSLayer
 from mitmproxy.proxy.mode_specs import ReverseMode
 from mitmproxy.proxy.tunnel import TunnelState
 
-from eoepca_security.proxy.patches import seams
-from eoepca_security.proxy.patches.messages import authentication_required, last_answer, with_headers
+from eoepca_security.proxy.patches import client_timeout, seams
+from eoepca_security.proxy.patches.messages import authentication_required, error_answer, last_answer, with_headers
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.clearance import clearance
 from eoepca_security.proxy.policy.destination import Target
@@ -61,11 +67,10 @@ LINGER: Final = 5.0
 """Seconds for which what a client still sends after the last answer is read and dropped: if the connection ended before
 that, the client might not get to read the answer."""
 
-HEAD_TIMEOUT: Final = 60.0
-"""Seconds that the head of a request may take to arrive from its first byte on, and a TLS handshake; as in nginx."""
-
 MAX_INTERIM: Final = 20
 """Most interim answers (1xx) that a service may give to one request."""
+
+_STALLED: Final = "no more of its body came for {:.0f} s"
 
 _CUT_SHORT: Final = "the client closed its side of the connection before it had the answer"
 
@@ -333,6 +338,8 @@ class _Http3Client(Http3Client):
 class _Http1Server(Http1Server):
     _linger: RequestWakeup | None = None
     _head_timer: RequestWakeup | None = None
+    _body_timer: RequestWakeup | None = None
+    _moved_at = 0.0
     _skipped = 0
     _has_refused = False
 
@@ -345,6 +352,8 @@ class _Http1Server(Http1Server):
             if is_over and self.conn.state is not ConnectionState.CLOSED:
                 yield CloseConnection(self.conn)
             return
+        if isinstance(event, DataReceived):
+            self._moved_at = time.monotonic()
         for command in self._wake(event) if isinstance(event, Wakeup) else super()._handle_event(event):
             if isinstance(command, CloseConnection) and command.connection is self.conn and self._may_linger(event):
                 self._linger = RequestWakeup(LINGER)
@@ -355,15 +364,41 @@ class _Http1Server(Http1Server):
         if not (self.state == self.read_headers and (self.buf or self._skipped)):
             self._head_timer = None
         elif self._head_timer is None and self.conn.state is ConnectionState.OPEN:
-            self._head_timer = RequestWakeup(HEAD_TIMEOUT)
+            self._head_timer = RequestWakeup(client_timeout.limit())
             yield self._head_timer
+        # One at a time, which goes on from one request to the next.
+        if self.state == self.read_body and self._body_timer is None:
+            self._body_timer = RequestWakeup(client_timeout.limit())
+            yield self._body_timer
 
     def _wake(self, event: Wakeup) -> CommandGenerator[None]:
         if event.command is self._head_timer and self.buf:
-            yield from self._refuse(408, f"its head took longer than {HEAD_TIMEOUT:.0f} s")
+            yield from self._refuse(408, f"its head took longer than {client_timeout.limit():.0f} s")
         elif event.command is self._head_timer:
             # Empty lines are no request, and what nobody has asked for could be taken for the next answer.
             yield CloseConnection(self.conn)
+        elif event.command is self._body_timer:
+            self._body_timer = None
+            if self.state != self.read_body or self._is_our_turn():
+                return
+            if left := client_timeout.left(self.context.client, self._moved_at):
+                self._body_timer = RequestWakeup(left)
+                yield self._body_timer
+            else:
+                yield from self._give_up_body()
+
+    def _is_our_turn(self) -> bool:
+        """Tell whether a client that has not sent all of its body may wait: for leave to do so, or for an answer."""
+        if self.response is not None:
+            return not self.response_done
+        return self.request is not None and _awaits_leave(self.request)
+
+    def _give_up_body(self) -> CommandGenerator[None]:
+        reason = _STALLED.format(client_timeout.limit())
+        self.state = self.done
+        yield from self._say(reason, 408)
+        yield CloseConnection(self.conn)
+        yield ReceiveHttp(RequestProtocolError(self.stream_id, reason, RequestProtocolError.code))
 
     def _may_linger(self, event: Event) -> bool:
         return self.state != self.passthrough and not isinstance(event, ConnectionClosed)
@@ -374,6 +409,7 @@ class _Http1Server(Http1Server):
         yield from super().send(event)
         if self.response is not None and self.response.status_code == 100:
             self.response = None  # it is still to come
+            self._moved_at = time.monotonic()  # the client's turn begins now
 
     def read_headers(self, event: Any) -> CommandGenerator[None]:
         self._skip_empty_lines()
@@ -428,28 +464,138 @@ class _Http1Server(Http1Server):
             yield from self._say(_CUT_SHORT)
         yield from super().wait(ConnectionClosed(self.conn) if is_too_much else event)
 
-    def _say(self, reason: str) -> CommandGenerator[None]:
+    def _say(self, reason: str, status: int = 400) -> CommandGenerator[None]:
         """Say why the connection ends without an answer, if none has begun and the client may still read."""
         if self.response is None and self.conn.state & ConnectionState.CAN_WRITE:
-            yield SendData(self.conn, last_answer(400, reason))
+            yield SendData(self.conn, last_answer(status, reason))
+
+
+def _awaits_leave(request: Request) -> bool:
+    """Tell whether a client waits to be told to continue (RFC 9110 §10.1.1); then mitmproxy drops the header."""
+    return bool(request.headers.get("Expect", "").lower() == "100-continue")
+
+
+@dataclass
+class _Unsent:
+    """A request whose body a client still has to send, and when it last sent some (`time.monotonic`)."""
+
+    request: Request
+    moved_at: float
+
+
+class _H2Connection(BufferedH2Connection):
+    """Knows since when (`time.monotonic`) the client has read nothing of a stream with more to read."""
+
+    def __init__(self, config: H2Configuration) -> None:
+        super().__init__(config)
+        self.to_read: dict[int, float] = {}
+
+    def send_data(self, stream_id: int, data: bytes, end_stream: bool = False, pad_length: None = None) -> None:
+        super().send_data(stream_id, data, end_stream, pad_length)
+        if stream_id in self.stream_buffers:
+            self.to_read.setdefault(stream_id, time.monotonic())
+
+    def stream_window_updated(self, stream_id: int) -> bool:
+        has_read = super().stream_window_updated(stream_id)
+        if stream_id not in self.stream_buffers:
+            self.to_read.pop(stream_id, None)
+        elif has_read:
+            self.to_read[stream_id] = time.monotonic()
+        return has_read
 
 
 class _Http2Server(Http2Server):
+    h2_conn: _H2Connection
     _head_timer: RequestWakeup | None = None
+    _body_timer: RequestWakeup | None = None
     _last_head = 0
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.h2_conn = _H2Connection(self.h2_conf)
+        self._to_send: dict[int, _Unsent] = {}
 
     def _handle_event(self, event: Event) -> CommandGenerator[None]:
         if isinstance(event, Wakeup):
             if event.command is self._head_timer:
                 yield from self.protocol_error("the head of a request takes too long", ErrorCodes.ENHANCE_YOUR_CALM)
+            elif event.command is self._body_timer:
+                yield from self._look()
             return
-        yield from super()._handle_event(event)
+        for command in super()._handle_event(event):
+            if isinstance(command, ReceiveHttp):
+                self._note(command.event)
+            yield command
+        if (
+            isinstance(event, ResponseHeaders)
+            and event.response.status_code == 100
+            and event.stream_id in self._to_send
+        ):
+            self._to_send[event.stream_id].moved_at = time.monotonic()  # the client's turn begins now
+        is_owed = self._to_send or self.h2_conn.to_read
+        if is_owed and self._body_timer is None and self.conn.state is ConnectionState.OPEN:
+            self._body_timer = RequestWakeup(client_timeout.limit())
+            yield self._body_timer
         head = self.h2_conn.highest_inbound_stream_id
         if not self._is_in_head() or head != self._last_head:
             self._head_timer, self._last_head = None, head
         if self._head_timer is None and self._is_in_head() and self.conn.state is ConnectionState.OPEN:
-            self._head_timer = RequestWakeup(HEAD_TIMEOUT)
+            self._head_timer = RequestWakeup(client_timeout.limit())
             yield self._head_timer
+
+    def _note(self, event: HttpEvent) -> None:
+        """Note what a client has begun to send, and how it goes on."""
+        if isinstance(event, RequestHeaders):
+            if not event.end_stream:
+                self._to_send[event.stream_id] = _Unsent(event.request, time.monotonic())
+        elif isinstance(event, RequestData):
+            if (part := self._to_send.get(event.stream_id)) is not None:
+                part.moved_at = time.monotonic()
+        elif isinstance(event, RequestEndOfMessage | RequestProtocolError):
+            self._to_send.pop(event.stream_id, None)
+
+    def _look(self) -> CommandGenerator[None]:
+        """Give up the streams whose client does not move."""
+        limit = next_look = client_timeout.limit()
+        for stream_id, part in list(self._to_send.items()):
+            if self.is_closed(stream_id):
+                del self._to_send[stream_id]
+            elif self._is_our_turn(stream_id, part.request):
+                continue
+            elif left := client_timeout.left(self.context.client, part.moved_at):
+                next_look = min(next_look, left)
+            else:
+                yield from self._give_up(stream_id, _STALLED.format(limit), part.request)
+        for stream_id, moved_at in list(self.h2_conn.to_read.items()):
+            if self.is_closed(stream_id):
+                del self.h2_conn.to_read[stream_id]
+            elif (left := moved_at + limit - time.monotonic()) > 0:
+                next_look = min(next_look, left)
+            else:
+                yield from self._give_up(stream_id, f"the client read nothing of its answer for {limit:.0f} s")
+        self._body_timer = RequestWakeup(next_look) if self._to_send or self.h2_conn.to_read else None
+        if self._body_timer is not None:
+            yield self._body_timer
+
+    def _is_our_turn(self, stream_id: int, request: Request) -> bool:
+        has_begun = self.h2_conn.streams[stream_id].state_machine.headers_sent
+        return self.is_open_for_us(stream_id) if has_begun else _awaits_leave(request)
+
+    def _give_up(self, stream_id: int, reason: str, request: Request | None = None) -> CommandGenerator[None]:
+        """Reset a stream, after an answer to the request where none has begun (RFC 9113 §8.1)."""
+        self._to_send.pop(stream_id, None)
+        self.h2_conn.to_read.pop(stream_id, None)
+        self.streams.pop(stream_id, None)
+        has_begun = self.h2_conn.streams[stream_id].state_machine.headers_sent
+        if request is not None and not has_begun:
+            answer = error_answer(408, reason, method=request.method)
+            fields = [(name.lower(), value) for name, value in answer.headers.fields]
+            self.h2_conn.send_headers(stream_id, [(b":status", b"408"), *fields])
+            self.h2_conn.send_data(stream_id, answer.raw_content or b"", end_stream=True)
+        if not self.is_closed(stream_id):
+            self.h2_conn.reset_stream(stream_id, ErrorCodes.CANCEL if has_begun else ErrorCodes.NO_ERROR)
+        yield SendData(self.conn, self.h2_conn.data_to_send())
+        yield ReceiveHttp(RequestProtocolError(stream_id, reason, RequestProtocolError.code))
 
     def _is_in_head(self) -> bool:
         """Tell whether a head has begun to arrive, or the connection's own, and is not complete."""
@@ -464,7 +610,7 @@ class _ClientTLSLayer(ClientTLSLayer):
 
     def _handle_event(self, event: Event) -> CommandGenerator[None]:
         if isinstance(event, Start):
-            self._timer = RequestWakeup(HEAD_TIMEOUT)
+            self._timer = RequestWakeup(client_timeout.limit())
             yield self._timer
         if isinstance(event, Wakeup) and event.command is self._timer:
             if self.tunnel_state is TunnelState.ESTABLISHING:

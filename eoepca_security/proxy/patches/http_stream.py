@@ -32,7 +32,7 @@ from mitmproxy.proxy.layers.http._events import (
 )
 from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
 
-from eoepca_security.proxy.patches import messages, seams
+from eoepca_security.proxy.patches import client_timeout, messages, seams
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.headers import check_answer, has_no_content, is_websocket
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_error
@@ -42,6 +42,7 @@ MAX_MESSAGE: Final = 16 * 1024 * 1024
 
 _FRAME: Final = 64
 
+_POLICY: Final = 1008  # RFC 6455 §7.4.1: no code fits better
 
 MAX_DISCARDED: Final = 1024 * 1024 * 1024
 """Longest rest of a request, in bytes, that is read after its answer; then the connection ends. Most clients look at an
@@ -73,6 +74,11 @@ def install() -> None:
 def is_misframed(request: Request) -> bool:
     """Tell whether a request ended with its head and named another length than 0 (RFC 9113 §8.1.1)."""
     return request in _misframed
+
+
+def may_be_quiet(stream: HttpStream) -> bool:
+    """Tell whether the service has begun its answer, which may be a stream of events, or has opened a WebSocket."""
+    return bool(stream.server_state == stream.state_stream_response_body or stream._handle_event == stream.passthrough)
 
 
 def _check(request: Request, answer: Response, *, ends: bool) -> None:
@@ -344,6 +350,10 @@ class Stream(HttpStream):
         yield from self.send_response()
         if self._is_multiplexed():
             self.client_state = self.state_errored  # takes what still comes, and does nothing
+        elif self._is_in(self.state_discard_request_body):
+            self.flow.live = False
+            self._has_ended = True
+            yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
 
     def _may_repeat(self) -> bool:
         """Tell whether the service has merely ended a connection that it kept, while our request was on its way."""
@@ -373,7 +383,15 @@ class Stream(HttpStream):
 
 
 class _WebSocket(websocket.WebsocketLayer):
+    _timer: RequestWakeup | None = None
+    _moved_at = 0.0
+
     def relay_messages(self, event: Event) -> CommandGenerator[None]:
+        if isinstance(event, Wakeup):
+            yield from self._wake(event)
+            return
+        if isinstance(event, DataReceived) and event.connection is self.context.client:
+            self._moved_at = time.monotonic()
         yield from super().relay_messages(event)
         for side in (self.server_ws, self.client_ws):
             held = sum(map(len, side.frame_buf)) + len(side.frame_buf) * _FRAME
@@ -381,3 +399,32 @@ class _WebSocket(websocket.WebsocketLayer):
                 # As if the sender had ended the conversation (RFC 6455 §7.4.1).
                 side._events.append(wsproto.events.CloseConnection(1009, "the message is too long"))
                 yield from super().relay_messages(DataReceived(side.conn, b""))
+        if self._timer is None and self._is_in_message():
+            self._timer = RequestWakeup(client_timeout.limit())
+            yield self._timer
+
+    def done(self, _: Event) -> CommandGenerator[None]:
+        """Take no notice of what still comes; mitmproxy's own expects no timers."""
+        yield from ()
+
+    def _wake(self, event: Wakeup) -> CommandGenerator[None]:
+        """End the conversation if the client does not go on with its message; between messages it may be silent."""
+        if event.command is not self._timer:
+            return
+        self._timer = None
+        if not self._is_in_message():
+            return
+        if left := client_timeout.left(self.context.client, self._moved_at):
+            self._timer = RequestWakeup(left)
+            yield self._timer
+            return
+        reason = f"no more of the message came for {client_timeout.limit():.0f} s"
+        self.client_ws._events.append(wsproto.events.CloseConnection(_POLICY, reason))
+        yield from super().relay_messages(DataReceived(self.client_ws.conn, b""))
+
+    def _is_in_message(self) -> bool:
+        """Tell whether a message of the client has begun, or a frame, and is not complete."""
+        if self._handle_event == self.done:
+            return False
+        frames, message = self.client_ws._proto._frame_decoder, self.client_ws._proto._message_decoder
+        return bool(frames.header or len(frames.buffer) or message.opcode is not None)

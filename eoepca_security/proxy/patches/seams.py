@@ -66,14 +66,22 @@ patches/http_clients.py
         read_body(self, event) < Http1Server.read_headers
         wait(self, event) < Http1Server.mark_done
         done(self, event); passthrough(self, event)
-        buf conn context request response state
+        buf conn context request response response_done state stream_id
     mitmproxy.proxy.layers.http._http1
         make_error_response(status_code, message='') < Http1Server.send Http1Server.read_headers
         ChunkedReader() < make_body_reader
     mitmproxy.proxy.layers.http._http2:Http2Server
         _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
         protocol_error(self, message, error_code=Ellipsis)
-        conn h2_conn
+        is_closed(self, stream_id); is_open_for_us(self, stream_id)
+        __init__(self, context)
+        conn h2_conf h2_conn streams
+    mitmproxy.proxy.layers.http._http_h2:BufferedH2Connection
+        __init__(self, config)
+        send_data(self, stream_id, data, end_stream=False, pad_length=None)
+        stream_window_updated(self, stream_id) < BufferedH2Connection.receive_data
+        stream_buffers
+    h2.stream:H2StreamStateMachine headers_sent
     h2.connection:H2Connection highest_inbound_stream_id incoming_buffer
     h2.frame_buffer:FrameBuffer _headers_buffer _preamble_len {_FRAME_DATA}
     mitmproxy.proxy.layers.http._http2:Http2Client
@@ -102,6 +110,8 @@ patches/http_clients.py
     mitmproxy.proxy.layers.http._base ReceiveHttp(event)
     mitmproxy.proxy.layers.http._events
         RequestHeaders(stream_id, request, end_stream, replay_flow=None); RequestTrailers(stream_id, trailers)
+        RequestData(stream_id, data); RequestEndOfMessage(stream_id)
+        RequestProtocolError(stream_id, message, code) | (stream_id, message, code=400)
         ResponseHeaders(stream_id, response, end_stream=False); HttpEvent(stream_id)
         ResponseProtocolError(stream_id, message, code) | (stream_id, message, code=502)
     mitmproxy.proxy.layers.http._events:ResponseProtocolError code
@@ -132,6 +142,7 @@ patches/http_stream.py
         check_killed(self, emit_error_hook); flow_done(self); state_done(self, _); state_errored(self, _)
         state_consume_request_body(self, event); state_stream_request_body(self, event)
         state_stream_response_body(self, event)
+        passthrough(self, event) < HttpStream.flow_done
         flow < HttpStream.state_wait_for_request_headers
         client_state context response_body_buf server_state stream_id
     mitmproxy.proxy.utils:ReceiveBuffer __bytes__(self); __len__(self); clear(self)
@@ -153,6 +164,10 @@ patches/http_stream.py
         done(self, _) < WebsocketLayer.relay_messages
         _handle_event client_ws server_ws < WebsocketLayer.start
     mitmproxy.proxy.layers.websocket:WebsocketConnection _events conn frame_buf
+    wsproto.connection:Connection _proto
+    wsproto.frame_protocol:FrameProtocol _frame_decoder _message_decoder
+    wsproto.frame_protocol:FrameDecoder buffer header
+    wsproto.frame_protocol:MessageDecoder opcode
     wsproto.events CloseConnection(code, reason=None)
 patches/connection_pool.py
     mitmproxy.proxy.mode_servers ProxyConnectionHandler(master, r, w, options, mode) < ServerInstance.handle_stream
@@ -163,14 +178,14 @@ patches/connection_pool.py
         max_conns < mitmproxy.proxy.server:ConnectionHandler.open_connection
         __init__(self, master, r, w, options, mode); handle_connection(self, connection)
         client master timeout_watchdog transports
-    mitmproxy.proxy.server:TimeoutWatchdog disarm(self); watch(self)
+    mitmproxy.proxy.server:TimeoutWatchdog disarm(self); register_activity(self); watch(self)
     mitmproxy.proxy.server ConnectionIO(handler=None, reader=None, writer=None)
     mitmproxy.proxy.server_hooks
         ClientDisconnectedHook(client); ServerConnectionHookData(server, client); ServerDisconnectedHook(data)
     mitmproxy.proxy.layers.http:HttpLayer
         get_connection(self, event, *, reuse=True) < HttpLayer.event_to_child HttpLayer.register_connection
         event_to_child(self, child, event)
-        command_sources connections context waiting_for_establishment
+        command_sources connections context streams waiting_for_establishment
     mitmproxy.proxy.layers.http:GetHttpConnection connection_spec_matches(self, connection)
     mitmproxy.proxy.layers.http GetHttpConnectionCompleted(command, reply)
     mitmproxy.proxy.layer:Layer
@@ -182,6 +197,8 @@ patches/connection_pool.py
     mitmproxy.connection:Server connected error state timestamp_end timestamp_start timestamp_tls_setup
     mitmproxy.proxy.tunnel:TunnelLayer tunnel_state
     mitmproxy.proxy.tunnel:TunnelState OPEN
+    asyncio:StreamReader _buffer
+patches/client_timeout.py
     asyncio:StreamReader _buffer
 patches/hook_cache.py
     mitmproxy.addonmanager:AddonManager
@@ -229,6 +246,9 @@ runtime/logs.py
 addons/lifecycle.py
     mitmproxy.master:Master event_loop should_exit
     mitmproxy.optmanager:OptManager deferred
+addons/connections.py
+    mitmproxy.addons.proxyserver:Proxyserver connections
+    mitmproxy.proxy.mode_servers:ProxyConnectionHandler transports
 addons/drain.py
     mitmproxy.addons.proxyserver:Proxyserver connections servers
 """

@@ -505,6 +505,15 @@ def test_lists_of_hosts_and_origins() -> None:
     assert "PROXY_INJECT_HOSTS is not used" in warning
 
 
+def test_the_time_that_a_client_has() -> None:
+    times = [read_settings(GOOD | given).client_timeout for given in ({}, {"PROXY_CLIENT_TIMEOUT": " 300 "})]
+    assert times == [60, 300]
+    for wrong in ("0", "-1", "86401", "1.5", "60s", "٣", "1e3"):
+        (problem,) = problems(GOOD | {"PROXY_CLIENT_TIMEOUT": wrong})
+        assert problem.startswith("PROXY_CLIENT_TIMEOUT: ")
+        assert "use 1 to 86400" in problem
+
+
 def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (read_settings(GOOD).workers, read_settings(GOOD | {"PROXY_WORKERS": " 4 "}).workers) == (1, 4)
     for wrong in ("0", "-1", "65", "two", "1.5", "٣"):
