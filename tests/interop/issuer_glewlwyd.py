@@ -75,8 +75,10 @@ class Glewlwyd:
     def person(self, url: str) -> str:
         """What its login page, which is a script, does when somebody logs in and allows what is asked for."""
         with self.logged_in({"username": USERNAME, "password": PASSWORD}) as browser:
-            page = browser.get(url)
-            asked = parse_qs(urlsplit(page.headers["Location"]).query)
+            asked: dict[str, list[str]] = {}
+            while "callback_url" not in asked:
+                url = browser.get(url).headers["Location"]
+                asked = parse_qs(urlsplit(url).query)
             _done(browser.put(f"/api/auth/grant/{asked['client_id'][0]}", json={"scope": asked["scope"][0]}))
             answer = browser.get(f"{asked['callback_url'][0]}&g_continue", follow_redirects=True)
             assert answer.status_code == 200, f"{answer.url} answered {answer.status_code}: {answer.text}"

@@ -6,14 +6,17 @@ chromium-driver.
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import httpx
 import pytest
 
+from eoepca_security.testing.local_server import Handler, LocalServer
 from tests.interop.kc_process import Child, accepts, running
 from tests.interop.kc_server import AUDIENCE, INTERACTIVE, REALM, USERNAME, Keycloak
 from tests.interop.kc_service import Service
@@ -21,8 +24,10 @@ from tests.support.network import free_port
 
 pytest.importorskip("selenium")
 
-from tests.interop.kc_browser import grant, log_in, wait_for_text
-from tests.support.browser import chromium
+from selenium.common.exceptions import WebDriverException
+
+from tests.interop.kc_browser import grant, log_in, wait_for, wait_for_text
+from tests.support.browser import ARGUMENTS, attached, chromium
 
 pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [
@@ -33,6 +38,13 @@ pytestmark = [
 
 LAUNCHER = Path(__file__).parents[2] / "run-mitmproxy.py"
 SECONDS = 60.0
+
+
+class BlankPage(Handler):
+    """Some page on this machine."""
+
+    def respond(self) -> None:
+        self.answer(200, b"<!doctype html><title>elsewhere</title>", {"Content-Type": "text/html"})
 
 
 class Newcomer:
@@ -46,7 +58,6 @@ class Newcomer:
             "PATH": os.environ["PATH"],
             "HOME": str(folder),
             "PYTHONUNBUFFERED": "1",
-            "BROWSER": "true",  # nothing opens by itself
             "OPEN_ID_CONNECT_URL": keycloak.issuer(REALM),
             "OPEN_ID_CONNECT_CLIENT_ID": INTERACTIVE.client_id,
             "OPEN_ID_CONNECT_AUDIENCE": AUDIENCE,
@@ -56,10 +67,11 @@ class Newcomer:
             "PROXY_ADMIN": "off",
         }
 
-    def runs(self, *arguments: str) -> Child:
+    def runs(self, *arguments: str, browser: str = "true") -> Child:
+        """Run a command; the `browser` that it opens does nothing by default."""
         log = self._folder / f"{'-'.join(arguments)}.log"
         command = [sys.executable, str(LAUNCHER), *arguments]
-        return self._stack.enter_context(running(command, self._env, self._folder, log))
+        return self._stack.enter_context(running(command, self._env | {"BROWSER": browser}, self._folder, log))
 
     def does(self, *arguments: str) -> tuple[int, str]:
         child = self.runs(*arguments)
@@ -80,6 +92,19 @@ def newcomer(keycloak: Keycloak, service: Service, tmp_path: Path) -> Iterator[N
 def url_in(login: Child) -> str:
     login.wait_until(lambda: re.search(r"^  http\S+$", login.output(), re.MULTILINE) is not None, SECONDS)
     return str(re.findall(r"^  (http\S+)$", login.output(), re.MULTILINE)[0])
+
+
+def command_lines() -> list[str]:
+    """Return the command lines of all processes, as every user of the machine can see them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+def query_of(url: str) -> dict[str, str]:
+    return dict(parse_qsl(urlsplit(url).query))
 
 
 def assert_a_session_that_works(newcomer: Newcomer, login: Child) -> None:
@@ -103,6 +128,78 @@ def test_by_device(newcomer: Newcomer, tmp_path: Path) -> None:
         grant(driver)
         wait_for_text(driver, "Device Login Successful")
     assert_a_session_that_works(newcomer, login)
+
+
+def test_the_browser_that_opens_gets_an_address_that_tells_others_nothing(newcomer: Newcomer, tmp_path: Path) -> None:
+    port = free_port()
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    opener = shlex.join(["chromium", *ARGUMENTS, profile, f"--remote-debugging-port={port}"])
+    login = newcomer.runs("login", "--browser", browser=f"{opener} %s")
+    login.wait_until(lambda: accepts(port), SECONDS)
+    with attached(port) as driver:
+        wait_for(driver, "username")
+        query = query_of(driver.current_url)
+        lines = command_lines()
+        log_in(driver)
+        wait_for_text(driver, "You are logged in")
+    opened = [line for line in lines if profile in line and "/login/" in line]
+    assert opened
+    assert not any(query[name] in line for line in lines for name in ("state", "nonce", "code_challenge"))
+    assert not any(query[name] in login.output() for name in ("state", "nonce", "code_challenge"))
+    assert url_in(login) not in " ".join(lines)
+    assert_a_session_that_works(newcomer, login)
+
+
+EMBED = """
+    const [url, done] = arguments;
+    const image = document.createElement('img');
+    image.onload = image.onerror = () => done(1);
+    image.src = url;
+    document.body.append(image);
+"""
+
+
+def test_only_a_visit_comes_back_and_only_the_first_of_several_tabs(newcomer: Newcomer, tmp_path: Path) -> None:
+    opened = tmp_path / "opened"
+    login = newcomer.runs("login", "--browser", browser=f"sh -c 'echo \"$1\" > {opened}' sh %s")
+    first = url_in(login)
+    login.wait_until(lambda: opened.exists() and opened.read_text().endswith("\n"), SECONDS)
+    with LocalServer(BlankPage) as elsewhere, chromium(tmp_path / "profile") as driver:
+        driver.get(first)
+        wait_for(driver, "username")
+        page = driver.current_url
+        query = query_of(page)
+        stolen = f"{query['redirect_uri']}?{urlencode({'state': query['state'], 'code': 'of-mallory'})}"
+        driver.get(elsewhere.url)
+        driver.execute_async_script(EMBED, stolen)
+        driver.get(first)
+        wait_for_text(driver, "works only once")
+        tab = driver.current_window_handle
+        driver.switch_to.new_window("tab")
+        driver.get(opened.read_text().strip())
+        wait_for(driver, "username")
+        assert query_of(driver.current_url)["state"] == query["state"]
+        log_in(driver)
+        wait_for_text(driver, "You are logged in")
+        assert_a_session_that_works(newcomer, login)
+        # The other tab is of no use any more.
+        driver.switch_to.window(tab)
+        with pytest.raises(WebDriverException, match="ERR_CONNECTION_REFUSED"):
+            driver.get(stolen)
+
+
+def test_the_answer_of_another_issuer_is_refused(newcomer: Newcomer, tmp_path: Path) -> None:
+    login = newcomer.runs("login", "--browser")
+    with chromium(tmp_path / "profile") as driver:
+        driver.get(url_in(login))
+        wait_for(driver, "username")
+        query = query_of(driver.current_url)
+        answer = {"state": query["state"], "code": "of-mallory", "iss": "https://evil.example"}
+        driver.get(f"{query['redirect_uri']}?{urlencode(answer)}")
+        wait_for_text(driver, "Login failed")
+    assert login.exit_code(SECONDS) == 1, login.output()
+    assert "came back from another issuer" in login.output()
+    assert newcomer.does("token")[0] == 2
 
 
 def test_by_browser_and_out_again(newcomer: Newcomer, tmp_path: Path) -> None:

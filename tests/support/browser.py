@@ -39,3 +39,16 @@ def chromium(profile: Path, *arguments: str, **capabilities: object) -> Iterator
         yield driver
     finally:
         driver.quit()
+
+
+@contextmanager
+def attached(port: int) -> Iterator[Chrome]:
+    """Drive a Chromium that something else has started with `--remote-debugging-port`, and that it ends."""
+    options = ChromeOptions()
+    options.debugger_address = f"127.0.0.1:{port}"
+    driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        driver.set_page_load_timeout(PAGE_SECONDS)
+        yield driver
+    finally:
+        driver.quit()

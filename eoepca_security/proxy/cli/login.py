@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import os
 import sys
 import threading
 import time
@@ -163,9 +164,16 @@ def by_browser(
     with server as loopback:
         request = build_authorization_request(settings.client, metadata, scope, redirect_uri=loopback.redirect_uri)
         loopback.is_expected = lambda parameters: is_answer_to(request, parameters)
-        click.echo(f"Log in with your browser on this machine. If it does not open, go to\n\n  {request.url}\n")
+        # Two addresses, in case the browser that opens is not the right one.
+        opened, shown = loopback.one_time_address(request.url), loopback.one_time_address(request.url)
+        click.echo(f"Log in with your browser on this machine. If it does not open, go to\n\n  {shown}\n")
+        if "SSH_CONNECTION" in os.environ:
+            click.echo(
+                "If your browser is on the machine that you came from with ssh, run there while this waits, and open "
+                f"the same address:\n\n  ssh -N -L {loopback.port}:127.0.0.1:{loopback.port} THIS-MACHINE\n"
+            )
         # In a thread, because a browser in the terminal blocks.
-        threading.Thread(target=webbrowser.open, args=(request.url,), daemon=True).start()
+        threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
         try:
             parameters = loopback.wait(timeout)
         except TimeoutError:

@@ -1,11 +1,13 @@
-"""The server on this machine that receives the browser's redirect after a login (RFC 8252 §7.3)."""
+"""The server on this machine that sends the browser to the issuer and receives its redirect (RFC 8252 §7.3)."""
 
 import base64
 import hashlib
 import html
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from email.message import Message
 from http import HTTPStatus
 from types import TracebackType
 from typing import Final, Self
@@ -14,6 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 from eoepca_security.testing.local_server import Handler, LocalServer
 
 PATH: Final = "/callback"
+_START: Final = "/login/"
 OUTCOME_TIMEOUT: Final = 30.0
 """How long the browser waits for the result of the login, in seconds."""
 
@@ -41,8 +44,8 @@ Parameters = Sequence[tuple[str, str]]
 class RedirectServer:
     """A server on a loopback port (0: any free port) that accepts one redirect, for the duration of its `with` block.
 
-    `is_expected` recognizes the right redirect by its query. Other requests are refused and change nothing. Raises
-    OSError when the port is in use.
+    `is_expected` recognizes the right redirect by its query. Only a browser that opens a page is answered, not one that
+    embeds, fetches or preloads. Other requests are refused and change nothing. Raises OSError when the port is in use.
     """
 
     def __init__(self, port: int = 0) -> None:
@@ -51,8 +54,23 @@ class RedirectServer:
         self._outcome: Future[tuple[bool, str, str]] = Future()
         self._answered = threading.Event()
         self._lock = threading.Lock()
-        self._server = LocalServer(self._handler(), port)
+        self._starts: dict[str, str | None] = {}
+        self._server = LocalServer(type("Callback", (_Callback,), {"loopback": self}), port)
         self.redirect_uri = self._server.url + PATH
+
+    @property
+    def port(self) -> int:
+        """The port that the server listens on."""
+        return self._server.port
+
+    def one_time_address(self, url: str) -> str:
+        """Return an address of this server that redirects to `url` once.
+
+        The command line of a browser shows the address that it was started with to all users of the machine.
+        """
+        path = _START + secrets.token_urlsafe(24)
+        self._starts[path] = url
+        return self._server.url + path
 
     def __enter__(self) -> Self:
         self._server.__enter__()
@@ -73,6 +91,11 @@ class RedirectServer:
         """Show the result in the waiting browser."""
         self._outcome.set_result((ok, title, text))
 
+    def _start(self, path: str) -> str | None:
+        with self._lock:
+            url, self._starts[path] = self._starts[path], None
+            return url
+
     def _take(self, parameters: Parameters) -> bool:
         with self._lock:
             if self._redirect.done():
@@ -80,36 +103,56 @@ class RedirectServer:
             self._redirect.set_result(parameters)
             return True
 
-    def _handler(self) -> type[Handler]:
-        loopback = self
 
-        class Callback(Handler):
-            def respond(self) -> None:
-                target, own = urlsplit(self.path), urlsplit(loopback.redirect_uri)
-                if self.command != "GET":
-                    self._show(405, "Method not allowed", "Use GET.")
-                elif target.path != own.path or self.headers.get_all("Host") != [own.netloc]:
-                    self._show(404, "Page not found", "")
-                elif not loopback.is_expected(parameters := _parameters(target.query)):
-                    self._show(400, "This is not the expected login", "Start again in the terminal.")
-                elif not loopback._take(parameters):
-                    self._show(410, "This login is already complete", "See the terminal for the result.")
-                else:
-                    try:
-                        ok, title, text = loopback._outcome.result(OUTCOME_TIMEOUT)
-                    except TimeoutError:
-                        ok, title, text = False, "The login is taking long", "See the terminal for the result."
-                    try:
-                        self._show(200 if ok else 400, title, text)
-                    finally:
-                        loopback._answered.set()
+class _Callback(Handler):
+    loopback: RedirectServer
 
-            def _show(self, status: int, title: str, text: str) -> None:
-                self.close_connection = True
-                allow = {"Allow": "GET"} if status == HTTPStatus.METHOD_NOT_ALLOWED else {}
-                self.answer(status, _page(title, text), _HEADERS | allow)
+    def respond(self) -> None:
+        if self.command != "GET":
+            self._show(405, "Method not allowed", "Use GET.")
+        elif self.headers.get_all("Host") != [urlsplit(self.loopback.redirect_uri).netloc]:
+            self._show(404, "Page not found", "")
+        elif not _opens_a_page(self.headers):
+            self._show(403, "This address only opens as a page", "")
+        elif self.path in self.loopback._starts:
+            self._send_on(self.loopback._start(self.path))
+        elif urlsplit(self.path).path == PATH:
+            self._come_back(_parameters(urlsplit(self.path).query))
+        else:
+            self._show(404, "Page not found", "")
 
-        return Callback
+    def _send_on(self, url: str | None) -> None:
+        if url is None:
+            text = "If you did not open it, press Ctrl-C in the terminal, and start again."
+            self._show(410, "This address works only once", text)
+        else:
+            self.close_connection = True
+            self.answer(302, b"", _HEADERS | {"Location": url})
+
+    def _come_back(self, parameters: Parameters) -> None:
+        if not self.loopback.is_expected(parameters):
+            self._show(400, "This is not the expected login", "Start again in the terminal.")
+        elif not self.loopback._take(parameters):
+            self._show(410, "This login is already complete", "See the terminal for the result.")
+        else:
+            try:
+                ok, title, text = self.loopback._outcome.result(OUTCOME_TIMEOUT)
+            except TimeoutError:
+                ok, title, text = False, "The login is taking long", "See the terminal for the result."
+            try:
+                self._show(200 if ok else 400, title, text)
+            finally:
+                self.loopback._answered.set()
+
+    def _show(self, status: int, title: str, text: str) -> None:
+        self.close_connection = True
+        allow = {"Allow": "GET"} if status == HTTPStatus.METHOD_NOT_ALLOWED else {}
+        self.answer(status, _page(title, text), _HEADERS | allow)
+
+
+def _opens_a_page(headers: Message) -> bool:
+    """Return whether the browser will show the answer as a page (W3C Fetch Metadata). Old browsers do not say."""
+    return headers.get_all("Sec-Fetch-Dest") in (None, ["document"]) and "Sec-Purpose" not in headers
 
 
 def _parameters(query: str) -> Parameters:

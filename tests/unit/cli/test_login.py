@@ -1,5 +1,6 @@
 """Logging in and out, as the command line does it, with an issuer that lets everybody in."""
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -224,7 +225,6 @@ def test_a_login_by_browser_ends_with_a_page_and_a_session(
     code, out, err = run("login", "--browser")
     assert (code, err) == (0, "")
     assert "Logged in as alice (sub u-1)" in out
-    assert f"{issuer.url}/auth?" in out
     session = stored(issuer, tmp_path)
     assert session is not None
     assert session.refresh_token not in out
@@ -236,11 +236,36 @@ def test_a_login_by_browser_ends_with_a_page_and_a_session(
         "consent",
     )
     assert len({query["state"], query["nonce"], query["code_challenge"]}) == 3
+    assert not any(query[name] in out for name in ("state", "nonce", "code_challenge"))
     eventually_seen(visits)
     (page,) = visits
     assert page.status_code == 200
     assert "You are logged in" in page.text
     assert "alice (sub u-1)" in page.text
+
+
+def test_the_browser_and_the_terminal_get_addresses_that_tell_nothing(
+    run: Run, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr(login_module.by_browser, "__kwdefaults__", {"timeout": 0.2})
+    _, out, _ = run("login", "--browser")
+    (printed,) = re.findall(r"^  (http\S+)$", out, re.MULTILINE)
+    (address,) = opened
+    assert printed != address
+    for url in (printed, address):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/login/[\w-]+", url)
+    assert "ssh" not in out
+
+
+def test_over_ssh_the_way_to_this_machine_is_shown(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("webbrowser.open", lambda _url: False)
+    monkeypatch.setattr(login_module.by_browser, "__kwdefaults__", {"timeout": 0.05})
+    monkeypatch.setenv("SSH_CONNECTION", "192.0.2.1 50000 192.0.2.2 22")
+    _, out, _ = run("login", "--browser")
+    (port,) = re.findall(r"http://127\.0\.0\.1:(\d+)/login/", out)
+    assert f"ssh -N -L {port}:127.0.0.1:{port} THIS-MACHINE" in out
 
 
 def test_the_browser_comes_back_to_the_port_that_was_asked_for(

@@ -66,6 +66,11 @@ def test_the_page_may_load_nothing_and_keeps_its_address(loopback: RedirectServe
         ("GET", "/?state=right", {}, 404),
         ("GET", "/callback?state=right", {"Host": "evil.example"}, 404),
         ("GET", "/callback?state=right", {"Host": "localhost"}, 404),
+        ("GET", "/callback?state=right", {"Sec-Fetch-Dest": "image"}, 403),
+        ("GET", "/callback?state=right", {"Sec-Fetch-Dest": "iframe", "Sec-Fetch-Mode": "navigate"}, 403),
+        ("GET", "/callback?state=right", {"Sec-Fetch-Dest": "empty"}, 403),
+        ("GET", "/callback?state=right", {"Sec-Fetch-Dest": "document", "Sec-Purpose": "prefetch;prerender"}, 403),
+        ("GET", "/login/guessed", {}, 404),
         ("POST", "/callback?state=right", {}, 405),
         ("HEAD", "/callback?state=right", {}, 405),
         ("OPTIONS", "/callback?state=right", {}, 405),
@@ -87,6 +92,62 @@ def test_whatever_else_comes_is_refused_and_changes_nothing(
 def test_only_the_first_of_several_is_taken(loopback: RedirectServer, browser: httpx.Client) -> None:
     come_back(loopback, browser)
     assert browser.get(f"{loopback.redirect_uri}?state=right").status_code == 410
+
+
+def test_a_page_may_bring_the_redirect(loopback: RedirectServer, browser: httpx.Client) -> None:
+    browser.headers["Sec-Fetch-Dest"] = "document"
+    assert come_back(loopback, browser)[1].status_code == 200
+
+
+def test_several_tabs_come_back_and_the_first_one_counts(loopback: RedirectServer) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        tabs = [
+            pool.submit(httpx.get, f"{loopback.redirect_uri}?code={n}&state=right", trust_env=False) for n in range(4)
+        ]
+        taken = dict(loopback.wait(10))["code"]
+        loopback.finish("Done", "", ok=True)
+        answers = [tab.result() for tab in tabs]
+    assert [answer.status_code for answer in answers].count(410) == 3
+    assert answers[int(taken)].status_code == 200
+    assert all("already complete" in answer.text for answer in answers if answer.status_code == 410)
+
+
+# --- the way to the issuer ---
+
+ISSUER = "https://issuer.example/auth?state=secret"
+
+
+def test_an_address_leads_to_the_issuer_once(loopback: RedirectServer, browser: httpx.Client) -> None:
+    first, second = loopback.one_time_address(ISSUER), loopback.one_time_address(ISSUER)
+    for address in (first, second):
+        assert re.fullmatch(rf"http://127\.0\.0\.1:{loopback.port}/login/[\w-]{{32}}", address)
+        sent = browser.get(address)
+        assert (sent.status_code, sent.headers["Location"]) == (302, ISSUER)
+        assert (sent.headers["Referrer-Policy"], sent.headers["Cache-Control"]) == ("no-referrer", "no-store")
+        again = browser.get(address)
+        assert (again.status_code, "Location" in again.headers) == (410, False)
+        assert "If you did not open it" in again.text
+    assert first != second
+    assert come_back(loopback, browser)[1].status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "status"),
+    [
+        ("HEAD", {}, 405),
+        ("POST", {}, 405),
+        ("GET", {"Host": "evil.example"}, 404),
+        ("GET", {"Sec-Fetch-Dest": "image"}, 403),
+        ("GET", {"Sec-Fetch-Dest": "document", "Sec-Purpose": "prefetch"}, 403),
+    ],
+)
+def test_only_a_page_uses_the_address_up(
+    method: str, headers: dict[str, str], status: int, loopback: RedirectServer, browser: httpx.Client
+) -> None:
+    address = loopback.one_time_address(ISSUER)
+    refused = browser.request(method, address, headers=headers)
+    assert (refused.status_code, "Location" in refused.headers) == (status, False)
+    assert browser.get(address).headers["Location"] == ISSUER
 
 
 def test_it_listens_on_loopback_only_and_not_after_its_time() -> None:
