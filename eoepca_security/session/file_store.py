@@ -48,6 +48,42 @@ _TYPES: Final[dict[str, Any]] = {
 logger = logging.getLogger(__name__)
 
 
+def folder_problem(folder: Path) -> str | None:
+    """Return why the session must not be kept in `folder`, with the remedy, or None. It need not exist.
+
+    Its owner must be this user or root, and it must not be writable for all users: they could replace or remove the
+    session. A group may be able to write: that is how Kubernetes makes volumes writable (`fsGroup`). An empty folder
+    of this user is fine, because the store closes it.
+    """
+    try:
+        status = folder.stat()
+        return None if _is_for_us(folder, status) else _problem_of(folder, status)
+    except OSError:
+        return None
+
+
+def _problem_of(folder: Path, status: os.stat_result) -> str | None:
+    if not hasattr(os, "geteuid"):  # Windows has other means
+        return None
+    if not _is_own(status) and status.st_uid != 0:
+        return f"{folder} belongs to another user (uid {status.st_uid}): choose a folder of your own"
+    if status.st_mode & 0o002:
+        is_shared = status.st_mode & stat.S_ISVTX or not _is_own(status)
+        remedy = f"choose {folder}/session, which is then made for you" if is_shared else "set its mode to 0700"
+        return f"all users can write to {folder}: {remedy}"
+    return None
+
+
+def _is_for_us(folder: Path, status: os.stat_result) -> bool:
+    """Return whether somebody made this folder for the store, without closing it to others."""
+    is_open = status.st_mode & 0o077 and not status.st_mode & stat.S_ISVTX
+    return bool(is_open) and _is_own(status) and not any(folder.iterdir())
+
+
+def _is_own(status: os.stat_result) -> bool:
+    return not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+
+
 class TokenStore:
     """The session of one client at one issuer, in `folder`.
 
@@ -81,6 +117,7 @@ class TokenStore:
         """
         try:
             self._prepare_folder()
+            self._check_lock_file()
             lock = FileLock(self._lock_file, timeout=LOCK_TIMEOUT, mode=0o600)
             lock.acquire()
         except Timeout:
@@ -127,13 +164,14 @@ class TokenStore:
         except OSError as error:
             raise StoreError(f"{self._file} cannot be written ({error.strerror})") from None
         # Reserve space for the next version, in case the disk is full by then.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreError):
             self._fill(self._next, bytes(_ROOM))
 
     def _fill(self, path: Path, data: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o600)
         with os.fdopen(descriptor, "wb") as file:
+            _check_file(path, os.fstat(descriptor))
             os.fchmod(descriptor, 0o600)
             file.write(data)
             file.truncate()
@@ -148,7 +186,7 @@ class TokenStore:
         except OSError as error:
             raise StoreError(f"{path} cannot be read ({error.strerror})") from None
         try:
-            self._check_mode(descriptor)
+            self._check_mode(path, descriptor)
             return self._parse(os.read(descriptor, MAX_FILE + 1))
         except OSError as error:
             raise StoreError(f"{path} cannot be read ({error.strerror})") from None
@@ -168,9 +206,17 @@ class TokenStore:
     def _prepare_folder(self) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self._folder.stat()
-        # An empty folder was made for us, so close it to others. A folder with other files is not ours to change.
-        if status.st_mode & 0o077 and status.st_uid == os.geteuid() and not any(self._folder.iterdir()):
+        # A folder with other files, or one like /tmp, is not ours to change.
+        if _is_for_us(self._folder, status):
             self._folder.chmod(0o700)
+            status = self._folder.stat()
+        if problem := _problem_of(self._folder, status):
+            raise StoreError(problem)
+
+    def _check_lock_file(self) -> None:
+        # The lock follows links, and empties the file.
+        with contextlib.suppress(FileNotFoundError):
+            _check_file(self._lock_file, self._lock_file.lstat())
 
     def _sync_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -181,14 +227,9 @@ class TokenStore:
         finally:
             os.close(descriptor)
 
-    def _check_mode(self, descriptor: int) -> None:
+    def _check_mode(self, path: Path, descriptor: int) -> None:
         status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{self._file} is not a regular file: remove it")
-        if status.st_uid != os.geteuid():
-            raise StoreError(
-                f"{self._file} belongs to another user (uid {status.st_uid}): remove it, or run as that user"
-            )
+        _check_file(path, status)
         if status.st_mode & 0o077:
             with contextlib.suppress(OSError):
                 os.fchmod(descriptor, 0o600)
@@ -210,3 +251,14 @@ class TokenStore:
             raise StoreError(f"{self._file} is damaged: remove it")
         serial = members.get("serial")
         return Stored(**values), serial if isinstance(serial, int) else 0
+
+
+def _check_file(path: Path, status: os.stat_result) -> None:
+    """Raise StoreError for a file that is not one of ours: another user may have put it there."""
+    if not stat.S_ISREG(status.st_mode):
+        raise StoreError(f"{path} is not a regular file: remove it")
+    if not _is_own(status):
+        raise StoreError(f"{path} belongs to another user (uid {status.st_uid}): remove it, or run as that user")
+    # A file that another process has just replaced has none.
+    if status.st_nlink > 1:
+        raise StoreError(f"{path} has another name (a hard link), so others may read or change it: remove it")

@@ -1,7 +1,8 @@
 """Reads settings from add-on options, the environment and `.env`."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dotenv.parser import parse_stream
 from eoepca_security.errors import SettingsError
 from eoepca_security.oauth.protocol import GRANTS
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
-from eoepca_security.proxy.config.validation import Reader, _reason
+from eoepca_security.proxy.config.validation import Reader, _reason, readable_by_all
 from eoepca_security.proxy.config.variables import (
     ACCESS_TOKEN,
     ADMIN,
@@ -27,6 +28,7 @@ from eoepca_security.proxy.config.variables import (
     SCOPE,
     TLS_NO_VERIFY,
     UPSTREAM,
+    VARIABLES,
 )
 from eoepca_security.session.file_store import TokenStore
 
@@ -52,13 +54,21 @@ def read_dotenv(folder: Path) -> Mapping[str, str]:
 def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settings:
     """Like `read_settings`, with the variables of `.env` in `folder`. The error says when that file does not exist."""
     try:
-        return read_settings(environ, dotenv=read_dotenv(folder), **more)
+        dotenv = read_dotenv(folder)
+        settings = read_settings(environ, dotenv=dotenv, **more)
+        return replace(settings, warnings=(*settings.warnings, *_secrets_for_all(folder / ".env", dotenv)))
     except SettingsError as error:
         if not error.is_missing or (folder / ".env").exists():
             raise
         raise SettingsError(
             *error.problems, f".env: not found in {folder}, the folder that it is read from", is_missing=True
         ) from None
+
+
+def _secrets_for_all(path: Path, dotenv: Mapping[str, str]) -> Iterator[str]:
+    secrets = [variable.env for variable in VARIABLES if variable.secret and dotenv.get(variable.env)]
+    if secrets and readable_by_all(path):
+        yield f".env: all users can read {path}, which has {secrets[0]}: set its mode to 0600"
 
 
 def read_settings(
@@ -82,7 +92,7 @@ def read_settings(
     grant = reader.choice(GRANT, GRANTS)
     refresh_token = reader.token(REFRESH_TOKEN)
     access_token = reader.token(ACCESS_TOKEN)
-    token_store = reader.token_store()
+    token_store = reader.token_store(is_used=grant == "refresh_token")
     if grant == "client_credentials":
         if client.secret is None and client.key is None:
             reader.problem(GRANT, f"client_credentials needs {CLIENT_SECRET.env} or {CLIENT_KEY_FILE.env}")

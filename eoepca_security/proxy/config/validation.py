@@ -4,6 +4,7 @@ import difflib
 import ipaddress
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -53,6 +54,7 @@ from eoepca_security.proxy.config.variables import (
     WORKERS,
     Variable,
 )
+from eoepca_security.session.file_store import folder_problem
 
 _MAX_FILE: Final = 64 * 1024
 
@@ -108,7 +110,12 @@ class Reader:
                 f"{variable.env}_FILE: {_shown(path)} {error_text}: put the secret there, readable by this user"
             )
             return None
+        self._check_readers(f"{variable.env}_FILE", path)
         return value
+
+    def _check_readers(self, name: str, path: Path) -> None:
+        if readable_by_all(path):
+            self.warnings.append(f"{name}: all users can read {_shown(path)}: set its mode to 0600")
 
     def unknown_names(self) -> list[str]:
         """Return a warning for each unknown name that looks like a setting: misspelled settings have no effect."""
@@ -232,7 +239,12 @@ class Reader:
 
     def _client_key(self) -> PrivateKey | None:
         path = self.text(CLIENT_KEY_FILE)
-        return self._load(CLIENT_KEY_FILE, path, lambda file: load_private_key(file.read_bytes())) if path else None
+        if path is None:
+            return None
+        key = self._load(CLIENT_KEY_FILE, path, lambda file: load_private_key(file.read_bytes()))
+        if key is not None:
+            self._check_readers(CLIENT_KEY_FILE.env, Path(path))
+        return key
 
     def ca_file(self) -> Path | None:
         path = self.text(CA_FILE)
@@ -246,8 +258,17 @@ class Reader:
             self.problem(variable, f"{_shown(path)} cannot be used: {_reason(error)}")
             return None
 
-    def token_store(self) -> Path | None:
-        """Return the folder; the default follows the XDG Base Directory Specification. None means memory only."""
+    def token_store(self, *, is_used: bool) -> Path | None:
+        """Return the folder; the default follows the XDG Base Directory Specification. None means memory only.
+
+        A folder that `is_used` must be safe to use.
+        """
+        folder = self._token_store()
+        if is_used and folder is not None and (problem := folder_problem(folder)):
+            self.problem(TOKEN_STORE, problem)
+        return folder
+
+    def _token_store(self) -> Path | None:
         environ = self._layers[0]
         home = environ.get("HOME")
         value = self.text(TOKEN_STORE)
@@ -375,6 +396,20 @@ class Reader:
         if not re.fullmatch(r"/[!-~]*", path):
             self.problem(ENDPOINT, "is not a valid path: use one like /collections")
         return path
+
+
+def readable_by_all(path: Path) -> bool:
+    """Return whether all users can read a file, and its owner can change that.
+
+    Containers get their secrets readable, but on read-only mounts, which no other user sees.
+    """
+    if not hasattr(os, "geteuid"):  # Windows has other means
+        return False
+    try:
+        mode, mount = path.stat().st_mode, os.statvfs(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(mode) and mode & 0o004 != 0 and not mount.f_flag & os.ST_RDONLY
 
 
 def _is_port(text: str) -> bool:

@@ -329,6 +329,53 @@ def test_a_secret_in_the_place_of_its_file_is_not_shown(variable: str) -> None:
     assert "canary" not in line
 
 
+def test_secrets_that_all_users_can_read_draw_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret, key, dotenv = tmp_path / "secret", tmp_path / "key.pem", tmp_path / ".env"
+    secret.write_text("from-file")
+    key.write_bytes(generate_private_key(SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    dotenv.write_text("OPEN_ID_REFRESH_TOKEN=refresh\n")
+    files = {"OPEN_ID_CONNECT_CLIENT_SECRET_FILE": str(secret), "OPEN_ID_CONNECT_CLIENT_KEY_FILE": str(key)}
+
+    def warnings(mode: int) -> tuple[str, ...]:
+        for path in (secret, key, dotenv):
+            path.chmod(mode)
+        return settings_in(tmp_path, GOOD | files | {"OPEN_ID_REFRESH_TOKEN": ""}).warnings
+
+    expected = (
+        f"OPEN_ID_CONNECT_CLIENT_SECRET_FILE: all users can read {secret}: set its mode to 0600",
+        f"OPEN_ID_CONNECT_CLIENT_KEY_FILE: all users can read {key}: set its mode to 0600",
+        f".env: all users can read {dotenv}, which has OPEN_ID_REFRESH_TOKEN: set its mode to 0600",
+    )
+    assert warnings(0o644) == warnings(0o604) == expected
+    # A group may be there for that, as in Kubernetes.
+    assert warnings(0o600) == warnings(0o440) == ()
+    with monkeypatch.context() as windows:
+        windows.delattr(os, "geteuid")
+        assert warnings(0o644) == ()
+    # A read-only mount is not the user's to change, as in a container.
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((0,) * 8 + (os.ST_RDONLY, 255)))
+    assert warnings(0o644) == ()
+
+
+def test_a_dotenv_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("OPEN_ID_CONNECT_CLIENT_SECRET=\nPROXY_PORT=9000\n")
+    (tmp_path / ".env").chmod(0o644)
+    assert settings_in(tmp_path, GOOD).warnings == ()
+
+
+def test_a_store_that_others_control_is_wrong_unless_nothing_is_stored(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir()
+    (folder / "something").write_text("")
+    folder.chmod(0o777)
+    environment = GOOD | {"OPEN_ID_TOKEN_STORE": str(folder)}
+    assert problems(environment) == (f"OPEN_ID_TOKEN_STORE: all users can write to {folder}: set its mode to 0700",)
+    own = {"OPEN_ID_CONNECT_GRANT": "client_credentials", "OPEN_ID_CONNECT_CLIENT_SECRET": "s"}
+    assert read_settings(environment | own | {"OPEN_ID_REFRESH_TOKEN": ""}).grant == "client_credentials"
+    folder.chmod(0o700)
+    assert read_settings(environment).token_store == folder
+
+
 def test_a_secret_and_its_file_contradict_each_other(tmp_path: Path) -> None:
     (line,) = problems(GOOD | {"OPEN_ID_REFRESH_TOKEN_FILE": str(tmp_path / "secret")})
     assert line.startswith("OPEN_ID_REFRESH_TOKEN: ")

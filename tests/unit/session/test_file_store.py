@@ -1,17 +1,19 @@
 """The session on disk: what is written, and what happens when the disk is not as it should be."""
 
+import contextlib
 import errno
 import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from eoepca_security.errors import IssuerUnavailable, StoreError
-from eoepca_security.session.file_store import TokenStore
+from eoepca_security.session.file_store import TokenStore, _problem_of, folder_problem
 from eoepca_security.session.session import Stored
 
 SESSION = Stored("refresh-canary", "access-canary", 1000.0, 1060.0, 2800.0)
@@ -195,6 +197,150 @@ def test_a_folder_a_link_or_a_pipe_in_the_place_of_the_file_is_told(file: Path, 
     os.mkfifo(file)
     with pytest.raises(StoreError, match="not a regular file"):
         store_in(file.parent).read()
+
+
+# --- what other users could have put there ---
+
+
+def status(mode: int, uid: int) -> os.stat_result:
+    return os.stat_result((0o040000 | mode, 1, 1, 2, uid, uid, 0, 0, 0, 0))
+
+
+def refresh(store: TokenStore) -> None:
+    """Do what a process does when it refreshes."""
+    with store.locked():
+        store.read()
+        store.write(Stored("new", "new", 0.0, 1.0))
+
+
+OWN = 1000
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o775, 0o2775, 0o2770, 0o500])
+@pytest.mark.parametrize("uid", [OWN, 0])
+def test_a_folder_of_this_user_or_root_is_used(mode: int, uid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: OWN)
+    assert _problem_of(Path("/s"), status(mode, uid)) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "says"),
+    [
+        (0o700, 1001, "/s belongs to another user (uid 1001): choose a folder of your own"),
+        (0o777, 1001, "/s belongs to another user (uid 1001): choose a folder of your own"),
+        (0o777, OWN, "all users can write to /s: set its mode to 0700"),
+        (0o1777, OWN, "all users can write to /s: choose /s/session, which is then made for you"),
+        (0o1777, 0, "all users can write to /s: choose /s/session, which is then made for you"),  # /tmp
+        (0o2777, 0, "all users can write to /s: choose /s/session, which is then made for you"),  # emptyDir
+    ],
+)
+def test_a_folder_that_others_control_is_not(mode: int, uid: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: OWN)
+    assert _problem_of(Path("/s"), status(mode, uid)) == says
+    monkeypatch.delattr(os, "geteuid")  # as on Windows
+    assert _problem_of(Path("/s"), status(mode, uid)) is None
+
+
+def test_a_folder_that_all_can_write_to_is_not_touched(folder: Path, file: Path) -> None:
+    folder.chmod(0o777)
+    content = file.read_bytes()
+    store = store_in(folder)
+    assert folder_problem(folder) == f"all users can write to {folder}: set its mode to 0700"
+    with pytest.raises(StoreError, match="all users can write"), store.locked():
+        pass
+    with pytest.raises(StoreError, match="all users can write"):
+        store.write(SESSION)
+    assert file.read_bytes() == content
+    folder.chmod(0o700)
+    assert folder_problem(folder) is None
+
+
+def test_a_new_folder_in_one_that_all_can_write_to_is_closed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o2777)
+    folder = tmp_path / "session"
+    assert folder_problem(folder) is None
+    store_in(folder).write(SESSION)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder_problem(folder) is None
+
+
+def test_a_folder_like_tmp_is_not_closed(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
+    assert folder_problem(tmp_path) is not None
+    with pytest.raises(StoreError, match="all users can write"):
+        store_in(tmp_path).write(SESSION)
+    assert tmp_path.stat().st_mode & 0o7777 == 0o1777
+
+
+def test_an_empty_folder_of_this_user_is_no_problem_because_it_is_closed(tmp_path: Path) -> None:
+    folder = tmp_path / "made-for-us"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert folder_problem(folder) is None
+    store_in(folder).write(SESSION)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("suffix", [".json", ".next", ".lock"])
+@pytest.mark.parametrize("make_link", [Path.hardlink_to, Path.symlink_to])
+def test_a_link_leads_to_no_other_file(
+    suffix: str, make_link: Callable[[Path, Path], None], file: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(content := file.read_bytes())
+    victim.chmod(0o644)
+    link = file.with_suffix(suffix)
+    link.unlink(missing_ok=True)
+    make_link(link, victim)
+    store = store_in(file.parent)
+    with contextlib.suppress(StoreError):
+        refresh(store)
+    with contextlib.suppress(StoreError):
+        store.write(Stored("new", "new", 0.0, 1.0))
+    assert (victim.read_bytes(), victim.stat().st_mode & 0o777) == (content, 0o644)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".next", ".lock"])
+def test_a_hard_link_is_told(suffix: str, file: Path, tmp_path: Path) -> None:
+    store, link = store_in(file.parent), file.with_suffix(suffix)
+    with store.locked():
+        pass
+    link.touch()
+    link.rename(tmp_path / "victim")
+    link.hardlink_to(tmp_path / "victim")
+    with pytest.raises(StoreError, match=rf"{suffix} has another name \(a hard link\)"):
+        refresh(store)
+
+
+def test_what_others_put_in_the_place_of_the_next_version_does_not_undo_the_one_that_was_written(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, replace, successor = store_in(file.parent), Path.replace, Stored("new", "new", 0.0, 1.0)
+    (tmp_path / "victim").write_text("untouched")
+
+    def plant(path: Path, target: Path) -> Path:
+        moved = replace(path, target)
+        path.hardlink_to(tmp_path / "victim")
+        return moved
+
+    monkeypatch.setattr(Path, "replace", plant)
+    store.write(successor)
+    assert (tmp_path / "victim").read_text() == "untouched"
+    assert store.read() == successor
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, opened = store_in(file.parent), os.open
+
+    def open_and_replace(path: Path, *arguments: int) -> int:
+        descriptor = opened(path, *arguments)
+        if path == file:
+            monkeypatch.undo()
+            store_in(file.parent).write(SESSION)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_replace)
+    assert store.read() == SESSION
 
 
 def test_a_store_that_cannot_be_made_is_told(tmp_path: Path) -> None:
