@@ -83,6 +83,9 @@ def issuer_of(issuer_or_document: str) -> str:
 
 LOOPBACK_NAMES: Final = ("localhost", "127.0.0.1", "[::1]")
 
+ANY_LOCALHOST: Final = "*.localhost"
+"""All names of this machine (RFC 6761 §6.3), such as `service.localhost`, in a list of hosts."""
+
 EVERYWHERE: Final = ("", "0.0.0.0", "::")  # noqa: S104  compared with, not bound to
 
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}

@@ -98,13 +98,13 @@ class Recorder:
         return LocalServer(RecorderHandler)
 
 
-def echo_one_message(handler: BaseHTTPRequestHandler) -> None:
-    """Accept a WebSocket, send back the first message, and close."""
+def echo_one_message(handler: BaseHTTPRequestHandler, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """Accept a WebSocket with these headers, send back the first message, and close."""
     connection = wsproto.WSConnection(wsproto.ConnectionType.SERVER)
     connection.initiate_upgrade_connection(
         [(name.encode(), value.encode()) for name, value in handler.headers.items()], handler.path
     )
-    handler.wfile.write(connection.send(wsproto.events.AcceptConnection()))
+    handler.wfile.write(connection.send(wsproto.events.AcceptConnection(extra_headers=list(headers))))
     while True:
         for event in connection.events():
             if isinstance(event, wsproto.events.TextMessage):

@@ -1,14 +1,16 @@
 """Where the proxy listens and where it forwards to."""
 
+import re
 from urllib.parse import urlsplit
 
 from mitmproxy import ctx
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
 
-from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES
+from eoepca_security.oauth.urls import ANY_LOCALHOST, EVERYWHERE, LOOPBACK_NAMES, Host
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import ALLOWED_HOSTS
+from eoepca_security.proxy.policy.access import Guard
 
 
 def addresses(settings: Settings | None) -> tuple[str, str]:
@@ -23,9 +25,25 @@ def addresses(settings: Settings | None) -> tuple[str, str]:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
 
 
+def browser_address(listener: str, upstream: str, guard: Guard) -> str | None:
+    """Return the URL for a browser, or None if the proxy has no such name.
+
+    Browsers keep cookies apart by name, not by port. So it has a name of its own, after the service, in place of the
+    one that all programs of this machine share.
+    """
+    url, service = urlsplit(listener), urlsplit(upstream).hostname
+    if url.hostname not in ("127.0.0.1", "::1") or service is None:
+        return None
+    label, dot, _ = service.partition(".")
+    is_name = dot and not re.fullmatch(r"[0-9.]+", service)
+    host = Host(f"{label if is_name else 'service'}.localhost", url.port)
+    return f"http://{host}" if guard.allows(host) else None
+
+
 def exposure(listener: str, settings: Settings) -> str:
     """Return a warning about listening beyond this machine, in one line."""
     line = f"anything that can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
     if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
-        line += f"; it only accepts the names {', '.join(LOOPBACK_NAMES)}, because {ALLOWED_HOSTS.env} is unset"
+        names = ", ".join((*LOOPBACK_NAMES, ANY_LOCALHOST))
+        line += f"; it only accepts the names {names}, because {ALLOWED_HOSTS.env} is unset"
     return line

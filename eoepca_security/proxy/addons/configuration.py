@@ -12,7 +12,7 @@ from mitmproxy.proxy.mode_specs import ProxyMode
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.issuer.threads import DaemonThreads
-from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES
+from eoepca_security.oauth.urls import ANY_LOCALHOST, EVERYWHERE, LOOPBACK_NAMES
 from eoepca_security.proxy.addons import mitmproxy_options
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.factory import ca_bundle_file
@@ -92,7 +92,7 @@ class Configuration:
             raise OptionsError("; ".join(problems))
         state.problems = problems
         if state.settings is not None:
-            hosts = state.settings.allowed_hosts or (*LOOPBACK_NAMES, *_own_hosts())
+            hosts = state.settings.allowed_hosts or (*LOOPBACK_NAMES, ANY_LOCALHOST, *_own_hosts())
             state.guard = Guard(hosts, state.settings.allowed_origins)
 
     def _read_settings(self) -> list[str]:

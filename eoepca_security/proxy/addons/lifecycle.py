@@ -17,7 +17,7 @@ from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.oauth.verify import unverified_claims
-from eoepca_security.proxy.addons.addresses import addresses, exposure
+from eoepca_security.proxy.addons.addresses import addresses, browser_address, exposure
 from eoepca_security.proxy.addons.configuration import OPTION_NAMES, hand_over
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, end_with_the_terminal
 from eoepca_security.proxy.addons.state import State
@@ -124,6 +124,7 @@ class Lifecycle:
                 upstream,
                 identity(unverified_claims(token.value)),
                 math.ceil(token.ends_at - token.obtained_at),
+                extra={"browser_address": browser_address(listener, upstream, state.guard)},
             )
         self._on_started(listener, failed)
 

@@ -16,7 +16,7 @@ from prometheus_client import Metric
 from eoepca_security.errors import TokenError
 from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.verify import unverified_claims
-from eoepca_security.proxy.addons.addresses import addresses
+from eoepca_security.proxy.addons.addresses import addresses, browser_address
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.admin import status
 from eoepca_security.proxy.admin.metrics import Metrics, counts
@@ -115,6 +115,7 @@ class Monitoring:
                 at=time.time(),
                 started_at=self._metrics.started_at,
                 listener=listener,
+                browser_address=browser_address(listener, upstream, self._state.guard),
                 upstream=upstream,
                 in_container=self._state.in_container,
                 settings=settings,

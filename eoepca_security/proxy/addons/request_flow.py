@@ -25,6 +25,7 @@ from eoepca_security.proxy.policy.rewrite import (
     naming_the_service,
     shared,
     with_usable_cookies,
+    without_cookies,
 )
 
 
@@ -69,6 +70,8 @@ class RequestFlow:
         """Turn the client's request into the one for the service."""
         request = flow.request
         fields = without_hop_by_hop(request.data)
+        if self._drops_cookies():
+            fields = without_cookies(fields)
         if self._state.apisix is not None:
             fields = without_gateway_headers(fields)
         if where.is_reverse:
@@ -94,7 +97,11 @@ class RequestFlow:
         """Restrict who may read the answer, rewrite locations, and close kept connections when the proxy stops."""
         response, sent = flow.response, clearance(flow.request)
         is_elsewhere = sent is not None and not sent.headers
-        if response is None or response.status_code == 101 or is_elsewhere:
+        if response is None or is_elsewhere:
+            return
+        if self._drops_cookies():
+            response.headers.fields = without_cookies(response.headers.fields)
+        if response.status_code == 101:
             return
         fields = shared(response.headers.fields, flow.metadata.get(SHARING))
         if sent is not None and (proxy := flow.metadata.get(ORIGIN)) is not None:
@@ -103,6 +110,9 @@ class RequestFlow:
             fields = with_connection_close(fields)
         response.headers.fields = fields
         response.stream = streams_response(response.status_code, fields)
+
+    def _drops_cookies(self) -> bool:
+        return self._state.settings is not None and self._state.settings.cookies == "drop"
 
     async def token_refused(self, flow: HTTPFlow) -> None:
         """Get another token after the service refused this one, and send the request again if possible."""

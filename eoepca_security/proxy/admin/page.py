@@ -128,9 +128,11 @@ def _token_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
 
 
 def _way_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
+    browser_address = status["browser_address"]
     return [
         ("Identity", identity(status["identity"]) if status["identity"] else "unknown"),
         ("Listening at", str(status["listener"])),
+        *([("In a browser", str(browser_address))] if browser_address is not None else []),
         ("Forwarding to", str(status["upstream"])),
         ("Identity provider", str(status["issuer"] or "unknown")),
     ]

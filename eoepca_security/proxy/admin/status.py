@@ -76,6 +76,7 @@ class State:
     recent_errors: tuple[RecentError, ...]
     counts: Mapping[str, Mapping[str, int]]
     in_flight: int
+    browser_address: str | None = None
 
 
 async def unready(source: TokenSource | None) -> TokenError | None:
@@ -112,6 +113,7 @@ def status(state: State) -> dict[str, Any]:
         "detail": told(error, remedy) if error is not None else None,
         "problems": _problems(state, remedy),
         "listener": state.listener,
+        "browser_address": state.browser_address,
         "upstream": state.upstream,
         "issuer": state.settings.issuer_url if state.settings is not None else None,
         "identity": {name: state.claims[name] for name in ("sub", "preferred_username") if name in state.claims},

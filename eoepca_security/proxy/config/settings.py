@@ -60,6 +60,7 @@ class Settings:
     allowed_origins: tuple[str, ...] = ()
     termination_endpoint: str | None = None
     forward_as: str = "bearer"
+    cookies: str = "pass"
     workers: int = 1
     client_timeout: int = 60
     inject_hosts: tuple[str, ...] = ()

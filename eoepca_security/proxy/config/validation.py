@@ -20,6 +20,7 @@ from eoepca_security.oauth.protocol import (
     load_private_key,
 )
 from eoepca_security.oauth.urls import (
+    ANY_LOCALHOST,
     DEFAULT_PORTS,
     EVERYWHERE,
     WELL_KNOWN,
@@ -318,7 +319,7 @@ class Reader:
     def hosts(self, variable: Variable, *, wildcard: bool = False) -> tuple[str, ...]:
         hosts = []
         for item in self.items(variable):
-            if wildcard and item == "*":
+            if wildcard and item in ("*", ANY_LOCALHOST):
                 hosts.append(item)
                 continue
             try:

@@ -11,6 +11,7 @@ from typing import Final
 from eoepca_security.oauth.protocol import ASSERTION_AUDIENCES, CLIENT_AUTH_METHODS, GRANTS
 
 FORWARD_AS_CHOICES: Final = ("bearer", "apisix")
+COOKIES_CHOICES: Final = ("pass", "drop")
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,8 @@ ALLOWED_HOSTS: Final = Variable(
     "PROXY_ALLOWED_HOSTS",
     "allowed_hosts",
     "Names that clients may use in `Host`, separated by commas; add :port to allow only that port; * allows all.",
-    "The default is localhost, 127.0.0.1, [::1] and the listening address. In a container, set the names that clients "
-    "use for it.",
+    "The default is localhost, 127.0.0.1, [::1], the listening address, and names such as service.localhost "
+    "(`*.localhost`). In a container, set the names that clients use for it.",
 )
 ALLOWED_ORIGINS: Final = Variable(
     "PROXY_ALLOWED_ORIGINS",
@@ -190,6 +191,13 @@ FORWARD_AS: Final = Variable(
     "bearer sends the token in Authorization. apisix also sends X-Access-Token, X-ID-Token and X-Userinfo, like "
     "APISIX's openid-connect plugin, for developing a service that runs behind it.",
     default=FORWARD_AS_CHOICES[0],
+)
+COOKIES: Final = Variable(
+    "PROXY_COOKIES",
+    "cookies",
+    f"What happens to cookies: {' or '.join(COOKIES_CHOICES)}.",
+    "drop removes Cookie from requests and Set-Cookie from answers, for tools and services that need none.",
+    default=COOKIES_CHOICES[0],
 )
 WORKERS: Final = Variable(
     "PROXY_WORKERS",
@@ -243,6 +251,7 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
             ALLOWED_ORIGINS,
             TERMINATION_ENDPOINT,
             FORWARD_AS,
+            COOKIES,
             WORKERS,
             CLIENT_TIMEOUT,
             INJECT_HOSTS,

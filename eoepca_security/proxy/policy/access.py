@@ -6,14 +6,16 @@ request that, according to the browser, another site caused.
 """
 
 import ipaddress
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from eoepca_security.oauth.text import printable
-from eoepca_security.oauth.urls import Host, origin_of, parse_host, parse_origin
+from eoepca_security.oauth.urls import ANY_LOCALHOST, Host, origin_of, parse_host, parse_origin
 
 _PREFLIGHT_LIFETIME: Final = "600"
+_LOCALHOST_NAME: Final = re.compile(r"[a-z0-9_-]+\.localhost")
 _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
 
 Values = Callable[[str], Sequence[str]]
@@ -31,7 +33,8 @@ class Refusal:
 class Guard:
     """The access rules of one listener.
 
-    `hosts` are the names that clients may use, with or without a port; `*` allows every name. `origins` are the foreign
+    `hosts` are the names that clients may use, with or without a port; `*.localhost` allows every name with one label
+    before it, and `*` every name. `origins` are the foreign
     web origins that may use it. `ip_addresses` also allows any IP address as the host: DNS cannot redirect an address,
     but browsers do not say which site sent a plain GET to it.
     """
@@ -39,7 +42,8 @@ class Guard:
     def __init__(self, hosts: Iterable[str], origins: Iterable[str] = (), *, ip_addresses: bool = False) -> None:
         hosts = frozenset(hosts)
         self._any_host = "*" in hosts
-        self._hosts = frozenset(parse_host(host) for host in hosts - {"*"})
+        self._any_localhost = ANY_LOCALHOST in hosts
+        self._hosts = frozenset(parse_host(host) for host in hosts - {"*", ANY_LOCALHOST})
         self._origins = frozenset(parse_origin(origin) for origin in origins)
         self._ip_addresses = ip_addresses
 
@@ -55,7 +59,7 @@ class Guard:
             host = None
         if host is None or len(values("Host")) > 1:
             return Refusal("host_not_allowed", "the request has no Host, several, or an invalid one")
-        if not self._is_allowed(host):
+        if not self.allows(host):
             return Refusal(
                 "host_not_allowed",
                 f"{printable(str(host), 100)} is not an allowed name of this proxy: use localhost, or add it to "
@@ -114,11 +118,13 @@ class Guard:
             headers["Access-Control-Allow-Private-Network"] = "true"
         return headers
 
-    def _is_allowed(self, host: Host) -> bool:
+    def allows(self, host: Host) -> bool:
+        """Return whether clients may use this name."""
         return (
             self._any_host
             or host in self._hosts
             or Host(host.name, None) in self._hosts
+            or (self._any_localhost and _LOCALHOST_NAME.fullmatch(host.name) is not None)
             or (self._ip_addresses and _is_ip_address(host.name))
         )
 

@@ -30,6 +30,8 @@ _OF_RESPONSES: Final = frozenset({b"location", b"content-location", b"refresh"})
 _URL: Final = re.compile(rb"([A-Za-z]+:)?//([^/?#]*)")
 _REFRESH: Final = re.compile(rb"""\s*[0-9.]+\s*[;,]\s*(?:url\s*=\s*)?["']?""", re.IGNORECASE)
 
+_COOKIES: Final = frozenset({b"cookie", b"set-cookie"})
+
 # Cookies of these names have to be `Secure` (RFC 6265bis §4.1.3).
 _ALWAYS_SECURE: Final = (b"__secure-", b"__host-", b"__http-", b"__host-http-")
 _NEEDS_SECURE: Final = (b"secure", b"partitioned", b"samesite=none")
@@ -46,6 +48,11 @@ def naming_the_proxy(fields: Fields, proxy: str, service: str) -> Fields:
     This includes the `http://` address of an https service: many services do not know about the TLS in front of them.
     """
     return _moved_in(fields, _OF_RESPONSES, service, proxy, is_downgraded=True)
+
+
+def without_cookies(fields: Fields) -> Fields:
+    """Return the fields of a request or a response without its cookies (RFC 6265)."""
+    return tuple(field for field in fields if field[0].lower() not in _COOKIES)
 
 
 def with_usable_cookies(fields: Fields, proxy: str) -> Fields:

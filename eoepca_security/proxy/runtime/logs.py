@@ -78,11 +78,11 @@ class SummaryFormatter(MitmFormatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line or the summary."""
         if record.msg is STARTED and isinstance(record.args, tuple):
-            return _summary(*map(str, record.args))
+            return _summary(*map(str, record.args), browser_address=getattr(record, "browser_address", None))
         return super().format(record)
 
 
-def _summary(listener: str, upstream: str, identity: str, lifetime: str) -> str:
+def _summary(listener: str, upstream: str, identity: str, lifetime: str, *, browser_address: str | None) -> str:
     from rich.console import Console  # noqa: PLC0415  slow to import, only needed here
     from rich.panel import Panel  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -91,8 +91,10 @@ def _summary(listener: str, upstream: str, identity: str, lifetime: str) -> str:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
+    in_browser = [("in a browser", Text(browser_address, "bold"))] if browser_address is not None else []
     for name, value in (
         ("listening at", Text(listener, "bold")),
+        *in_browser,
         ("forwarding to", Text(upstream)),
         ("as", Text(identity)),
         ("token lifetime", Text(f"{lifetime} s, renewed automatically")),

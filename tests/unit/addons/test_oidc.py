@@ -18,7 +18,7 @@ from mitmproxy.test import taddons, tflow, tutils
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.proxy.addons.addresses import exposure
+from eoepca_security.proxy.addons.addresses import browser_address, exposure
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
@@ -401,11 +401,12 @@ async def test_the_address_listened_on_is_a_name_of_the_proxy_unless_it_is_all(c
         ("", "reverse:https://service.example", None),
     ):
         context.options.update(mode=[mode], listen_host=listen_host)
-        for host in ("192.0.2.7:8080", "proxy.test:8080", "[fd00::7]:8080", "0.0.0.0:8080", "localhost:8080"):
+        always = ("localhost:8080", "stac.localhost:8080")
+        for host in ("192.0.2.7:8080", "proxy.test:8080", "[fd00::7]:8080", "0.0.0.0:8080", *always):
             flow = flow_for(Host=host)
             flow.client_conn.proxy_mode = ProxyMode.parse(mode)
             await addon.request_flow.requestheaders(flow)
-            is_allowed = host in (allowed, "localhost:8080")
+            is_allowed = host in (allowed, *always)
             assert (flow.response is None) is is_allowed, (listen_host, mode, host)
 
 
@@ -472,6 +473,43 @@ async def test_a_page_of_the_proxy_is_not_taken_for_one_of_the_service_that_is_a
             assert flow.response.headers["Cross-Origin-Resource-Policy"] == policy
             flow = flow.copy()
             flow.is_replay, flow.response = "request", None
+
+
+@pytest.mark.parametrize("status", [200, 101])
+@pytest.mark.parametrize("cookies", ["pass", "drop"])
+async def test_cookies_pass_or_are_dropped_both_ways(cookies: str, status: int, context: Any) -> None:
+    addon = addon_with(StubSource(), context)
+    addon.state.settings = replace(SETTINGS, cookies=cookies)
+    flow = flow_for(Cookie="theirs=1")
+    await addon.request_flow.requestheaders(flow)
+    leaving = sent(flow).headers
+    flow.response = Response.make(status, headers={"Set-Cookie": "ours=2", "X-Other": "3"})
+    addon.request_flow.responseheaders(flow)
+    values = (leaving.get("Cookie"), flow.response.headers.get("Set-Cookie"))
+    assert values == (("theirs=1", "ours=2") if cookies == "pass" else (None, None))
+    assert (leaving["Authorization"], flow.response.headers["X-Other"]) == ("Bearer the-token", "3")
+
+
+LOCAL = Guard(["localhost", "*.localhost"])
+
+
+@pytest.mark.parametrize(
+    ("listener", "upstream", "expected"),
+    [
+        ("http://127.0.0.1:8080", "https://stac.example:9200", "http://stac.localhost:8080"),
+        ("http://[::1]:8080", "https://STAC.example", "http://stac.localhost:8080"),
+        ("http://127.0.0.1:8080", "http://localhost:9000", "http://service.localhost:8080"),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:9000", "http://service.localhost:8080"),
+        ("http://127.0.0.1:8080", "http://[2001:db8::1]:9000", "http://service.localhost:8080"),
+        ("http://127.0.0.1:8080", "a.example, b.example", None),  # forward mode
+        ("http://0.0.0.0:8080", "https://stac.example", None),
+        ("http://127.0.0.2:8080", "https://stac.example", None),
+        ("http://192.0.2.7:8080", "https://stac.example", None),
+    ],
+)
+def test_browsers_get_a_name_of_the_proxys_own(listener: str, upstream: str, expected: str | None) -> None:
+    assert browser_address(listener, upstream, LOCAL) == expected
+    assert browser_address(listener, upstream, Guard(["localhost", "127.0.0.1"])) is None
 
 
 async def test_while_it_ends_clients_are_told_to_close_their_connections(context: Any) -> None:

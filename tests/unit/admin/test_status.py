@@ -18,6 +18,14 @@ REJECTED = CredentialsRejected("the issuer answered invalid_grant: Token; not ac
 REFUSED = IssuerUnavailable("https://issuer.example cannot be reached: Connection refused", cause="refused")
 
 
+def test_the_address_for_browsers_is_told_and_is_no_link() -> None:
+    told = status(replace(STATE, browser_address="http://stac.localhost:8080"))
+    assert told["browser_address"] == "http://stac.localhost:8080"
+    assert "in a browser: http://stac.localhost:8080" in lines(told)
+    # The proxy refuses links from pages of other sites, and the status page is one.
+    assert "<dt>In a browser</dt><dd>http://stac.localhost:8080</dd>" in page(told)
+
+
 def test_all_of_it_is_told_and_no_secret() -> None:
     told = status(STATE)
     assert told["identity"] == {"sub": "6f0c", "preferred_username": "alice"}
@@ -44,6 +52,7 @@ def test_all_of_it_is_told_and_no_secret() -> None:
         "requests, upstream_unavailable: 1",
     ):
         assert part in text
+    assert "in a browser" not in text
     shown = page(told)
     assert "running since" in shown
     assert "(2 h 1 min ago)" in shown

@@ -52,6 +52,11 @@ def test_defaults() -> None:
     assert settings.warnings == ()
 
 
+def test_cookies_pass_unless_they_are_to_be_dropped() -> None:
+    assert read_settings(GOOD).cookies == "pass"
+    assert read_settings(GOOD | {"PROXY_COOKIES": "drop"}).cookies == "drop"
+
+
 def test_a_session_is_needed_only_where_that_is_said() -> None:
     without = GOOD | {"OPEN_ID_REFRESH_TOKEN": ""}
     (problem,) = problems(without)
@@ -143,6 +148,7 @@ def test_secrets_do_not_show() -> None:
         ({"PROXY_TERMINATION_ENDPOINT": "end"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
         ({"PROXY_TERMINATION_ENDPOINT": "/end?now"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
         ({"PROXY_FORWARD_AS": "nginx"}, "PROXY_FORWARD_AS", "bearer, apisix"),
+        ({"PROXY_COOKIES": "no"}, "PROXY_COOKIES", "pass, drop"),
         ({"PROXY_INJECT_HOSTS": "*"}, "PROXY_INJECT_HOSTS", "not a valid host"),
         ({"PROXY_PORT": "eighty"}, "PROXY_PORT", "number"),
         ({"PROXY_PORT": "65536"}, "PROXY_PORT", "65535"),
@@ -537,13 +543,13 @@ def test_the_admin_listener_has_a_default_under_the_launcher_only() -> None:
 
 def test_lists_of_hosts_and_origins() -> None:
     lists = {
-        "PROXY_ALLOWED_HOSTS": " proxy , Proxy.Test:8080,::1, [fd00::2]:80,*,",
+        "PROXY_ALLOWED_HOSTS": " proxy , Proxy.Test:8080,::1, [fd00::2]:80,*,*.localhost",
         "PROXY_ALLOWED_ORIGINS": "HTTPS://App.example:443, http://localhost:3000",
         "PROXY_INJECT_HOSTS": "service.example,localhost:9000",
         "PROXY_TERMINATION_ENDPOINT": "/end/it",
     }
     settings = read_settings(GOOD | lists, need_upstream=False)
-    assert settings.allowed_hosts == ("proxy", "proxy.test:8080", "[::1]", "[fd00::2]:80", "*")
+    assert settings.allowed_hosts == ("proxy", "proxy.test:8080", "[::1]", "[fd00::2]:80", "*", "*.localhost")
     assert settings.allowed_origins == ("https://app.example", "http://localhost:3000")
     assert settings.inject_hosts == ("service.example", "localhost:9000")
     assert settings.termination_endpoint == "/end/it"

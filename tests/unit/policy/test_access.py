@@ -47,6 +47,33 @@ def test_names_of_the_proxy_pass(host: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("stac.localhost", ""),
+        ("STAC.localhost:8080", ""),
+        ("my-service_2.localhost:1", ""),
+        ("localhost", "host_not_allowed"),
+        ("a.b.localhost", "host_not_allowed"),
+        (".localhost", "host_not_allowed"),
+        ("stac.localhost.", "host_not_allowed"),
+        ("stac.localhost.evil.example", "host_not_allowed"),
+        ("stac-localhost", "host_not_allowed"),
+        ("*.localhost", "host_not_allowed"),
+    ],
+)
+def test_names_of_this_machine_pass_where_they_are_allowed(host: str, expected: str) -> None:
+    assert code(Guard(["*.localhost"]), [host]) == expected
+    assert code(Guard(["localhost"]), [host]) == ("host_not_allowed" if host != "localhost" else "")
+
+
+def test_names_of_this_machine_are_sites_of_their_own() -> None:
+    guard = Guard(["localhost", "*.localhost"])
+    for sender in ("http://localhost:8080", "http://other.localhost:8080"):
+        assert code(guard, ["stac.localhost:8080"], origin=sender) == "cross_site_request"
+    assert code(guard, ["stac.localhost:8080"], origin="http://stac.localhost:8080") == ""
+
+
+@pytest.mark.parametrize(
     "host",
     [
         "evil.example",

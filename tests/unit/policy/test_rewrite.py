@@ -2,7 +2,13 @@
 
 import pytest
 
-from eoepca_security.proxy.policy.rewrite import naming_the_proxy, naming_the_service, shared, with_usable_cookies
+from eoepca_security.proxy.policy.rewrite import (
+    naming_the_proxy,
+    naming_the_service,
+    shared,
+    with_usable_cookies,
+    without_cookies,
+)
 
 PROXY = "http://localhost:8080"
 SERVICE = "https://service.example"
@@ -102,6 +108,12 @@ def test_refresh_is_like_location(value: str, expected: str) -> None:
 def test_cookies_fit_the_address_that_the_client_uses(proxy: str, cookie: str, expected: str) -> None:
     fields = ((b"set-cookie", cookie.encode()), (b"X", b"Secure"))
     assert with_usable_cookies(fields, proxy) == ((b"set-cookie", expected.encode()), (b"X", b"Secure"))
+
+
+def test_cookies_are_dropped() -> None:
+    kept = ((b"Accept", b"a=b"), (b"X-Cookie", b"a=b"))
+    cookies = ((b"cookie", b"a=b"), (b"Cookie", b"c=d"), (b"SET-COOKIE", b"e=f"))
+    assert without_cookies((kept[0], *cookies, kept[1])) == kept
 
 
 def test_a_page_of_the_proxy_is_one_of_the_service() -> None:

@@ -64,6 +64,13 @@ def test_the_start_at_a_terminal_is_a_summary(identity: str, monkeypatch: pytest
     assert "a line" in SummaryFormatter(colorize=False).format(record("a line"))
 
 
+def test_the_summary_has_the_address_for_browsers_if_there_is_one() -> None:
+    started = record(STARTED, "http://127.0.0.1:1", "https://s.example", "alice", 60)
+    assert "in a browser" not in SummaryFormatter(colorize=True).format(started)
+    started.browser_address = "http://s.localhost:1"
+    assert re.search(r"in a browser.*http://s\.localhost:1", SummaryFormatter(colorize=True).format(started))
+
+
 def test_nothing_is_said_twice_in_a_row_until_it_is_news() -> None:
     now = [1000.0]
     repeats = NoRepeats(lambda: now[0])
