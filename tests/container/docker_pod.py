@@ -126,10 +126,12 @@ class Pod:
     def _run(self, container: Mapping[str, Any]) -> None:
         assert container.keys() <= _CONTAINER
         pod, own = self._spec["securityContext"], container["securityContext"]
-        assert own == {
+        user = {name: own.get(name, pod[name]) for name in ("runAsUser", "runAsGroup")}
+        assert {**own, **user} == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
+            **user,
         }
         command, arguments = container.get("command", []), container.get("args", [])
         environment = dict(self._cluster.settings) if "envFrom" in container else {}
@@ -141,7 +143,7 @@ class Pod:
         ]
         docker(
             *("run", "-d", "--name", self.container(container["name"]), "--network", f"container:{self._name}"),
-            *("--user", f"{pod['runAsUser']}:{pod['runAsGroup']}", "--group-add", str(pod["fsGroup"])),
+            *("--user", f"{user['runAsUser']}:{user['runAsGroup']}", "--group-add", str(pod["fsGroup"])),
             *("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
             *("--memory", container["resources"]["limits"]["memory"].removesuffix("i")),
             *(part for mount in mounts for part in ("--mount", mount)),

@@ -48,14 +48,14 @@ def pod_of(file: str) -> dict[str, Any]:
     return template
 
 
-def containers() -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Return the proxy's containers in all manifests, each with its pod."""
+def containers(image: str = "mitmproxy-oidc") -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return the containers with an image in all manifests, each with its pod."""
     for path in MANIFESTS:
         for document in documents(path):
             if document["kind"] in ("Job", "Deployment"):
                 pod = document["spec"]["template"]["spec"]
                 for container in [*pod.get("initContainers", ()), *pod["containers"]]:
-                    if container["image"] == "mitmproxy-oidc":
+                    if container["image"] == image:
                         yield container, pod
 
 
@@ -119,6 +119,19 @@ def test_what_they_set_is_a_setting_and_where_they_look_is_where_it_is(image: st
             assert pod["terminationGracePeriodSeconds"] > DRAIN_TIMEOUT + 2
         assert pod["enableServiceLinks"] is False
         assert pod["automountServiceAccountToken"] is False
+
+
+def test_a_tool_beside_the_proxy_is_another_user_without_capabilities() -> None:
+    compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["tool"]
+    assert (compose["cap_drop"], compose["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
+    tools = list(containers(BASE))
+    assert len(tools) == 2
+    for container, pod in tools:
+        own = container["securityContext"]
+        assert own["capabilities"] == {"drop": ["ALL"]}
+        assert compose["user"] == f"{own['runAsUser']}:{own['runAsGroup']}"
+        assert own["runAsUser"] != pod["securityContext"]["runAsUser"]
+        assert own["runAsGroup"] != pod["securityContext"]["runAsGroup"]
 
 
 def test_the_network_policy_lets_in_clients_of_the_proxy_only() -> None:
