@@ -323,6 +323,7 @@ def test_the_settings_may_stand_in_dotenv(
         settings = {name: value for name, value in settings_for(issuer).items() if name.startswith("OPEN_ID_")}
         lines = [f"{name}='{value}'" for name, value in settings.items()]
         (folder / ".env").write_text("\n".join(lines))
+        (folder / ".env").chmod(0o600)  # otherwise it warns
         done = subprocess.run(
             [sys.executable, ROOT / "run-mitmproxy.py", "token"],
             env=base_environment,
