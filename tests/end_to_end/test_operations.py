@@ -396,3 +396,28 @@ def tunnel_certificate(port: int, target: str) -> str:
         with context.wrap_socket(plain, server_hostname="localhost") as stream:
             certificate = x509.load_der_x509_certificate(stream.getpeercert(binary_form=True) or b"")
     return str(certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value)
+
+
+def test_check_leaves_no_trace_in_a_proxy_that_runs(
+    start: StartProxy, base_environment: dict[str, str], issuer: FakeIssuer, tmp_path: Path, client: httpx.Client
+) -> None:
+    recorder = Recorder()
+    with recorder.server() as service:
+        environment = settings_for(issuer, PROXY_ADMIN="127.0.0.1:0", PROXY_ALLOWED_HOSTS="*")
+        proxy = start("launcher", service.url, environment, *verbose(tmp_path))
+        admin = admin_of(proxy)
+        # What changes by itself is left out.
+        counted = [line for line in client.get(f"{admin}/metrics").text.splitlines() if "_requests" in line]
+        port = str(urlsplit(proxy.url).port)
+        command = [sys.executable, str(ROOT / "run-mitmproxy.py"), "check"]
+        here = base_environment | environment | {"REMOTE_PROTECTED_DOMAIN": service.url, "PROXY_PORT": port}
+        done = subprocess.run(command, env=here, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert f"127.0.0.1:{port} is in use by a running OIDC proxy" in done.stdout, done.stdout + done.stderr
+        assert [line for line in client.get(f"{admin}/metrics").text.splitlines() if "_requests" in line] == counted
+        status = client.get(f"{admin}/status").json()
+        assert (status["recent_errors"], status["requests"], status["errors"]) == ([], {}, {})
+        # Only check's own two requests have reached the service, none of them through the proxy.
+        assert [received.method for received in recorder.requests] == ["GET", "GET"]
+        assert proxy.stop() == 0
+    assert "check.invalid" not in proxy.output
+    assert not any(b"check.invalid" in (tmp_path / name).read_bytes() for name in ("flows", "all.har"))

@@ -12,6 +12,8 @@ from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.threads import in_thread
 from eoepca_security.issuer.transport import Answer, Transport
 from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.policy.access import PROBE_HOST
+from eoepca_security.proxy.policy.problem_details import ERROR_HEADER
 from eoepca_security.proxy.policy.remedies import Reply
 
 UPSTREAM_TIMEOUT: Final = 10.0
@@ -64,8 +66,11 @@ def bounded(function: Callable[[], T], timeout: float) -> T:
     return asyncio.run(call())
 
 
-def ask(settings: Settings, token: str) -> Reply:
-    """Send a request to the protected service like the proxy does: directly, ignoring HTTPS_PROXY."""
+def ask(settings: Settings, token: str | None) -> Reply:
+    """Send a request to the protected service like the proxy does: directly, ignoring HTTPS_PROXY.
+
+    With None, the request has no token.
+    """
     parts = urlsplit(str(settings.upstream))
     host, port = parts.hostname or "", parts.port
     connection = http.client.HTTPConnection(host, port, timeout=UPSTREAM_TIMEOUT)
@@ -75,7 +80,8 @@ def ask(settings: Settings, token: str) -> Reply:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(host, port, timeout=UPSTREAM_TIMEOUT, context=context)
     try:
-        connection.request("GET", settings.endpoint, headers={"Authorization": f"Bearer {token}", "Accept": "*/*"})
+        credentials = {"Authorization": f"Bearer {token}"} if token is not None else {}
+        connection.request("GET", settings.endpoint, headers={**credentials, "Accept": "*/*"})
         response = connection.getresponse()
         headers = {name.lower(): response.getheader(name, "") for name, _ in response.getheaders()}
         return Reply(response.status, headers, response.read(4096) if response.status == 400 else b"")
@@ -84,14 +90,17 @@ def ask(settings: Settings, token: str) -> Reply:
 
 
 def is_our_proxy(host: str, port: int) -> bool:
-    """Return whether an OIDC proxy listens there: it answers to an unknown Host with its error header."""
+    """Return whether an OIDC proxy listens there: it answers to `PROBE_HOST` with its error header.
+
+    That leaves no trace in the proxy.
+    """
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  compared with, not bound to
 
     def ask() -> bool:
         connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT)
         try:
-            connection.request("HEAD", "/", headers={"Host": "check.invalid"})
-            return connection.getresponse().getheader("X-OIDC-Proxy-Error") is not None
+            connection.request("HEAD", "/", headers={"Host": PROBE_HOST})
+            return connection.getresponse().getheader(ERROR_HEADER) is not None
         finally:
             connection.close()
 

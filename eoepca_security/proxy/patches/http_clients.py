@@ -45,8 +45,14 @@ from mitmproxy.proxy.mode_specs import ReverseMode
 from mitmproxy.proxy.tunnel import TunnelState
 
 from eoepca_security.proxy.patches import client_timeout, seams
-from eoepca_security.proxy.patches.messages import authentication_required, error_answer, last_answer, with_headers
-from eoepca_security.proxy.policy.access import Refusal
+from eoepca_security.proxy.patches.messages import (
+    answer_to_probe,
+    authentication_required,
+    error_answer,
+    last_answer,
+    with_headers,
+)
+from eoepca_security.proxy.policy.access import PROBE_HOST, Refusal
 from eoepca_security.proxy.policy.clearance import clearance
 from eoepca_security.proxy.policy.destination import Target
 from eoepca_security.proxy.policy.headers import (
@@ -420,7 +426,8 @@ class _Http1Server(Http1Server):
             yield from self._refuse(431, f"its head is longer than {MAX_HEAD // 1024} KiB")
             return
         is_reverse = isinstance(self.context.client.proxy_mode, ReverseMode)  # where the form is all the same
-        for command in super().read_headers(event):
+        commands = super().read_headers(event)
+        for command in commands:
             if isinstance(command, SendData) and not self._has_refused:
                 # Nothing else is sent while a head is read.
                 yield self._refused()
@@ -431,6 +438,13 @@ class _Http1Server(Http1Server):
             elif isinstance(command, ReceiveHttp) and isinstance(command.event, RequestHeaders):
                 self._skipped = 0
                 request = command.event.request
+                if request.headers.get("Host") == PROBE_HOST:
+                    # It becomes no flow, so that it shows in no metric, log or console.
+                    commands.close()
+                    self.state = self.done
+                    yield SendData(self.conn, answer_to_probe())
+                    yield CloseConnection(self.conn)
+                    return
                 if not is_reverse and not request.data.authority:
                     _origin_form.add(request)
             yield command

@@ -58,6 +58,14 @@ def authentication_required(is_proxy: bool) -> Response:
 
 def last_answer(status_code: int, message: str = "") -> bytes:
     """Return an answer of HTTP/1 after which the connection ends; `message` is mitmproxy's reason for it."""
-    response = error_answer(status_code, message)
+    return _last(error_answer(status_code, message))
+
+
+def answer_to_probe() -> bytes:
+    """Return the answer of HTTP/1 to `PROBE_HOST`, which is never forwarded, even if all names are allowed."""
+    return _last(answer("host_not_allowed", "", method="HEAD"))
+
+
+def _last(response: Response) -> bytes:
     response.headers["Connection"] = "close"
     return bytes(http1.assemble_response(response))

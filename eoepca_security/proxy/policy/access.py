@@ -14,6 +14,9 @@ from typing import Final
 from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import ANY_LOCALHOST, Host, origin_of, parse_host, parse_origin
 
+PROBE_HOST: Final = "check.invalid"
+"""The `Host` with which `check` asks whether a proxy listens on a port. No DNS name ends like this (RFC 6761 §6.4)."""
+
 _PREFLIGHT_LIFETIME: Final = "600"
 _LOCALHOST_NAME: Final = re.compile(r"[a-z0-9_-]+\.localhost")
 _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
