@@ -1,12 +1,13 @@
 """The command `check`: finds errors and their remedies, step by step, in the proxy's own order."""
 
 import http.client
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NoReturn
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
 from eoepca_security.issuer.ca_trust import trust
@@ -19,6 +20,7 @@ from eoepca_security.proxy.config.factory import make_provider, make_store
 from eoepca_security.proxy.config.port_check import USE_LOCAL, cannot_listen
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import (
+    ACCESS_TOKEN,
     ADMIN,
     AUDIENCE,
     GRANT,
@@ -40,12 +42,14 @@ from eoepca_security.proxy.policy.remedies import (
     LOGIN,
     SESSION_ERRORS,
     Place,
+    Reply,
     audience_remedy,
     client_remedy,
     issuer_remedy,
     network_remedy,
     refusal_remedy,
     session_remedy,
+    unproven_remedy,
 )
 from eoepca_security.session.session import AccessToken, RefreshSession, number
 
@@ -53,12 +57,16 @@ MAX_SKEW: Final = 10.0
 """The difference to the issuer's clock, in seconds, above which tokens may seem expired or from the future."""
 
 
-T = TypeVar("T")
+_NETWORK_ERRORS: Final = (OSError, http.client.HTTPException, ValueError)
 
 
 @dataclass(frozen=True)
 class Step:
-    """The result of one step. `status` is `ok`, `fault` or `skipped`; `fault` comes with a `remedy`."""
+    """The result of one step.
+
+    `status` is `ok`, `unproven` (it ran, and shows nothing), `fault` or `skipped`. Where it is `unproven` or `fault`,
+    `remedy` says what to set or do.
+    """
 
     name: str
     status: str
@@ -66,17 +74,18 @@ class Step:
     remedy: str | None = None
 
 
-class _StepError(Exception):
-    def __init__(self, detail: str, remedy: str) -> None:
+class _NotOk(Exception):
+    def __init__(self, detail: str, remedy: str | None = None, *, status: str = "fault") -> None:
         super().__init__(detail)
         self.detail = detail
         self.remedy = remedy
+        self.status = status
 
 
 def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = time.time) -> Iterator[Step]:
     """Check everything that must work, and yield the result of each step.
 
-    A step is skipped if one that it needs has failed. `now` returns epoch seconds.
+    A step is skipped if one that it needs has a fault, or if there is nothing to look at. `now` returns epoch seconds.
     """
     run = _Run(settings, in_container=in_container, now=now)
     steps: tuple[tuple[str, tuple[str, ...], Callable[[], str]], ...] = (
@@ -91,18 +100,19 @@ def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = 
         ("audience", ("token",), run.audience),
         ("upstream", ("audience",), run.upstream),
     )
-    failed: set[str] = set()
+    causes: dict[str, str] = {}  # the step with the fault, by each step that did not succeed because of it
     for name, needs, look in steps:
-        missing = next((need for need in needs if need in failed), None)
-        if missing is not None:
-            failed.add(name)
-            yield Step(name, "skipped", f"needs {missing}")
+        cause = next((causes[need] for need in needs if need in causes), None)
+        if cause is not None:
+            causes[name] = cause
+            yield Step(name, "skipped", f"not tried, because of {cause}")
             continue
         try:
             yield Step(name, "ok", look())
-        except _StepError as error:
-            failed.add(name)
-            yield Step(name, "fault", error.detail, error.remedy)
+        except _NotOk as result:
+            if result.status == "fault":
+                causes[name] = name
+            yield Step(name, result.status, result.detail, result.remedy)
 
 
 class _Run:
@@ -121,11 +131,13 @@ class _Run:
 
     def settings(self) -> str:
         settings = self._settings
-        return f"client {printable(settings.client.client_id)} at {settings.issuer_url} for {settings.upstream}"
+        client = printable(settings.client.client_id)
+        return f"client {client}, issuer {settings.issuer_url}, service {settings.upstream}"
 
     def store(self) -> str:
         if self._store is None:
-            return "the session is only in memory" if self._settings.grant == "refresh_token" else "not needed"
+            is_kept = self._settings.grant == "refresh_token"
+            return "keeps the session in memory only" if is_kept else "not needed: the client logs in by itself"
         try:
             with self._store.locked():
                 stored = self._store.read()
@@ -133,9 +145,9 @@ class _Run:
                     pass
         except (StoreError, OSError) as error:
             remedy = f"fix that, or set {TOKEN_STORE.env} to a folder that this user can write to"
-            raise _StepError(str(error), remedy) from None
+            raise _NotOk(str(error), remedy) from None
         except IssuerUnavailable as error:
-            raise _StepError(str(error), "wait for that process to finish, or stop it") from None
+            raise _NotOk(str(error), "wait for that process to finish, or stop it") from None
         if stored is None:
             return f"no session yet in {self._store.place.parent}"
         self._refresh_token = stored.refresh_token
@@ -148,7 +160,7 @@ class _Run:
             return found
         try:
             return f"{found}; admin: {_listens(admin, ADMIN, f'set {ADMIN.env} to another address, or off')}"
-        except _StepError as error:
+        except _NotOk as error:
             if settings.admin_is_set:
                 raise
             return f"{found}; there will be no admin listener: {error.detail}"
@@ -162,11 +174,14 @@ class _Run:
     def clock(self) -> str:
         skew = self._transport.skew
         if skew is None:
-            return "the issuer's answers have no date to compare with"
-        if abs(skew) > MAX_SKEW:
+            raise _NotOk("not compared, because the issuer's answers have no date", status="skipped")
+        if self._is_off():
             direction = "behind" if skew > 0 else "ahead of"
-            raise _StepError(f"this machine's clock is {abs(skew):.0f} s {direction} the issuer's", CLOCK)
-        return "agrees with the issuer's"
+            raise _NotOk(f"this machine's clock is {abs(skew):.0f} s {direction} the issuer's", CLOCK)
+        return "agrees with the issuer's clock"
+
+    def _is_off(self) -> bool:
+        return abs(self._transport.skew or 0) > MAX_SKEW
 
     def client(self) -> str:
         settings = self._settings
@@ -174,25 +189,25 @@ class _Run:
         try:
             method = choose_auth_method(client, self._provider.metadata())
         except CredentialsRejected as error:
-            raise _StepError(str(error), CHOOSE_CLIENT_AUTH) from None
-        self._obtain()
-        refusal = self._obtained
-        if isinstance(refusal, CredentialsRejected) and refusal.issuer_error in CLIENT_ERRORS:
-            raise _StepError(str(refusal), self._client_remedy(refusal.issuer_error))
-        return f"{printable(client.client_id)} ({method})"
+            raise _NotOk(str(error), CHOOSE_CLIENT_AUTH) from None
+        refusal = self._obtain()
+        if refusal is not None and refusal.issuer_error in CLIENT_ERRORS:
+            raise _NotOk(str(refusal), self._client_remedy(refusal.issuer_error))
+        how = "no client authentication" if method == "none" else method
+        return f"the issuer accepts {printable(client.client_id)} ({how})"
 
     def token(self) -> str:
         settings, token = self._settings, self._obtained
         if token is None:
-            raise _StepError(
+            raise _NotOk(
                 "there is no session yet", f"{LOGIN}, or set {REFRESH_TOKEN.env} to the refresh token of a login"
             )
         if isinstance(token, CredentialsRejected):
-            raise _StepError(str(token), self._token_remedy(token))
+            raise _NotOk(str(token), self._token_remedy(token))
         if isinstance(token, TokenInvalid):
-            raise _StepError(str(token), CHECK_CLIENT)
+            raise _NotOk(str(token), CHECK_CLIENT)
         if token.ends_at <= self._now():
-            raise _StepError("the access token has already expired", CLOCK)
+            raise _NotOk("the access token has already expired", "correct the clock first" if self._is_off() else CLOCK)
         self._token = token
         claims = unverified_claims(token.value)
         detail = f"for {identity(claims)}, valid for {token.ends_at - token.obtained_at:.0f} s"
@@ -205,22 +220,24 @@ class _Run:
 
     def audience(self) -> str:
         settings, token = self._settings, self._token
-        if not looks_like_jwt(token.value):
-            return "the access token is opaque: only the service can check it"
+        is_opaque = not looks_like_jwt(token.value)
         if settings.audience is None:
-            return f"the token is for {_audience(token)}; {AUDIENCE.env} is not set, so this was not checked"
+            seen = "is opaque" if is_opaque else f"is for {_audience(token)}"
+            return f"none required, because {AUDIENCE.env} is not set; the token {seen}"
+        if is_opaque:
+            raise _NotOk("not compared, because the token is opaque: only the service can read it", status="skipped")
         try:
             self._provider.verify(token.value, settings.audience)
         except IssuerUnavailable as error:
             self._raise(error)
         except TokenInvalid as error:
             if error.claim == "cnf":
-                raise _StepError(str(error), BINDING_REMEDY) from None
+                raise _NotOk(str(error), BINDING_REMEDY) from None
             if error.claim != "aud":
-                raise _StepError(str(error), CLOCK if error.cause == "clock" else CHECK_CLIENT) from None
+                raise _NotOk(str(error), CLOCK if error.cause == "clock" else CHECK_CLIENT) from None
             remedy = audience_remedy(settings.client.client_id, settings.audience)
-            raise _StepError(f"{error} (it is for {_audience(token)})", remedy) from None
-        return settings.audience
+            raise _NotOk(f"{error} (it is for {_audience(token)})", remedy) from None
+        return f"the token is for {settings.audience}"
 
     def upstream(self) -> str:
         settings = self._settings
@@ -228,29 +245,46 @@ class _Run:
         place = Place(UPSTREAM, url, self._in_container)
         try:
             reply = bounded(lambda: ask(settings, self._token.value), UPSTREAM_TIMEOUT)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except _NETWORK_ERRORS as error:
             cause, reason = explain(error)
-            raise _StepError(
-                f"{url} cannot be reached: {reason}", network_remedy(place, cause, by_proxy=False)
-            ) from None
-        remedy = refusal_remedy(place, reply, audience=_audience(self._token))
-        answered = f"{url}{settings.endpoint} answered {reply.status}"
-        if remedy is not None:
-            challenge = without_secrets(reply.headers.get("www-authenticate"), (self._token.value,))
-            raise _StepError(f"{answered} ({challenge})" if challenge else answered, remedy)
-        return answered
+            raise _NotOk(f"{url} cannot be reached: {reason}", network_remedy(place, cause, by_proxy=False)) from None
+        answered = f"{url}{settings.endpoint} answered {self._outcome(reply)} with the token"
+        without: Reply | None = None
+        try:
+            without = bounded(lambda: ask(settings, None), UPSTREAM_TIMEOUT)
+            other = " and without it" if without.status == reply.status else f" and {without.status} without it"
+        except _NETWORK_ERRORS as error:
+            other = f", but a request without it failed: {explain(error)[1]}"
+        if (remedy := refusal_remedy(place, reply, without, audience=_audience(self._token))) is not None:
+            raise _NotOk(answered, remedy)
+        if (remedy := unproven_remedy(reply, without)) is not None:
+            raise _NotOk(f"{answered}{other}, which shows nothing about the token", remedy, status="unproven")
+        return f"{answered}{other}"
 
-    def _obtain(self) -> None:
-        """Get an access token or the error that prevents it; raises _StepError when the issuer is unavailable."""
+    def _outcome(self, reply: Reply) -> str:
+        """Return the status, and where the answer leads or what it asks for."""
+        said = reply.headers.get("www-authenticate", "")
+        if (location := reply.headers.get("location")) and 300 <= reply.status < 400:
+            # The host, or the path on this one: the rest may be long, and hold anything.
+            elsewhere = re.match(r"((?:https?:)?//)(?:[^/?#]*@)?([^/?#]*)", location)
+            said = f"to {elsewhere[1]}{elsewhere[2]}" if elsewhere else f"to {re.split('[?#]', location)[0]}"
+        said = without_secrets(said, (self._token.value,))
+        return f"{reply.status} ({said})" if said else str(reply.status)
+
+    def _obtain(self) -> CredentialsRejected | None:
+        """Get an access token; return the issuer's refusal, which the client or the session may be the reason for.
+
+        Raises _NotOk when the issuer does not say anything about the client.
+        """
         settings = self._settings
         if settings.grant == "refresh_token" and self._refresh_token is None:
             if settings.access_token is not None:
                 end = number(unverified_claims(settings.access_token).get("exp")) or self._now()
                 self._obtained = AccessToken(settings.access_token, self._now(), min(end, self._now() + MAX_LIFETIME))
-                return
-            error = self._try_client(settings.client)
-            self._obtained = error if error is not None and error.issuer_error in CLIENT_ERRORS else None
-            return
+                raise _NotOk(f"not tried, because {ACCESS_TOKEN.env} is used as it is", status="skipped")
+            if (refusal := self._try_client(settings.client)) is None:
+                raise _NotOk("the issuer does not say whether it accepts the client", LOGIN, status="unproven")
+            return refusal
         session = RefreshSession(self._provider.request_token, settings.refresh_token, store=self._store, now=self._now)
         try:
             self._obtained = session.renew(None)
@@ -259,6 +293,7 @@ class _Run:
         except IssuerUnavailable as error:
             self._raise(error)
         self._rotated = session.rotated
+        return self._obtained if isinstance(self._obtained, CredentialsRejected) else None
 
     def _try_client(self, client: Client) -> CredentialsRejected | None:
         """Return the issuer's error for an invalid refresh token: it shows whether the issuer accepts the client."""
@@ -305,11 +340,11 @@ class _Run:
         return CHOOSE_SCOPE if error.issuer_error == "invalid_scope" else f"{CHECK_CLIENT}, and {GRANT.env}"
 
     def _raise(self, error: IssuerUnavailable) -> NoReturn:
-        raise _StepError(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
+        raise _NotOk(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
 
 
 def _listens(address: Address, variable: Variable, other: str) -> str:
-    """Return whether the address is free or a proxy of ours uses it; otherwise raises _StepError.
+    """Return whether the address is free or a proxy of ours uses it; otherwise raises _NotOk.
 
     `other` is an alternative remedy for an address in use.
     """
@@ -317,10 +352,10 @@ def _listens(address: Address, variable: Variable, other: str) -> str:
     if obstacle is None:
         return f"{address} is free"
     if obstacle.is_foreign:
-        raise _StepError(obstacle.detail, f"change {variable.env}: {USE_LOCAL}")
+        raise _NotOk(obstacle.detail, f"change {variable.env}: {USE_LOCAL}")
     if is_our_proxy(*address):
         return f"{address} is in use by a running OIDC proxy"
-    raise _StepError(obstacle.detail, f"stop the program that uses it, or {other}")
+    raise _NotOk(obstacle.detail, f"stop the program that uses it, or {other}")
 
 
 def _audience(token: AccessToken) -> str:

@@ -10,14 +10,17 @@ import click
 from eoepca_security.proxy.cli.check import Step
 
 
-def report(steps: Iterable[Step], *, as_json: bool) -> int:
-    """Show each step when it is done, or with `as_json` all at the end; return the exit code."""
+def report(steps: Iterable[Step], *, as_json: bool, strict: bool = False) -> int:
+    """Show each step when it is done, or with `as_json` all at the end; return the exit code.
+
+    It is 1 if a step has a fault; with `strict`, also if one is unproven.
+    """
     show = (lambda _step: None) if as_json else _at_terminal() if sys.stdout.isatty() else _show_plainly
     seen = []
     for step in steps:
         show(step)
         seen.append(step)
-    ok = all(step.status == "ok" for step in seen)
+    ok = not any(step.status == "fault" or (strict and step.status == "unproven") for step in seen)
     if as_json:
         click.echo(json.dumps({"ok": ok, "steps": [asdict(step) for step in seen]}, indent=2))
     return 0 if ok else 1
@@ -34,8 +37,9 @@ def _at_terminal() -> Callable[[Step], None]:
     from rich.text import Text  # noqa: PLC0415
 
     console = Console(highlight=False)
-    symbols = "✓✗·" if console.encoding.startswith("utf") else "+!-"
-    marks = dict(zip(("ok", "fault", "skipped"), zip(symbols, ("green", "bold red", "dim"), strict=True), strict=True))
+    symbols = "✓?✗·" if console.encoding.startswith("utf") else "+?!-"
+    styles = {"ok": "green", "unproven": "yellow", "fault": "bold red", "skipped": "dim"}
+    marks = {status: (symbol, style) for symbol, (status, style) in zip(symbols, styles.items(), strict=True)}
 
     def show(step: Step) -> None:
         symbol, style = marks[step.status]

@@ -74,8 +74,9 @@ Examples:
 
 CHECK_EPILOG = """\b
 Exits with 0 if everything works, 1 if something does not, and 2 if the
-settings are wrong. It requests REMOTE_PROTECTED_ENDPOINT from the service,
-by default /.
+settings are wrong. What is unproven is a warning, and with --strict an error.
+It requests REMOTE_PROTECTED_ENDPOINT from the service, by default /, once
+with the token and once without.
 
 \b
 Examples:
@@ -220,8 +221,9 @@ def logout(extra: Sequence[str]) -> int:
 
 @cli.command(epilog=CHECK_EPILOG)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.option("--strict", is_flag=True, help="Exit with 1 also if a step is unproven.")
 @click.pass_obj
-def check(extra: Sequence[str], *, as_json: bool) -> int:
+def check(extra: Sequence[str], *, as_json: bool, strict: bool) -> int:
     """Check everything from the settings to the protected service, and show remedies."""
     from eoepca_security.proxy.cli.check import Step  # noqa: PLC0415  as in serve
     from eoepca_security.proxy.cli.check import check as run  # noqa: PLC0415
@@ -234,7 +236,7 @@ def check(extra: Sequence[str], *, as_json: bool) -> int:
         if as_json:
             report((Step("settings", "fault", problem) for problem in error.problems), as_json=True)
         raise
-    return report(run(settings, in_container=runs_in_container()), as_json=as_json)
+    return report(run(settings, in_container=runs_in_container()), as_json=as_json, strict=strict)
 
 
 @cli.command(epilog=DEMO_EPILOG)

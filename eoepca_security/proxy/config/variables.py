@@ -129,6 +129,7 @@ ENDPOINT: Final = Variable(
     "REMOTE_PROTECTED_ENDPOINT",
     None,
     "What `run-mitmproxy.py check` requests from the service: a path, or a URL, of which only the path is used.",
+    "Choose one that needs a login, so that the answer shows whether the service accepts the token.",
     default="/",
 )
 TLS_NO_VERIFY: Final = Variable(

@@ -249,8 +249,9 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
     name, host = place.variable.env, urlsplit(place.url).hostname
     if cause == "refused" and place.in_container and is_loopback(host):
         return (
-            f"inside a container, {host} is the container itself: set {name} to the service's name, or to "
-            "host.docker.internal for the host (on Linux with --add-host host.docker.internal:host-gateway)"
+            f"is it running? {host} is this container itself: to reach another container, set {name} to that one's "
+            "name; to reach the host, to host.docker.internal (on Linux with --add-host "
+            "host.docker.internal:host-gateway)"
         )
     if by_proxy and cause in ("refused", "unknown_host", "timeout", "ended"):
         return (
@@ -261,8 +262,10 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
         return f"the proxy on the network path may replace certificates: set {CA_FILE.env} to its CA's PEM file"
     other = "http" if urlsplit(place.url).scheme == "https" else "https"
     return {
-        "refused": f"start it, or check the host and port in {name}",
-        "unknown_host": f"check the host in {name}; if only a proxy can resolve it, set HTTPS_PROXY",
+        "refused": f"is it running? If not, start it; otherwise check the host and port in {name}"
+        f"{_in_containers(host)}",
+        "unknown_host": f"check the host in {name}{_only_containers(host)}; if only a proxy can resolve it, set "
+        "HTTPS_PROXY",
         "timeout": f"check the host and port in {name}, and firewalls; if only a proxy can reach it, set HTTPS_PROXY",
         "unknown_ca": f"set {CA_FILE.env} to a PEM file with the CA that signed it",
         "certificate": f"check the host in {name}, or renew its certificate",
@@ -271,6 +274,30 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
         "redirect": f"set {name} to the address that it redirects to",
         "environment": "fix or unset that variable",
     }.get(cause, f"check the host and port in {name}: should it be {other}://?")
+
+
+def _in_containers(host: str | None) -> str:
+    """Return what else may be the reason for a refused connection, where the name is one that containers use."""
+    if host in _HOST_OF_CONTAINERS:
+        return "; on Linux, it must listen on more than 127.0.0.1"
+    return "; in its container, it may listen on another port" if _names_container(host) else ""
+
+
+def _only_containers(host: str | None) -> str:
+    """Return where a name that containers use is known."""
+    if host in _HOST_OF_CONTAINERS:
+        return ", which only containers know (on Linux with --add-host host.docker.internal:host-gateway)"
+    return (
+        "; if it is a container's name, only containers on the same network know it" if _names_container(host) else ""
+    )
+
+
+def _names_container(host: str | None) -> bool:
+    """Return whether the host may be a container's name: one word, as Docker Compose gives them."""
+    return host is not None and not is_loopback(host) and re.fullmatch(r"[a-z][a-z0-9_-]*", host) is not None
+
+
+_HOST_OF_CONTAINERS: Final = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 
 
 def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -> str:
@@ -328,14 +355,14 @@ def session_remedy(
     claims = unverified_claims(refresh_token or "")
     party, said_issuer, end = claims.get("azp"), claims.get("iss"), number(claims.get("exp"))
     if isinstance(party, str) and party != client_id:
-        return f"it was issued to the client {printable(party)}: set {CLIENT_ID.env} to that, or {LOGIN}"
+        return f"the refresh token was issued to the client {printable(party)}: set {CLIENT_ID.env} to that, or {LOGIN}"
     if isinstance(said_issuer, str) and said_issuer != issuer:
-        return f"it was issued by {printable(said_issuer)}: set {ISSUER.env} to that, or {LOGIN}"
+        return f"the refresh token was issued by {printable(said_issuer)}: set {ISSUER.env} to that, or {LOGIN}"
     if end is not None and end < now:
-        return f"it expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC: {LOGIN}"
+        return f"the refresh token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC: {LOGIN}"
     # OAuth has one code for all of these (RFC 6749 §5.2), so only the issuer's text can tell them apart.
     if "client" in (error.description or ""):
-        return f"it may belong to another client: check {CLIENT_ID.env}, or {LOGIN}"
+        return f"the refresh token may belong to another client: check {CLIENT_ID.env}, or {LOGIN}"
     return f"the session has ended, was logged out, or was used up by another program: {LOGIN}"
 
 
@@ -349,10 +376,10 @@ def audience_remedy(client_id: str, audience: str) -> str:
     )
 
 
-def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:
+def refusal_remedy(place: Place, reply: Reply, without: Reply | None, *, audience: str) -> str | None:
     """Return the remedy for the protected service's answer to a request with the token, or None for no error.
 
-    `audience` describes the token's audience.
+    `without` is its answer without the token, or None. `audience` describes the token's audience.
     """
     challenge = reply.headers.get("www-authenticate", "")
     match reply.status:
@@ -368,15 +395,17 @@ def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:
             scope = printable(wanted[1]) if wanted else "the required scope"
             return f"log in again with --scope, or set {SCOPE.env}, so that the token has {scope}"
         case 403:
+            is_for_all = without is not None and without.status == 403
+            what = "also refuses this without a token" if is_for_all else "knows the user but refuses this request"
             return (
-                "the service knows the user but refuses this request: ask its operator for the role, or set "
-                f"{ENDPOINT.env} to a path that the user may see"
+                f"the service {what}: ask its operator for the role, or set {ENDPOINT.env} to a path that the user may "
+                "see"
             )
         case 407:
             return _PROXY
         case 400 if hint := _ask_for_tls(place, reply):
             return f"check {UPSTREAM.env}{hint}"
-        case status if 300 <= status < 400 and _is_login_page(reply.headers.get("location", "")):
+        case _ if _leads_to_login(reply):
             return (
                 "the gateway redirects to a login page instead of accepting tokens: let it accept Bearer tokens "
                 f"(APISIX's openid-connect: bearer_only), or set {UPSTREAM.env} to the service itself"
@@ -386,13 +415,37 @@ def refusal_remedy(place: Place, reply: Reply, *, audience: str) -> str | None:
     return None
 
 
+def unproven_remedy(reply: Reply, without: Reply | None) -> str | None:
+    """Return what to set when the service's answers show nothing about the token, or None when they do.
+
+    `reply` is the answer with the token, `without` that without it, or None if there was none.
+    """
+    if without is None:
+        return "try again"
+    match reply.status:
+        case status if 200 <= status < 300 and (without.status in (401, 403) or _leads_to_login(without)):
+            return None
+        case status if 200 <= status < 300:
+            wanted = "needs a login"
+        case status if 300 <= status < 400:
+            wanted = "needs a login and does not redirect"
+        case 404:
+            wanted = "exists and needs a login"
+        case _:
+            wanted = "needs a login and answers GET with 200"
+    return f"set {ENDPOINT.env} to a path that {wanted}"
+
+
 def _ask_for_tls(place: Place, reply: Reply) -> str:
     speaks_tls = b"HTTPS" in reply.body.upper() and place.url.startswith("http://")
     return "; should it be https://?" if speaks_tls else ""
 
 
-def _is_login_page(location: str) -> bool:
-    return re.search(r"response_type=|/auth\?|/login|/oauth2/", location) is not None
+def _leads_to_login(reply: Reply) -> bool:
+    location = reply.headers.get("location", "") if 300 <= reply.status < 400 else ""
+    return (
+        re.search(r"response_type=|/auth\?|/log[-_]?in|/sign[-_]?in|/oauth2/|/sso\b|SAMLRequest=", location) is not None
+    )
 
 
 def runs_in_container() -> bool:

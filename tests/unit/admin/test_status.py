@@ -95,7 +95,10 @@ def test_the_state_is_named(change: dict[str, Any], name: str, headline: str) ->
             "copy OPEN_ID_CONNECT_CLIENT_SECRET from the issuer",
         ),
         (CredentialsRejected("no", issuer_error="invalid_scope"), "set OPEN_ID_CONNECT_SCOPE"),
-        (REFUSED, "start it, or check the host and port in OPEN_ID_CONNECT_URL; the proxy retries automatically"),
+        (
+            REFUSED,
+            "otherwise check the host and port in OPEN_ID_CONNECT_URL; the proxy retries automatically",
+        ),
         (IssuerUnavailable("it answered 500"), "the proxy retries automatically"),
         (TokenInvalid("the token is not for the audience my-service", claim="aud"), "with my-service as Included"),
         (TokenInvalid("the token has expired", cause="clock"), "synchronize this machine's clock"),

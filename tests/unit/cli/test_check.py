@@ -57,7 +57,7 @@ def run(settings: Settings, **more: Any) -> dict[str, Step]:
     steps = list(check(settings, **{"in_container": False, **more}))
     assert [step.name for step in steps] == ORDER
     for step in steps:
-        assert (step.remedy is not None) == (step.status == "fault")
+        assert (step.remedy is not None) == (step.status in ("unproven", "fault"))
         assert "\n" not in step.detail + (step.remedy or "")
     return {step.name: step for step in steps}
 
@@ -67,7 +67,7 @@ def remedy(settings: Settings, name: str, **more: Any) -> str:
     steps = run(settings, **more)
     assert {step.name for step in steps.values() if step.status == "fault"} == {name}, steps
     before = ORDER[: ORDER.index(name)]
-    assert all(steps[other].status == "ok" for other in before)
+    assert all(steps[other].status in ("ok", "skipped") for other in before)
     return str(steps[name].remedy)
 
 
@@ -79,15 +79,23 @@ def answers(status: int, headers: dict[str, str], body: bytes = b"") -> type[Han
     return Answering
 
 
+def with_and_without(status: int, other: int, location: str = "") -> type[Handler]:
+    """Return a service that answers with `status` when there is a token, and with `other` when there is none."""
+
+    class Deciding(Handler):
+        def respond(self) -> None:
+            has_token = self.headers.get("Authorization", "").startswith("Bearer ")
+            self.answer(status if has_token else other, b"", {"Location": location} if location else {})
+
+    return Deciding
+
+
 def test_all_is_well(settings: Settings, service: Service) -> None:
     steps = run(replace(settings, audience="service", endpoint="/collections?f=json"))
     assert {step.status for step in steps.values()} == {"ok"}
     assert "alice (sub u-1)" in steps["token"].detail
-    assert (service.seen[0].method, service.seen[0].target, service.seen[0].authorized) == (
-        "GET",
-        "/collections?f=json",
-        True,
-    )
+    asked = [(seen.method, seen.target, seen.authorized, len(seen.authorization)) for seen in service.seen]
+    assert asked == [("GET", "/collections?f=json", True, 1), ("GET", "/collections?f=json", False, 0)]
 
 
 # --- the issuer ---
@@ -144,6 +152,7 @@ def test_an_issuer_that_is_not_there(settings: Settings) -> None:
 def test_dockers_localhost(settings: Settings) -> None:
     away = f"http://localhost:{free_port()}"
     said = remedy(replace(settings, issuer_url=f"{away}/realms/r"), "discovery", in_container=True)
+    assert said.startswith("is it running? localhost is this container itself")
     assert "host.docker.internal" in said
     assert "OPEN_ID_CONNECT_URL" in said
     said = remedy(replace(settings, upstream=away), "upstream", in_container=True)
@@ -213,6 +222,19 @@ def test_a_clock_that_is_off(offset: float, says: str, settings: Settings, issue
     assert steps["clock"].status == "fault"
     assert "timedatectl" in str(steps["clock"].remedy)
     assert re.search(says, steps["clock"].detail)
+    assert steps["token"].remedy in (None, "correct the clock first")
+
+
+def test_a_clock_that_could_not_be_compared_is_skipped_and_stops_nothing(
+    settings: Settings, issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handler, "date_time_string", lambda *_: "yesterday")
+    steps = run(settings)
+    assert (steps["clock"].status, steps["clock"].detail) == (
+        "skipped",
+        "not compared, because the issuer's answers have no date",
+    )
+    assert steps["upstream"].status == "ok"
 
 
 # --- the client ---
@@ -293,7 +315,7 @@ def refresh_token_of(issuer: FakeIssuer, **claims: Any) -> str:
 def test_a_refresh_token_of_another_client(settings: Settings, issuer: FakeIssuer) -> None:
     token = refresh_token_of(issuer, azp="other-client")
     said = remedy(replace(settings, refresh_token=token), "token")
-    assert "issued to the client other-client: set OPEN_ID_CONNECT_CLIENT_ID" in said
+    assert "the refresh token was issued to the client other-client: set OPEN_ID_CONNECT_CLIENT_ID" in said
 
 
 def test_a_refresh_token_of_another_client_as_the_issuer_says_it(settings: Settings, issuer: FakeIssuer) -> None:
@@ -305,7 +327,9 @@ def test_a_refresh_token_of_another_client_as_the_issuer_says_it(settings: Setti
         return handler.command == "POST"
 
     issuer.behaviour.fault = fault
-    assert "it may belong to another client: check OPEN_ID_CONNECT_CLIENT_ID" in remedy(settings, "token")
+    assert "the refresh token may belong to another client: check OPEN_ID_CONNECT_CLIENT_ID" in remedy(
+        settings, "token"
+    )
 
 
 def test_a_refresh_token_of_another_issuer(settings: Settings, issuer: FakeIssuer) -> None:
@@ -327,13 +351,13 @@ def test_a_session_that_a_person_has_to_confirm(settings: Settings, issuer: Fake
 @pytest.mark.parametrize("exp", [-(10**14), -(10**400)])
 def test_a_session_whose_end_no_calendar_has(settings: Settings, issuer: FakeIssuer, exp: int) -> None:
     said = remedy(replace(settings, refresh_token=refresh_token_of(issuer, exp=exp)), "token")
-    assert "it expired at 1970" in said
+    assert "the refresh token expired at 1970" in said
 
 
 def test_an_expired_session(settings: Settings, issuer: FakeIssuer) -> None:
     token = refresh_token_of(issuer, exp=int(time.time()) - 86_400)
     said = remedy(replace(settings, refresh_token=token), "token")
-    assert "it expired at 20" in said
+    assert "the refresh token expired at 20" in said
     assert "run-mitmproxy.py login" in said
 
 
@@ -378,7 +402,11 @@ def test_a_stored_session_is_used(settings: Settings, issuer: FakeIssuer, tmp_pa
 
 def test_an_access_token_alone(settings: Settings, issuer: FakeIssuer) -> None:
     settings = replace(settings, refresh_token=None)
-    assert run(replace(settings, access_token=issuer.issue()))["upstream"].status == "ok"
+    steps = run(replace(settings, access_token=issuer.issue()))
+    assert steps["upstream"].status == "ok"
+    # Nobody has asked the issuer about the client.
+    assert (steps["client"].status, "OPEN_ID_AUTH_TOKEN" in steps["client"].detail) == ("skipped", True)
+    assert issuer.requests == []
     issuer.behaviour.lifetime = -60
     assert "timedatectl" in remedy(replace(settings, access_token=issuer.issue()), "token")
 
@@ -407,7 +435,8 @@ def test_a_token_that_is_bound_to_a_key(settings: Settings, issuer: FakeIssuer) 
 def test_a_token_that_only_the_service_can_read(settings: Settings, issuer: FakeIssuer) -> None:
     issuer.behaviour.opaque = True
     steps = run(replace(settings, audience="service"))
-    assert (steps["audience"].status, steps["upstream"].status) == ("ok", "ok")
+    assert (steps["audience"].status, steps["upstream"].status) == ("skipped", "ok")
+    assert run(settings)["audience"].status == "ok"
 
 
 # --- the protected service ---
@@ -448,10 +477,91 @@ def test_a_service_that_repeats_the_token_in_its_refusal(settings: Settings, iss
     assert "opaque-" not in step.detail
 
 
-@pytest.mark.parametrize("status", [200, 204, 302, 404, 405])
-def test_a_service_that_answers_in_another_way_took_the_token(status: int, settings: Settings) -> None:
-    with LocalServer(answers(status, {"Location": "/catalogue"})) as server:
-        assert run(replace(settings, upstream=server.url))["upstream"].status == "ok"
+@pytest.mark.parametrize(
+    ("status", "other", "location"),
+    [
+        (200, 401, ""),
+        (204, 403, ""),
+        (200, 302, "https://kc.example/realms/r/protocol/openid-connect/auth?response_type=code"),
+        (200, 303, "/users/sign_in"),
+        (200, 302, "/accounts/login/?next=/"),
+    ],
+)
+def test_a_service_that_lets_only_the_token_in_took_it(
+    status: int, other: int, location: str, settings: Settings
+) -> None:
+    with LocalServer(with_and_without(status, other, location)) as server:
+        step = run(replace(settings, upstream=server.url))["upstream"]
+    assert (step.status, step.detail) == (
+        "ok",
+        f"{server.url}/ answered {status} with the token and {other} without it",
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "other", "path"),
+    [
+        (200, 200, "needs a login"),
+        (200, 404, "needs a login"),
+        (200, 302, "needs a login"),
+        (302, 302, "needs a login and does not redirect"),
+        (301, 401, "needs a login and does not redirect"),
+        (404, 404, "exists and needs a login"),
+        (404, 401, "exists and needs a login"),
+        (405, 401, "needs a login and answers GET with 200"),
+        (429, 429, "needs a login and answers GET with 200"),
+    ],
+)
+def test_an_answer_that_shows_nothing_about_the_token_is_unproven(
+    status: int, other: int, path: str, settings: Settings
+) -> None:
+    with LocalServer(with_and_without(status, other, "/catalogue")) as server:
+        step = run(replace(settings, upstream=server.url))["upstream"]
+    assert (step.status, step.remedy) == ("unproven", f"set REMOTE_PROTECTED_ENDPOINT to a path that {path}")
+    assert "shows nothing about the token" in step.detail
+    assert (f"{status} (to /catalogue)" in step.detail) == (300 <= status < 400)
+
+
+@pytest.mark.parametrize(("other", "says"), [(401, "knows the user"), (403, "also refuses this without a token")])
+def test_a_forbidden_path_is_laid_on_the_user_only_where_the_token_makes_a_difference(
+    other: int, says: str, settings: Settings
+) -> None:
+    with LocalServer(with_and_without(403, other)) as server:
+        assert says in remedy(replace(settings, upstream=server.url), "upstream")
+
+
+def test_a_service_that_hangs_up_without_a_token_proves_nothing(settings: Settings) -> None:
+    class HangsUp(Handler):
+        def respond(self) -> None:
+            if "Authorization" in self.headers:
+                self.answer(200, b"")
+            else:
+                self.close_connection = True
+
+    with LocalServer(HangsUp) as server:
+        step = run(replace(settings, upstream=server.url))["upstream"]
+    assert (step.status, step.remedy) == ("unproven", "try again")
+    assert "answered 200 with the token, but a request without it failed: " in step.detail
+
+
+def test_a_redirect_shows_where_it_leads_without_what_is_secret(settings: Settings) -> None:
+    location = "https://user:pass@kc.example:8443/auth?response_type=code&state=secret"
+    with LocalServer(answers(302, {"Location": location})) as server:
+        step = run(replace(settings, upstream=server.url))["upstream"]
+    assert "answered 302 (to https://kc.example:8443) with the token" in step.detail
+    assert "pass" not in step.detail
+
+
+def test_an_issuer_that_does_not_say_whether_it_accepts_the_client(settings: Settings, issuer: FakeIssuer) -> None:
+    def fault(handler: Handler) -> bool:
+        if handler.command == "POST":
+            handler.answer(500, {})
+        return handler.command == "POST"
+
+    issuer.behaviour.fault = fault
+    steps = run(replace(settings, refresh_token=None))
+    assert (steps["client"].status, steps["token"].status) == ("unproven", "fault")
+    assert "run-mitmproxy.py login" in str(steps["client"].remedy)
 
 
 def test_a_service_with_an_unknown_ca(settings: Settings, tmp_path: Path) -> None:
@@ -459,8 +569,8 @@ def test_a_service_with_an_unknown_ca(settings: Settings, tmp_path: Path) -> Non
     with RawServer(script, write_certificate(tmp_path / "c.pem")) as server:
         settings = replace(settings, upstream=f"https://127.0.0.1:{server.port}")
         assert "set TLS_CA_FILE" in remedy(settings, "upstream")
-        assert run(replace(settings, ca_file=tmp_path / "c.pem"))["upstream"].status == "ok"
-        assert run(replace(settings, tls_no_verify=True))["upstream"].status == "ok"
+        for trusting in (replace(settings, ca_file=tmp_path / "c.pem"), replace(settings, tls_no_verify=True)):
+            assert "answered 200 with the token" in run(trusting)["upstream"].detail
 
 
 def test_a_service_with_the_wrong_scheme(settings: Settings, service: Service, tmp_path: Path) -> None:
@@ -473,7 +583,7 @@ def test_a_service_with_the_wrong_scheme(settings: Settings, service: Service, t
 
 def test_a_service_that_is_not_there(settings: Settings) -> None:
     said = remedy(replace(settings, upstream=f"http://127.0.0.1:{free_port()}"), "upstream")
-    assert "start it, or check the host and port in REMOTE_PROTECTED_DOMAIN" in said
+    assert said == "is it running? If not, start it; otherwise check the host and port in REMOTE_PROTECTED_DOMAIN"
 
 
 def test_a_service_that_does_not_answer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -594,6 +704,26 @@ def test_json(environment: Callable[..., None], issuer: FakeIssuer, capsys: pyte
     assert {step["status"] for step in found["steps"]} == {"ok", "fault", "skipped"}
 
 
+def test_what_is_unproven_is_a_warning_and_an_error_where_that_is_wanted(
+    environment: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["check", "--strict"]) == 0
+    with LocalServer(answers(404, {})) as server:
+        monkeypatch.setenv("REMOTE_PROTECTED_DOMAIN", server.url)
+        capsys.readouterr()
+        for arguments, code in (([], 0), (["--strict"], 1), (["--json"], 0), (["--json", "--strict"], 1)):
+            assert main(["check", *arguments]) == code
+            out = capsys.readouterr().out
+            if "--json" not in arguments:
+                assert out.splitlines()[-1].split()[:2] == ["upstream", "unproven"]
+                assert out.endswith("; remedy: set REMOTE_PROTECTED_ENDPOINT to a path that exists and needs a login\n")
+                continue
+            found = json.loads(out)
+            assert (found["ok"], found["steps"][-1]["status"]) == (code == 0, "unproven")
+
+
 def test_bad_settings_are_2_with_every_problem_on_its_line(
     environment: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -634,5 +764,5 @@ def test_the_endpoint_is_asked_of_the_service_whatever_host_it_names(
 ) -> None:
     environment(REMOTE_PROTECTED_ENDPOINT=value)
     assert main(["check"]) == (2 if path is None else 0)
-    assert [seen.target for seen in service.seen] == ([] if path is None else [path])
+    assert {seen.target for seen in service.seen} == (set() if path is None else {path})
     assert path is not None or capsys.readouterr().err.startswith("REMOTE_PROTECTED_ENDPOINT: ")

@@ -10,7 +10,15 @@ import eoepca_security
 from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.policy.remedies import command_remedy, failure_remedy, login_remedy, told
+from eoepca_security.proxy.config.variables import UPSTREAM
+from eoepca_security.proxy.policy.remedies import (
+    Place,
+    command_remedy,
+    failure_remedy,
+    login_remedy,
+    network_remedy,
+    told,
+)
 
 SETTINGS = Settings("https://issuer.example/realms/x", Client("c", "hush-hush"), audience="service")
 PACKAGE = Path(eoepca_security.__file__).parent
@@ -140,6 +148,32 @@ def test_no_cause_is_without_a_remedy(cause: Cause) -> None:
     for error in (IssuerUnavailable("x", cause=cause), CredentialsRejected("x", cause=cause)):
         assert command_remedy(error, SETTINGS, in_container=False)
         assert login_remedy(error, SETTINGS, in_container=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "refused", "unknown"),
+    [
+        ("issuer.example", None, None),
+        ("localhost", None, None),
+        ("192.0.2.1", None, None),
+        ("[2001:db8::1]", None, None),
+        ("keycloak", "in its container, it may listen on another port", "if it is a container's name"),
+        ("host.docker.internal", "it must listen on more than 127.0.0.1", "which only containers know"),
+    ],
+)
+def test_containers_are_spoken_of_only_where_the_name_suggests_one(
+    host: str, refused: str | None, unknown: str | None
+) -> None:
+    causes: tuple[tuple[Cause, str | None], ...] = (("refused", refused), ("unknown_host", unknown))
+    for cause, says in causes:
+        place = Place(UPSTREAM, f"http://{host}:8000", in_container=False)
+        remedy = network_remedy(place, cause, by_proxy=False)
+        assert "check the host" in remedy
+        assert remedy.startswith("is it running? If not, start it; ") == (cause == "refused")
+        assert says in remedy if says is not None else "contain" not in remedy
+    inside = network_remedy(Place(UPSTREAM, f"http://{host}:8000", in_container=True), "refused", by_proxy=False)
+    assert inside.startswith("is it running? ")
+    assert ("this container itself" in inside) == (host == "localhost")
 
 
 def test_only_the_proxy_speaks_of_settings_and_commands() -> None:
