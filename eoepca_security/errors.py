@@ -38,6 +38,8 @@ Cause = Literal[
     # Something is missing: here,
     "no_session",
     "not_configured",
+    # There is a session, but of another user than before.
+    "other_user",
     # and at the issuer, in the order of a login.
     "no_auth_method",
     "no_device_login",

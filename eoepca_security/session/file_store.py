@@ -43,6 +43,7 @@ _TYPES: Final[dict[str, Any]] = {
     "ends_at": float,
     "session_ends_at": float | None,
     "id_token": str | None,
+    "rejected": bool,
 }
 
 logger = logging.getLogger(__name__)
@@ -246,6 +247,7 @@ class TokenStore:
             raise StoreError(f"{self._file} is from another version of this program: use that, or remove the file")
         if {name: members.get(name) for name in self._owner} != self._owner:
             raise StoreError(f"{self._file} belongs to another issuer or client: remove it")
+        members.setdefault("rejected", False)  # which older versions do not write
         values: dict[str, Any] = {name: members.get(name) for name in _TYPES}
         if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or "" in values.values():
             raise StoreError(f"{self._file} is damaged: remove it")

@@ -10,11 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
 from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
+from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.verify import unverified_claims
 
 DEFAULT_LIFETIME: Final = 60.0
@@ -22,6 +23,19 @@ DEFAULT_LIFETIME: Final = 60.0
 
 MAX_CLOCK_OFFSET: Final = 600.0
 """Seconds by which the issuer's clock may be behind ours before its tokens count as old."""
+
+SESSION_ERRORS: Final = (
+    "invalid_grant",
+    "interaction_required",
+    "login_required",
+    "consent_required",
+    "invalid_token",
+    "invalid_refresh_token",
+    "bad_refresh_token",
+    "expired_token",
+    "token_expired",
+)
+"""The error codes with which issuers refuse the session: that of RFC 6749 §5.2, and their own."""
 
 _LAST_TIME: Final = 253_402_300_799  # the end of the year 9999
 
@@ -49,7 +63,8 @@ class Stored:
     """The stored part of a session. Times are in epoch seconds.
 
     `access_token` is None when the newest refresh token came without a usable one. `session_ends_at` is when the
-    refresh token expires unless it is used, or None when the issuer did not say.
+    refresh token expires unless it is used, or None when the issuer did not say. `rejected` is true when the issuer has
+    rejected the refresh token, and a login has taken over.
     """
 
     refresh_token: str = field(repr=False)
@@ -58,6 +73,7 @@ class Stored:
     ends_at: float = 0.0
     session_ends_at: float | None = None
     id_token: str | None = field(default=None, repr=False)
+    rejected: bool = False
 
 
 class Store(Protocol):
@@ -104,7 +120,8 @@ class RefreshSession:
     """One login at the issuer.
 
     `request_token` returns a token response for a refresh token, or for the client itself when called with None; it may
-    block. `store` shares the session with other processes and later starts. `now` returns epoch seconds.
+    block. `store` shares the session with other processes and later starts. `logins` is where a login of the same
+    client and issuer is stored that takes over when the issuer rejects `refresh_token`. `now` returns epoch seconds.
     """
 
     def __init__(
@@ -113,11 +130,14 @@ class RefreshSession:
         refresh_token: str | None,
         *,
         store: Store | None = None,
+        logins: Store | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         self._request_token = request_token
-        self._refresh_token = refresh_token
+        self._given = self._refresh_token = refresh_token
         self._store = store
+        self._logins = logins
+        self._login = RefreshSession(request_token, None, store=logins, now=now) if logins is not None else None
         self._now = now
         self._mutex = threading.Lock()
         self._answer_was_lost = False
@@ -125,10 +145,14 @@ class RefreshSession:
         self._is_ahead = False
         self._unsaved: Stored | None = None
         self._warned: set[str] = set()
+        self._gave_up_at: int | None = None
+        self._login_seen_at = 0
         self.rotated = False
         """Whether the issuer has replaced the refresh token that this session started with."""
         self.ends_at: float | None = None
         """When the session ends unless it is renewed, in epoch seconds, or None when the issuer did not say."""
+        self.login_took_over = False
+        """Whether the last token is from the login, because the issuer has rejected the refresh token."""
 
     def renew(self, stale: str | None) -> AccessToken:
         """Return an access token newer than `stale`; blocks.
@@ -137,6 +161,8 @@ class RefreshSession:
         asks the issuer. Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
         """
         with self._mutex, contextlib.ExitStack() as held:
+            if self._logins is not None:
+                self._login_seen_at = self._logins.changed_at()
             store = self._store
             if store is None:
                 return self._request()
@@ -153,24 +179,25 @@ class RefreshSession:
                 return self._request_in_memory(store)
             if lock_error is not None:
                 self._warn(lock_error)
-            changed_at = store.changed_at()
-            # A session that could not be saved is newer than the stored one, unless another process has written since.
-            if stored is not None and not (self._is_ahead and changed_at == self._seen_at):
-                self._refresh_token, self.ends_at = stored.refresh_token, stored.session_ends_at
-                self._seen_at, self._is_ahead, self._unsaved = changed_at, False, None
-                if stale is not None and stored.access_token not in (None, stale) and self._is_young(stored):
-                    return AccessToken(stored.access_token, stored.obtained_at, stored.ends_at, stored.id_token)
-            return self._request_and_save(store)
+            return self._renew_from(store, stored, stale)
 
-    def continue_with(self, request_token: Callable[[str | None], TokenResponse], store: Store | None) -> None:
-        """Switch to another `request_token` and `store`, without losing a session that is only in memory."""
+    def continue_with(
+        self, request_token: Callable[[str | None], TokenResponse], store: Store | None, logins: Store | None = None
+    ) -> None:
+        """Switch to another `request_token` and stores, without losing a session that is only in memory."""
         if (store and store.place) != (self._store and self._store.place):
             self._seen_at, self._is_ahead = store.changed_at() if store is not None else 0, True
         self._request_token, self._store = request_token, store
+        if self._login is not None:
+            self._login.continue_with(request_token, logins)
+        elif logins is not None:
+            self._login = RefreshSession(request_token, None, store=logins, now=self._now)
+        self._logins = logins
 
     def has_news(self) -> bool:
         """Return whether another process has written the session since we last read it, e.g. after a new login."""
-        return self._store is not None and self._store.changed_at() not in (0, self._seen_at)
+        is_newer = self._store is not None and self._store.changed_at() not in (0, self._seen_at)
+        return is_newer or (self._logins is not None and self._logins.changed_at() not in (0, self._login_seen_at))
 
     def look(self) -> None:
         """Read from the store when the session ends, without asking the issuer; blocks."""
@@ -182,16 +209,83 @@ class RefreshSession:
     @property
     def is_unsaved(self) -> bool:
         """Whether the newest refresh token is only in memory, although there is a store."""
-        return self._unsaved is not None
+        return self._unsaved is not None or (self._login is not None and self._login.is_unsaved)
 
     def save(self) -> None:
         """Try again to save an unsaved session, unless another process has written since; blocks."""
+        if self._login is not None:
+            self._login.save()
         with self._mutex, contextlib.suppress(StoreError, IssuerUnavailable):
             store, unsaved = self._store, self._unsaved
             if store is not None and unsaved is not None:
                 with store.locked():
                     if store.changed_at() == self._seen_at:
                         self._save(store, unsaved)
+
+    def _renew_from(self, store: Store, stored: Stored | None, stale: str | None) -> AccessToken:
+        changed_at = store.changed_at()
+        if self._has_given_up(stored, changed_at) and self._finds_login():
+            self._seen_at, self._is_ahead, self._unsaved = changed_at, False, None
+            return self._take_login(stored, stale)
+        self.login_took_over = False
+        # A session that could not be saved is newer than the stored one, unless another process has written since.
+        if stored is not None and not (self._is_ahead and changed_at == self._seen_at):
+            self._refresh_token, self.ends_at = stored.refresh_token, stored.session_ends_at
+            self._seen_at, self._is_ahead, self._unsaved = changed_at, False, None
+            if stale is not None and stored.access_token not in (None, stale) and self._is_young(stored):
+                return AccessToken(stored.access_token, stored.obtained_at, stored.ends_at, stored.id_token)
+        try:
+            return self._request_and_save(store)
+        except CredentialsRejected as error:
+            if error.issuer_error not in SESSION_ERRORS or not self._finds_login():
+                raise
+            token = self._take_login(stored, stale)
+            self._give_up(store, stored)
+            return token
+
+    def _has_given_up(self, stored: Stored | None, changed_at: int) -> bool:
+        return self._gave_up_at == changed_at or (stored is not None and stored.rejected)
+
+    def _finds_login(self) -> bool:
+        """Return whether there is a login that can take over, and that does not hold a used token of this session."""
+        with contextlib.suppress(StoreError):
+            found = self._logins.read() if self._logins is not None else None
+            return found is not None and found.refresh_token not in (self._given, self._refresh_token)
+        return False
+
+    def _take_login(self, stored: Stored | None, stale: str | None) -> AccessToken:
+        """Return an access token of the login; raises CredentialsRejected if that is another user's."""
+        login, logins = self._login, self._logins
+        if login is None or logins is None:
+            raise RuntimeError("there is no login")
+        try:
+            token = login.renew(stale or "")
+        finally:
+            self._login_seen_at = logins.changed_at()
+        before = (stored.access_token, stored.id_token) if stored is not None else ()
+        ours, theirs = _subject(*before, self._refresh_token), _subject(token.value, token.id_token)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise CredentialsRejected(
+                "the issuer rejected the refresh token from the settings, and the stored login is of another user, "
+                f"{identity(unverified_claims(token.value))}",
+                cause="other_user",
+            )
+        if not self.login_took_over:
+            who = identity(unverified_claims(token.value))
+            _warn(
+                "the issuer rejected the refresh token from the settings: continuing with the stored login of "
+                f"{who}, in {logins.place}"
+            )
+        self.ends_at, self.login_took_over = login.ends_at, True
+        return token
+
+    def _give_up(self, store: Store, stored: Stored | None) -> None:
+        """Note that a login has taken over, for other processes and later starts: they do not send the token again."""
+        kept = stored or Stored(str(self._refresh_token))
+        with contextlib.suppress(StoreError):
+            store.write(replace(kept, refresh_token=str(self._refresh_token), rejected=True))
+        self._gave_up_at = self._seen_at = store.changed_at()
+        self._is_ahead, self._unsaved = False, None
 
     def _request_in_memory(self, store: Store) -> AccessToken:
         before = self._refresh_token
@@ -259,14 +353,28 @@ class RefreshSession:
 
     def _is_young(self, stored: Stored) -> bool:
         now = self._now()
-        return stored.obtained_at <= now + 1 and now < stored.ends_at - 0.25 * (stored.ends_at - stored.obtained_at)
+        return (
+            not stored.rejected
+            and stored.obtained_at <= now + 1
+            and now < stored.ends_at - 0.25 * (stored.ends_at - stored.obtained_at)
+        )
 
     def _warn(self, error: StoreError) -> None:
         if str(error) not in self._warned:
             self._warned.add(str(error))
-            # A log handler that raises must not cost a token.
-            with contextlib.suppress(Exception):
-                logger.warning("the session is only in memory: %s", error)
+            _warn(f"the session is only in memory: {error}")
+
+
+def _warn(message: str) -> None:
+    # A log handler that raises must not cost a token.
+    with contextlib.suppress(Exception):
+        logger.warning("%s", message)
+
+
+def _subject(*tokens: str | None) -> str | None:
+    """Return the user in the first token that names one. Not verified: the tokens are the issuer's, or our own."""
+    subjects = (unverified_claims(token or "").get("sub") for token in tokens)
+    return next((subject for subject in subjects if isinstance(subject, str)), None)
 
 
 def _stored(refresh_token: str, token: AccessToken | None, session_ends_at: float | None) -> Stored:

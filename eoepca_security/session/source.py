@@ -49,13 +49,13 @@ class TokenSource:
     """Provides access tokens. One request to the issuer serves all waiting callers.
 
     `request_token` returns a token response for a refresh token, or for the client itself when called with None; it may
-    block, and runs in a thread. `store` keeps the session across restarts and shares it between processes. `check` is
-    called in a thread with each new access token, and raises TokenError when it must not be used. `access_token` is
-    used first, until it expires. `continues` is a source whose session this one takes over. With `joins`, the source
-    starts with an access token that another process stored; otherwise it asks the issuer first, which shows whether
-    the login is still valid. `now` returns epoch seconds. `observe` is called after each refresh with its error or
-    None, and its duration in seconds. `describe` returns the log text for an error, with its remedy. An instance
-    belongs to one event loop.
+    block, and runs in a thread. `store` keeps the session across restarts and shares it between processes. `logins` is
+    where a login is stored that takes over when the issuer rejects `refresh_token`. `check` is called in a thread with
+    each new access token, and raises TokenError when it must not be used. `access_token` is used first, until it
+    expires. `continues` is a source whose session this one takes over. With `joins`, the source starts with an access
+    token that another process stored; otherwise it asks the issuer first, which shows whether the login is still valid.
+    `now` returns epoch seconds. `observe` is called after each refresh with its error or None, and its duration in
+    seconds. `describe` returns the log text for an error, with its remedy. An instance belongs to one event loop.
     """
 
     def __init__(  # noqa: PLR0913  all but the first have a default
@@ -65,6 +65,7 @@ class TokenSource:
         refresh_token: str | None = None,
         access_token: str | None = None,
         store: Store | None = None,
+        logins: Store | None = None,
         check: Callable[[str], object] | None = None,
         now: Callable[[], float] = time.time,
         continues: "TokenSource | None" = None,
@@ -73,10 +74,10 @@ class TokenSource:
         describe: Callable[[TokenError], str] = str,
     ) -> None:
         if continues is None:
-            self._session = RefreshSession(request_token, refresh_token, store=store, now=now)
+            self._session = RefreshSession(request_token, refresh_token, store=store, logins=logins, now=now)
         else:
             self._session = continues._session
-            self._session.continue_with(request_token, store)
+            self._session.continue_with(request_token, store, logins)
         self._initial = access_token
         self._stale = "" if joins else None
         self._check = check or (lambda _token: None)

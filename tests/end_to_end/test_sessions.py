@@ -16,7 +16,7 @@ import pytest
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from tests.support.environment import settings_for
-from tests.support.processes import ROOT, StartProxy
+from tests.support.processes import ROOT, StartProxy, admin_of
 from tests.support.service import Service
 from tests.support.waiting import eventually
 
@@ -68,6 +68,42 @@ def test_a_proxy_that_waits_for_credentials_picks_a_login_up_and_so_does_the_nex
         assert (left.returncode, len(left.stderr.splitlines())) == (2, 1)
         assert "run-mitmproxy.py login" in left.stderr
         assert left.stdout == ""
+
+
+def test_a_login_without_the_rejected_token_in_the_settings_heals_a_running_proxy(
+    start: StartProxy, base_environment: dict[str, str], tmp_path: Path, client: httpx.Client
+) -> None:
+    behaviour = Behaviour(lifetime=2, refresh_tokens="rotate")
+    behaviour.login.interval = 0.1
+    with FakeIssuer(behaviour) as issuer, Service(issuer) as service:
+        shell = settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path / "store"), OPEN_ID_REFRESH_TOKEN="")
+        environment = shell | {
+            "OPEN_ID_REFRESH_TOKEN": issuer.refresh_token,
+            "PROXY_ADMIN": "127.0.0.1:0",
+        }
+        proxy = start("launcher", service.url, environment | {"PROXY_WORKERS": "2"})
+        ready = f"{admin_of(proxy)}/readyz"
+        assert client.get(ready).status_code == 200
+        issuer.end_sessions()
+        eventually(lambda: client.get(ready).headers.get("X-OIDC-Proxy-Error") == "credentials_rejected")
+
+        done = command(base_environment | shell, tmp_path, "login")
+        assert done.returncode == 0, done.stderr
+        eventually(lambda: client.get(ready).status_code == 200, 5)
+        eventually(lambda: [client.get(proxy.url).status_code for _ in range(8)] == [200] * 8, 5)
+        assert "continuing with the stored login of alice (sub u-1)" in proxy.output
+        proxy.stop()
+
+        # The token is still set, and is not sent again: its session has ended for good.
+        sent_before = len(issuer.requests)
+        again = start("launcher", service.url, environment)
+        assert client.get(again.url).status_code == 200
+        assert "continuing with the stored login of alice (sub u-1)" in again.output
+        again.stop()
+        assert {seen.form["refresh_token"] for seen in issuer.requests[sent_before:]}.isdisjoint(
+            seen.form.get("refresh_token") for seen in issuer.requests[:sent_before]
+        )
+        assert issuer.reuses == 0
 
 
 def test_json_lines_for_machines(

@@ -16,7 +16,7 @@ from eoepca_security.oauth.protocol import MAX_LIFETIME, Client, choose_auth_met
 from eoepca_security.oauth.text import identity, printable, without_secrets
 from eoepca_security.oauth.verify import looks_like_jwt, unverified_claims
 from eoepca_security.proxy.cli.probes import UPSTREAM_TIMEOUT, Recorder, ask, bounded, is_our_proxy
-from eoepca_security.proxy.config.factory import make_provider, make_store
+from eoepca_security.proxy.config.factory import make_logins, make_provider, make_store
 from eoepca_security.proxy.config.port_check import USE_LOCAL, cannot_listen
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import (
@@ -40,18 +40,18 @@ from eoepca_security.proxy.policy.remedies import (
     CLIENT_ERRORS,
     CLOCK,
     LOGIN,
-    SESSION_ERRORS,
     Place,
     Reply,
     audience_remedy,
     client_remedy,
+    command_remedy,
     issuer_remedy,
     network_remedy,
     refusal_remedy,
     session_remedy,
     unproven_remedy,
 )
-from eoepca_security.session.session import AccessToken, RefreshSession, number
+from eoepca_security.session.session import SESSION_ERRORS, AccessToken, RefreshSession, number
 
 MAX_SKEW: Final = 10.0
 """The difference to the issuer's clock, in seconds, above which tokens may seem expired or from the future."""
@@ -127,7 +127,7 @@ class _Run:
         self._refresh_token = settings.refresh_token
         self._obtained: AccessToken | CredentialsRejected | TokenInvalid | None = None
         self._token = AccessToken("", 0, 0)
-        self._rotated = False
+        self._rotated = self._is_login = False
 
     def settings(self) -> str:
         settings = self._settings
@@ -151,6 +151,8 @@ class _Run:
         if stored is None:
             return f"no session yet in {self._store.place.parent}"
         self._refresh_token = stored.refresh_token
+        if stored.rejected and (logins := make_logins(self._settings)) is not None and logins.changed_at():
+            return f"found a login in {logins.place}, which took over from {REFRESH_TOKEN.env}"
         return f"found a session in {self._store.place}"
 
     def listener(self) -> str:
@@ -211,6 +213,8 @@ class _Run:
         self._token = token
         claims = unverified_claims(token.value)
         detail = f"for {identity(claims)}, valid for {token.ends_at - token.obtained_at:.0f} s"
+        if self._is_login:
+            detail += f", from the stored login: the issuer rejected {REFRESH_TOKEN.env}"
         if self._rotated and settings.token_store is None:
             detail += (
                 f"; warning: the issuer replaced the refresh token, and {TOKEN_STORE.env} is none, so the one in the "
@@ -285,14 +289,20 @@ class _Run:
             if (refusal := self._try_client(settings.client)) is None:
                 raise _NotOk("the issuer does not say whether it accepts the client", LOGIN, status="unproven")
             return refusal
-        session = RefreshSession(self._provider.request_token, settings.refresh_token, store=self._store, now=self._now)
+        session = RefreshSession(
+            self._provider.request_token,
+            settings.refresh_token,
+            store=self._store,
+            logins=make_logins(settings),
+            now=self._now,
+        )
         try:
             self._obtained = session.renew(None)
         except (CredentialsRejected, TokenInvalid) as error:
             self._obtained = error
         except IssuerUnavailable as error:
             self._raise(error)
-        self._rotated = session.rotated
+        self._rotated, self._is_login = session.rotated, session.login_took_over
         return self._obtained if isinstance(self._obtained, CredentialsRejected) else None
 
     def _try_client(self, client: Client) -> CredentialsRejected | None:
@@ -329,6 +339,8 @@ class _Run:
         return refusal is not None and refusal.issuer_error not in CLIENT_ERRORS
 
     def _token_remedy(self, error: CredentialsRejected) -> str:
+        if error.cause == "other_user":
+            return command_remedy(error, self._settings, in_container=self._in_container)
         if error.issuer_error in SESSION_ERRORS:
             return session_remedy(
                 self._refresh_token,

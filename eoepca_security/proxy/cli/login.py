@@ -30,7 +30,7 @@ from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.cli.redirect_server import RedirectServer
-from eoepca_security.proxy.config.factory import make_provider, make_store
+from eoepca_security.proxy.config.factory import make_logins, make_provider, make_store
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import GRANT, REFRESH_TOKEN, TOKEN_STORE
 from eoepca_security.proxy.policy.remedies import command_remedy, runs_in_container, told
@@ -110,6 +110,11 @@ def logout(settings: Settings) -> int:
     click.echo(f"The session is removed here ({store.place}). A running proxy works until its access token expires.")
     if settings.refresh_token is not None:
         click.echo(f"{REFRESH_TOKEN.env} is still set: the next start uses it.")
+        if (logins := make_logins(settings)) is not None and logins.changed_at():
+            click.echo(
+                f"A login without it is stored, too, and takes over when the issuer rejects it. To end that, unset "
+                f"{REFRESH_TOKEN.env} and log out again."
+            )
     return 1 if failed is not None else 0
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -62,6 +63,11 @@ def make_store(settings: Settings) -> TokenStore | None:
     )
 
 
+def make_logins(settings: Settings) -> TokenStore | None:
+    """Return the store of logins, where one can take over from a rejected refresh token in the settings, or None."""
+    return make_store(replace(settings, refresh_token=None)) if settings.refresh_token is not None else None
+
+
 def make_source(
     settings: Settings,
     *,
@@ -97,6 +103,7 @@ def make_source(
         refresh_token=settings.refresh_token,
         access_token=settings.access_token,
         store=make_store(settings),
+        logins=make_logins(settings),
         check=check,
         continues=continues,
         joins=joins,

@@ -36,7 +36,7 @@ from eoepca_security.proxy.config.variables import (
     UPSTREAM,
     Variable,
 )
-from eoepca_security.session.session import number
+from eoepca_security.session.session import SESSION_ERRORS, number
 
 LOGIN: Final = "run `run-mitmproxy.py login`"
 
@@ -44,19 +44,6 @@ CHECK: Final = "run `run-mitmproxy.py check` for details"
 
 CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
 """The error codes with which an issuer refuses the client (RFC 6749 §5.2)."""
-
-SESSION_ERRORS: Final = (
-    "invalid_grant",
-    "interaction_required",
-    "login_required",
-    "consent_required",
-    "invalid_token",
-    "invalid_refresh_token",
-    "bad_refresh_token",
-    "expired_token",
-    "token_expired",
-)
-"""The error codes with which issuers refuse the session: that of RFC 6749 §5.2, and their own."""
 
 BINDING_REMEDY: Final = "turn off DPoP-bound and certificate-bound access tokens for this client at the issuer"
 
@@ -190,6 +177,8 @@ def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
             )
         case "no_session":
             return _NEW_SESSION
+        case "other_user":
+            return f"{LOGIN} as the user of {REFRESH_TOKEN.env}, or unset that to continue as the other one"
         case "invalid_client":
             return _client_remedy(settings)
         case "unauthorized_client":  # Keycloak also sends this for a wrong secret

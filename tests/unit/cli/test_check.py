@@ -400,6 +400,37 @@ def test_a_stored_session_is_used(settings: Settings, issuer: FakeIssuer, tmp_pa
     assert str(store.place) in steps["store"].detail
 
 
+def log_in(settings: Settings, refresh_token: str) -> Path:
+    store = make_store(replace(settings, refresh_token=None))
+    assert store is not None
+    with store.locked():
+        store.write(Stored(refresh_token))
+    return store.place
+
+
+def test_a_login_that_took_over_is_told(settings: Settings, issuer: FakeIssuer, tmp_path: Path) -> None:
+    settings = replace(settings, token_store=tmp_path)
+    assert run(settings)["token"].status == "ok"
+    issuer.end_sessions()
+    place = log_in(settings, issuer.new_session())
+    for says in ("found a session in ", f"found a login in {place}, which took over from OPEN_ID_REFRESH_TOKEN"):
+        steps = run(settings)
+        assert says in steps["store"].detail
+        assert steps["token"].detail.endswith(", from the stored login: the issuer rejected OPEN_ID_REFRESH_TOKEN")
+        assert steps["upstream"].status == "ok"
+
+
+def test_a_login_of_another_user_is_told_and_not_used(settings: Settings, issuer: FakeIssuer, tmp_path: Path) -> None:
+    settings = replace(settings, token_store=tmp_path)
+    run(settings)
+    issuer.end_sessions()
+    issuer.behaviour.claims |= {"sub": "u-2", "preferred_username": "bob"}
+    log_in(settings, issuer.new_session())
+    steps = run(settings)
+    assert (steps["token"].status, "another user, bob (sub u-2)" in steps["token"].detail) == ("fault", True)
+    assert "or unset that to continue as the other one" in str(steps["token"].remedy)
+
+
 def test_an_access_token_alone(settings: Settings, issuer: FakeIssuer) -> None:
     settings = replace(settings, refresh_token=None)
     steps = run(replace(settings, access_token=issuer.issue()))

@@ -424,6 +424,20 @@ def test_logout_of_what_a_token_in_the_settings_grew_into(run: Run, issuer: Fake
     assert run("token", OPEN_ID_REFRESH_TOKEN=origin)[0] == 1
 
 
+def test_logout_tells_of_the_login_that_would_take_over(run: Run, issuer: FakeIssuer, tmp_path: Path) -> None:
+    origin = issuer.refresh_token
+    assert run("token", OPEN_ID_REFRESH_TOKEN=origin)[0] == 0
+    assert run("login")[0] == 0
+    code, out, _ = run("logout", OPEN_ID_REFRESH_TOKEN=origin)
+    assert (code, "takes over when the issuer rejects it" in out) == (0, True)
+    assert "unset OPEN_ID_REFRESH_TOKEN and log out again" in out
+    # It does.
+    code, token, err = run("token", OPEN_ID_REFRESH_TOKEN=origin)
+    assert (code, issuer.accepts(token.strip())) == (0, True), err
+    assert run("logout")[0] == 0
+    assert run("token", OPEN_ID_REFRESH_TOKEN=origin)[0] == 1
+
+
 def test_logout_forgets_even_when_the_issuer_refuses(run: Run, issuer: FakeIssuer, tmp_path: Path) -> None:
     def fault(handler: Handler) -> bool:
         if handler.path.endswith("/revoke"):

@@ -161,12 +161,20 @@ def test_a_file_that_cannot_be_understood_is_told_and_left_alone(file: Path, con
         ("ends_at", "soon"),
         ("obtained_at", None),
         ("session_ends_at", "never"),
+        ("rejected", "yes"),
     ],
 )
 def test_a_file_with_a_wrong_value_is_told(file: Path, member: str, value: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {member: value}))
     with pytest.raises(StoreError, match="damaged"):
         store_in(file.parent).read()
+
+
+def test_a_file_of_a_version_that_did_not_note_rejections_is_read(file: Path) -> None:
+    members = json.loads(file.read_text())
+    assert members.pop("rejected") is False
+    file.write_text(json.dumps(members))
+    assert store_in(file.parent).read() == SESSION
 
 
 def test_a_file_that_others_can_read_is_closed_to_them(file: Path, caplog: pytest.LogCaptureFixture) -> None:
