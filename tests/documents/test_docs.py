@@ -1,5 +1,7 @@
 """What the documents promise is what the code has."""
 
+import ast
+import json
 import re
 import runpy
 import tomllib
@@ -9,12 +11,14 @@ from typing import Any
 import pytest
 
 import eoepca_security
+from eoepca_security.oauth.urls import LOOPBACK_NAMES
 from eoepca_security.proxy.admin.metrics import Metrics, exposition
 from eoepca_security.proxy.cli.check import check
 from eoepca_security.proxy.config import variables
 from eoepca_security.proxy.config.loading import read_settings
 from eoepca_security.proxy.config.variables import VARIABLES, Variable
-from eoepca_security.proxy.policy.problem_details import ANSWERS
+from eoepca_security.proxy.policy.access import Guard
+from eoepca_security.proxy.policy.problem_details import ANSWERS, parts
 from eoepca_security.testing import FakeIssuer
 from tests.support.fastapi import bearer, get
 from tests.support.processes import ROOT
@@ -66,6 +70,32 @@ def test_readme_and_troubleshooting_have_every_code_with_its_status() -> None:
     settings = read_settings(environment | {"OPEN_ID_TOKEN_STORE": "none", "OPEN_ID_REFRESH_TOKEN": "refresh"})
     names = [step.name for step in check(settings, in_container=False)]
     assert re.findall(r"^### `(\w+)`$", steps, re.MULTILINE) == names
+
+
+def test_the_messages_that_troubleshooting_quotes_are_those_of_the_code() -> None:
+    texts = [
+        node.value
+        for file in (ROOT / "eoepca_security").rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+    _, steps = TROUBLESHOOTING.split("\n## What `check` says\n")
+    quoted = {
+        quote for row in re.findall(r"^\| ([^|]+) \|", steps, re.MULTILINE) for quote in re.findall("`(.+?)`", row)
+    }
+    assert "the connection was refused" in quoted
+    assert [quote for quote in quoted if not any(quote in text for text in texts)] == []
+
+
+def test_troubleshooting_shows_an_answer_as_it_is() -> None:
+    (shown,) = re.findall(r"^\$ curl -i http://(.+)/collections\n(HTTP/1.1 .*?)^```$", TROUBLESHOOTING, re.M | re.S)
+    host, (head, body) = shown[0], shown[1].split("\n\n")
+    refusal = Guard(LOOPBACK_NAMES).refusal("http", [host], lambda name: [host] if name == "Host" else [])
+    assert refusal is not None
+    status, headers, content = parts(refusal.code, refusal.detail)
+    assert json.loads(body) == json.loads(content)
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    assert head.splitlines() == [f"HTTP/1.1 {status} Forbidden", *lines, f"content-length: {len(content)}"]
 
 
 def test_operations_has_every_metric() -> None:
