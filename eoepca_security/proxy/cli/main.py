@@ -236,7 +236,8 @@ def check(extra: Sequence[str], *, as_json: bool, strict: bool) -> int:
         if as_json:
             report((Step("settings", "fault", problem) for problem in error.problems), as_json=True)
         raise
-    return report(run(settings, in_container=runs_in_container()), as_json=as_json, strict=strict)
+    with _without_warnings("eoepca_security.session.session"):  # which the steps repeat
+        return report(run(settings, in_container=runs_in_container()), as_json=as_json, strict=strict)
 
 
 @cli.command(epilog=DEMO_EPILOG)
@@ -268,6 +269,17 @@ def _told(settings: Settings, remedy: Callable[..., str]) -> Iterator[None]:
         detail = told(error, remedy(error, settings, in_container=runs_in_container()))
         click.echo(f"{error.code}: {detail}", err=True)
         raise click.exceptions.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _refuse(extra: Sequence[str], command: str) -> None:

@@ -723,6 +723,22 @@ def test_a_fault_has_its_remedy_on_its_line_and_1(
     assert issuer.refresh_token not in out
 
 
+def test_a_login_that_took_over_is_told_once(
+    environment: Callable[..., None],
+    issuer: FakeIssuer,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    issuer.behaviour.login.interval = 0.1
+    environment(OPEN_ID_TOKEN_STORE=str(tmp_path / "store"), OPEN_ID_REFRESH_TOKEN="")
+    assert main(["login"]) == 0
+    environment(OPEN_ID_TOKEN_STORE=str(tmp_path / "store"), OPEN_ID_REFRESH_TOKEN="rejected")
+    assert main(["check"]) == 0
+    assert "from the stored login: the issuer rejected OPEN_ID_REFRESH_TOKEN" in capsys.readouterr().out
+    assert caplog.text == ""
+
+
 def test_json(environment: Callable[..., None], issuer: FakeIssuer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
