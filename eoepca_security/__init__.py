@@ -1,7 +1,7 @@
 """OIDC access tokens for tools that cannot log in, and verified claims for services behind a gateway.
 
-Importing this package needs neither mitmproxy nor FastAPI. `OIDCProxyScheme`, `Authentication` and `require_roles` are
-available here once FastAPI is installed.
+Importing this package needs neither mitmproxy nor FastAPI. `OIDCProxyScheme`, `Authentication` (or
+`Tokens`) and `require_roles` are available here once FastAPI is installed.
 """
 
 from importlib import import_module
@@ -26,6 +26,7 @@ from eoepca_security.session.source import TokenSource
 if TYPE_CHECKING:
     from eoepca_security.fastapi import Authentication as Authentication
     from eoepca_security.fastapi import OIDCProxyScheme as OIDCProxyScheme
+    from eoepca_security.fastapi import Tokens as Tokens
     from eoepca_security.fastapi import require_roles as require_roles
 
 __all__ = [
@@ -43,14 +44,14 @@ __all__ = [
     "trust",
 ]
 
-_OF_FASTAPI: Final = ("Authentication", "OIDCProxyScheme", "require_roles")
+_OF_FASTAPI: Final = ("Authentication", "OIDCProxyScheme", "Tokens", "require_roles")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _OF_FASTAPI:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module("eoepca_security.fastapi.scheme"), name)
+        return getattr(import_module("eoepca_security.fastapi"), name)
     except ModuleNotFoundError as error:
         raise ImportError(f'{name} needs FastAPI: pip install "eoepca-security[fastapi]"') from error
 

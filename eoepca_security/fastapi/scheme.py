@@ -1,6 +1,5 @@
 """OIDCProxyScheme: verified claims for FastAPI routes, from tokens that a gateway puts into request headers."""
 
-import contextlib
 import logging
 import math
 import re
@@ -15,32 +14,19 @@ from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 
 from eoepca_security.errors import IssuerUnavailable, SettingsError, TokenInvalid
+from eoepca_security.fastapi.authentication import Authentication, SentIDToken
 from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import RETRY_INTERVAL, Provider
 from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.oauth.urls import discovery_url, issuer_url_problem
-from eoepca_security.oauth.verify import MAX_TOKEN_SIZE, Policy, check_binding, id_token_mismatch, read_unsigned
+from eoepca_security.oauth.verify import MAX_TOKEN_SIZE, Policy, check_binding, id_token_mismatch
 
 _HEADER_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
 _REFRESH_TOKEN: Final = re.compile(f"[ -~]{{1,{MAX_TOKEN_SIZE}}}")  # RFC 6749 §A.17
+_NO_SCOPES: Final = SecurityScopes()
 
 logger = logging.getLogger(__name__)
-
-
-class Authentication(dict[str, Any]):
-    """The authenticated caller: `claims`, `access_token`, `id_token` (claims or None) and `refresh_token` (or None).
-
-    `access_claims` are the claims of the access token only. Decide on permissions by these, because ID claims may be
-    unsigned. The repr shows no values.
-    """
-
-    def __init__(self, access_claims: Mapping[str, Any], **members: Any) -> None:
-        super().__init__(members)
-        self.access_claims = access_claims
-
-    def __repr__(self) -> str:
-        return f"Authentication({', '.join(name for name, value in self.items() if value)})"
 
 
 class _Refusal(Exception):
@@ -151,10 +137,15 @@ class OIDCProxyScheme(SecurityBase):
         self._provider = Provider(openIdConnectUrl, Client(audience), _transport())  # asks for no tokens
         self._reported: IssuerUnavailable | None = None
 
-    async def __call__(self, connection: HTTPConnection, security_scopes: SecurityScopes) -> Authentication | None:
-        """Return the authenticated caller; raises HTTPException, or on a WebSocket WebSocketException."""
+    async def __call__(
+        self, request: HTTPConnection, security_scopes: SecurityScopes = _NO_SCOPES
+    ) -> Authentication | None:
+        """Return the authenticated caller; raises HTTPException, or on a WebSocket WebSocketException.
+
+        FastAPI passes the scopes. In your own code, `await scheme(request)` does the same without scopes.
+        """
         try:
-            found = await self._authenticate(connection)
+            found = await self._authenticate(request)
             if security_scopes.scopes:
                 _check_scopes(found, security_scopes)
         except TokenInvalid as error:
@@ -163,7 +154,7 @@ class OIDCProxyScheme(SecurityBase):
             refusal = error
         except IssuerUnavailable as error:
             self._report(error)
-            if connection.scope["type"] == "websocket":
+            if request.scope["type"] == "websocket":
                 raise WebSocketException(1013, "the identity provider is unavailable") from None
             retry_after = math.ceil(min(max(error.retry_after or 1, 1), RETRY_INTERVAL))
             raise HTTPException(
@@ -172,14 +163,14 @@ class OIDCProxyScheme(SecurityBase):
         else:
             return found if self.auto_error or found["claims"] else None
         if self.auto_error:
-            raise _error(connection, refusal)
+            raise _error(request, refusal)
         return None
 
     async def _authenticate(self, connection: HTTPConnection) -> Authentication:
         access_token = self._header(connection, self._auth_header)
         if self._in_authorization:
             access_token = _without_bearer(access_token, self._auth_header)
-        id_token = _without_bearer(self._header(connection, self._id_header), self._id_header)
+        id_value = _without_bearer(self._header(connection, self._id_header), self._id_header)
         refresh_token = self._header(connection, self._refresh_header)
         if access_token is None and self._require_auth_token:
             raise _Refusal(401, None, f"an access token is required in the header {self._auth_header}")
@@ -190,11 +181,13 @@ class OIDCProxyScheme(SecurityBase):
         access_claims: dict[str, Any] = {}
         if access_token is not None:
             access_claims = await self._provider.verify_access_token(access_token, self._policy)
+        id_token = None if id_value is None else SentIDToken(id_value, self._policy.leeway, self._provider.now())
         id_claims = await self._id_claims(id_token, access_token, access_claims) if id_token is not None else None
         if id_claims is None and self._require_id_token:
             raise _Refusal(401, None, f"an ID token is required in the header {self._id_header}")
         return Authentication(
             access_claims,
+            id_token,
             claims={**(id_claims or {}), **access_claims},
             access_token=access_token,
             id_token=id_claims,
@@ -208,26 +201,20 @@ class OIDCProxyScheme(SecurityBase):
         return values[0].strip(" ") or None if values else None
 
     async def _id_claims(
-        self, id_token: str, access_token: str | None, access_claims: Mapping[str, Any]
+        self, sent: SentIDToken, access_token: str | None, access_claims: Mapping[str, Any]
     ) -> dict[str, Any] | None:
-        leeway = self._policy.leeway
-        if "." in id_token:  # base64 has no dots
+        if sent.is_signed:
             party = access_claims.get("azp") or access_claims.get("client_id")
             clients = {self._policy.audience, *(self._policy.authorized_parties or ())}
             clients |= {party} if isinstance(party, str) else set()
-            claims, alg = await self._provider.verify_id_token(id_token, clients, leeway)
+            claims, alg = await self._provider.verify_id_token(sent.value, clients, sent.leeway)
             if access_token is None:
                 check_binding(claims, self._policy)  # with an access token, only the access token's binding counts
             mismatch = access_token and id_token_mismatch(claims, access_claims, access_token, alg)
             if mismatch:
                 raise TokenInvalid(f"the ID token does not belong to the access token: {mismatch}")
             return claims
-        if self._trust_unsigned_id_token and access_token is not None:
-            with contextlib.suppress(TokenInvalid):
-                claims = read_unsigned(id_token, leeway=leeway, now=self._provider.now())
-                if id_token_mismatch(claims, access_claims, access_token) is None:
-                    return claims
-        return None
+        return sent.unsigned_claims(access_token, access_claims) if self._trust_unsigned_id_token else None
 
     def _report(self, error: IssuerUnavailable) -> None:
         """Log an error once, no matter how many requests it affects."""
