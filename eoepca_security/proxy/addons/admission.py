@@ -41,18 +41,30 @@ def _refusal(flow: HTTPFlow, where: Destination, state: State) -> Refusal | None
     if not where.is_reverse:
         return state.guard.cross_site(where.target.origin, values)
     authority = [request.authority] if request.authority else []
-    scheme = "https" if flow.client_conn.tls else "http"
-    return state.guard.refusal(scheme, [*authority, *values("Host")], values)
+    return state.guard.refusal(_scheme(flow), [*authority, *values("Host")], values)
 
 
 def _termination(flow: HTTPFlow, where: Destination, state: State) -> Response | None:
-    endpoint = state.settings.termination_endpoint if state.settings is not None else None
-    if not where.is_reverse or flow.request.path.partition("?")[0] != endpoint:
+    request, endpoint = flow.request, state.settings.termination_endpoint if state.settings is not None else None
+    if endpoint is None or not where.is_reverse:
         return None
-    if flow.request.method != "POST":
-        refused = _refuse(flow, Refusal("method_not_allowed", "this ends the proxy; to do that, send POST"))
+    path = request.path.partition("?")[0]
+    if not endpoint.is_at(_scheme(flow), request.host_header or "", path):
+        return None
+    if request.method != "POST" and not endpoint.any_method:
+        detail = (
+            "this ends the proxy; to do that, send POST, or set PROXY_TERMINATION_ENDPOINT to "
+            f"http://0.0.0.0{endpoint.path} to let every method do it"
+        )
+        refused = _refuse(flow, Refusal("method_not_allowed", detail))
         refused.headers["Allow"] = "POST"
         return refused
     # The proxy drains first, so this request still gets its answer.
     state.end_all()
-    return Response.make(200, b"ending\n", {"Content-Type": "text/plain; charset=utf-8"})
+    body = b"" if request.method == "HEAD" else b"ending\n"
+    return Response.make(200, body, {"Content-Type": "text/plain; charset=utf-8"})
+
+
+def _scheme(flow: HTTPFlow) -> str:
+    """Return the scheme that the client used."""
+    return "https" if flow.client_conn.tls else "http"

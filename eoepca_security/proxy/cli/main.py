@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--" in arguments:
         split = arguments.index("--")
         own, extra = arguments[:split], arguments[split + 1 :]
+    if own and not own[0]:  # manifests for eoepca-security 2.0 have `args: [""]`
+        own = own[1:]
     try:
         result = cli.main(args=own, prog_name="run-mitmproxy.py", standalone_mode=False, obj=extra)
     except click.ClickException as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.oauth.urls import discovery_url
+from eoepca_security.oauth.urls import DEFAULT_PORTS, discovery_url, parse_host
 
 NO_VERIFY: Final = "{} is on: anyone on the network path to the service can read the token"
 
@@ -26,6 +26,28 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class TerminationEndpoint:
+    """Where a request ends the proxy: with POST, or with any method. `host` and `port` are None if any will do."""
+
+    path: str
+    host: str | None = None
+    port: int | None = None
+    any_method: bool = False
+
+    def is_at(self, scheme: str, authority: str, path: str) -> bool:
+        """Return whether a request is for this endpoint. `authority` is the host that the client named."""
+        if path.rstrip("/") != self.path.rstrip("/"):
+            return False
+        if self.host is None and self.port is None:
+            return True
+        try:
+            host = parse_host(authority)
+        except ValueError:
+            return False
+        return self.host in (None, host.name) and self.port in (None, host.port or DEFAULT_PORTS[scheme])
 
 
 @dataclass(frozen=True)
@@ -58,7 +80,7 @@ class Settings:
     admin_is_set: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
-    termination_endpoint: str | None = None
+    termination_endpoint: TerminationEndpoint | None = None
     forward_as: str = "bearer"
     cookies: str = "pass"
     workers: int = 1

@@ -30,7 +30,7 @@ from eoepca_security.oauth.urls import (
     parse_origin,
     split_url,
 )
-from eoepca_security.proxy.config.settings import MAX_CLIENT_TIMEOUT, MAX_WORKERS, Address
+from eoepca_security.proxy.config.settings import MAX_CLIENT_TIMEOUT, MAX_WORKERS, Address, TerminationEndpoint
 from eoepca_security.proxy.config.variables import (
     ADMIN,
     ALLOW_HTTP,
@@ -58,6 +58,8 @@ from eoepca_security.proxy.config.variables import (
 from eoepca_security.session.file_store import folder_problem
 
 _MAX_FILE: Final = 64 * 1024
+
+_TERMINATION_PATH: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+/?")
 
 _TYPO: Final = 0.86  # how similar a name in the environment must be to one of ours to count as a typo
 
@@ -342,11 +344,31 @@ class Reader:
                 )
         return tuple(origins)
 
-    def termination_endpoint(self) -> str | None:
-        path = self.text(TERMINATION_ENDPOINT)
-        if path is not None and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+/?", path):
-            self.problem(TERMINATION_ENDPOINT, f"{path!r} is not a valid path: use one like /quitquitquit")
-        return path
+    def termination_endpoint(self) -> TerminationEndpoint | None:
+        value = self.text(TERMINATION_ENDPOINT)
+        if value is None:
+            return None
+        if "://" in value:
+            return self._termination_url(value)
+        if not _TERMINATION_PATH.fullmatch(value):
+            self.problem(TERMINATION_ENDPOINT, f"{value!r} is not a valid path: use one like /quitquitquit")
+        return TerminationEndpoint(value)
+
+    def _termination_url(self, url: str) -> TerminationEndpoint | None:
+        """Return the endpoint of a URL as eoepca-security 2.0 takes it."""
+        try:
+            parts = split_url(url)
+            host, port = parse_host(parts.netloc)
+        except ValueError:
+            parts = None
+        if parts is None or parts.query or parts.fragment or not _TERMINATION_PATH.fullmatch(parts.path):
+            self.problem(
+                TERMINATION_ENDPOINT,
+                "must have a host and a path, such as http://0.0.0.0/quitquitquit (0.0.0.0 is any host), or be a path "
+                "like /quitquitquit",
+            )
+            return None
+        return TerminationEndpoint(parts.path, None if parts.hostname in EVERYWHERE else host, port, any_method=True)
 
     def upstream(self, host: str, port: int) -> str:
         url = self.required(UPSTREAM, "set it to the protected service, e.g. https://service.example:9200")

@@ -184,6 +184,9 @@ TERMINATION_ENDPOINT: Final = Variable(
     "PROXY_TERMINATION_ENDPOINT",
     "termination_endpoint",
     "Path on the proxy where a POST stops it, e.g. /quitquitquit (the admin listener always has that path).",
+    "Written as a URL, e.g. http://0.0.0.0/quitquitquit, every method stops it, as in EOEPCA's eoepca-security 2.0. "
+    "The host and port must then be those that the client uses; 0.0.0.0 is every allowed host, and no port is every "
+    "port. A link that you follow in a browser can then stop it, too.",
 )
 FORWARD_AS: Final = Variable(
     "PROXY_FORWARD_AS",

@@ -39,6 +39,14 @@ def test_token_prints_an_access_token_and_nothing_else(
         assert err == ""
 
 
+def test_an_empty_first_argument_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([""], ["", "--", "--set", "flow_detail=1"]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith("OPEN_ID_CONNECT_URL: ")  # from `serve`
+    assert main(["", "token", "--help"]) == 0
+    assert "access token" in capsys.readouterr().out
+
+
 def test_token_with_client_credentials(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with FakeIssuer(client_secret="s") as issuer:
         set_environment(monkeypatch, issuer, OPEN_ID_CONNECT_GRANT="client_credentials", OPEN_ID_REFRESH_TOKEN="")

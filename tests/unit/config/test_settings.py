@@ -13,6 +13,7 @@ from mitmproxy.options import Options
 from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.factory import make_store
 from eoepca_security.proxy.config.loading import read_dotenv, read_settings, settings_in
+from eoepca_security.proxy.config.settings import TerminationEndpoint
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored
@@ -147,6 +148,20 @@ def test_secrets_do_not_show() -> None:
         ({"PROXY_TERMINATION_ENDPOINT": "/"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
         ({"PROXY_TERMINATION_ENDPOINT": "end"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
         ({"PROXY_TERMINATION_ENDPOINT": "/end?now"}, "PROXY_TERMINATION_ENDPOINT", "not a valid path"),
+        *(
+            ({"PROXY_TERMINATION_ENDPOINT": url}, "PROXY_TERMINATION_ENDPOINT", "must have a host and a path")
+            for url in (
+                "http://0.0.0.0",
+                "http://0.0.0.0:8080/",
+                "http:///end",
+                "http://user:secret@proxy/end",
+                "http://proxy/end?now",
+                "http://proxy/end#now",
+                "http://proxy:0/end",
+                "http://proxy/e nd",
+                "ftp://proxy/end",
+            )
+        ),
         ({"PROXY_FORWARD_AS": "nginx"}, "PROXY_FORWARD_AS", "bearer, apisix"),
         ({"PROXY_COOKIES": "no"}, "PROXY_COOKIES", "pass, drop"),
         ({"PROXY_INJECT_HOSTS": "*"}, "PROXY_INJECT_HOSTS", "not a valid host"),
@@ -552,7 +567,7 @@ def test_lists_of_hosts_and_origins() -> None:
     assert settings.allowed_hosts == ("proxy", "proxy.test:8080", "[::1]", "[fd00::2]:80", "*", "*.localhost")
     assert settings.allowed_origins == ("https://app.example", "http://localhost:3000")
     assert settings.inject_hosts == ("service.example", "localhost:9000")
-    assert settings.termination_endpoint == "/end/it"
+    assert settings.termination_endpoint == TerminationEndpoint("/end/it")
     assert settings.warnings == ()
     (warning,) = read_settings(GOOD | lists).warnings
     assert "PROXY_INJECT_HOSTS is not used" in warning
@@ -565,6 +580,20 @@ def test_the_time_that_a_client_has() -> None:
         (problem,) = problems(GOOD | {"PROXY_CLIENT_TIMEOUT": wrong})
         assert problem.startswith("PROXY_CLIENT_TIMEOUT: ")
         assert "use 1 to 86400" in problem
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("http://0.0.0.0/end", None, None),
+        ("http://[::]:8080/end", None, 8080),
+        ("http://Proxy.test/end", "proxy.test", None),
+        ("https://[0::1]:1/end", "[::1]", 1),
+    ],
+)
+def test_where_every_method_ends_the_proxy(url: str, host: str | None, port: int | None) -> None:
+    found = read_settings(GOOD | {"PROXY_TERMINATION_ENDPOINT": url}).termination_endpoint
+    assert found == TerminationEndpoint("/end", host, port, any_method=True)
 
 
 def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
