@@ -19,7 +19,7 @@ from eoepca_security.proxy.config.loading import read_settings
 from eoepca_security.proxy.config.variables import VARIABLES, Variable
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.problem_details import ANSWERS, parts
-from eoepca_security.testing import FakeIssuer
+from eoepca_security.testing import Behaviour, FakeIssuer
 from tests.support.fastapi import bearer, get
 from tests.support.processes import ROOT
 
@@ -27,6 +27,7 @@ README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "python-api.md").read_text()
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")))
+MIGRATING = (ROOT / "docs" / "migrating.md").read_text()
 PATHS = ("/me", "/catalogue", "/admin")
 
 
@@ -156,3 +157,24 @@ async def test_the_python_example_of_the_api_page_gets_a_token(capsys: pytest.Ca
     assert capsys.readouterr().out.startswith("good until ")
     exec(for_tests, {})
     assert "http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_the_migration_page_has_every_name_that_is_gone() -> None:
+    tokens = ("AuthToken", "DecodedAuthToken", "ValidatedAuthToken", "IDToken", "DecodedIDToken", "ValidatedIDToken")
+    others = ("ClientCredentials", "OIDCUtil", "RefreshToken", "get_session_with_cache", "request_oidcutil")
+    rows = MIGRATING.partition("These names are gone")[2]
+    for name in (*tokens, *others):
+        assert re.search(rf"`{name}\b", rows), name
+        assert not hasattr(eoepca_security, name)
+
+
+def test_the_python_example_of_the_migration_page_gets_a_token(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```$", MIGRATING, re.MULTILINE | re.DOTALL)
+    behaviour = Behaviour(audience="account", refresh_tokens="rotate")
+    with FakeIssuer(behaviour, client_id="my-client", client_secret="its-secret") as issuer:
+        code = example.replace("https://keycloak.example/realms/eoepca", issuer.url)
+        exec(code.replace("eyJhbGciOi…", issuer.refresh_token), {})
+        subject, access_token, refresh_token = capsys.readouterr().out.split()
+        assert subject == "u-1"
+        assert issuer.accepts(access_token)
+        assert refresh_token not in ("None", issuer.refresh_token)
