@@ -1,6 +1,7 @@
 """What the documents promise is what the code has."""
 
 import ast
+import inspect
 import json
 import re
 import runpy
@@ -178,3 +179,15 @@ def test_the_python_example_of_the_migration_page_gets_a_token(capsys: pytest.Ca
         assert subject == "u-1"
         assert issuer.accepts(access_token)
         assert refresh_token not in ("None", issuer.refresh_token)
+
+
+def test_the_fastapi_page_has_every_argument_of_the_scheme_with_its_default() -> None:
+    text = (ROOT / "docs" / "fastapi.md").read_text().partition("\n## Arguments\n")[2].partition("\n## ")[0]
+    rows: dict[str, str] = {}
+    for names, default in re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]*) ?\|", text, re.MULTILINE):
+        rows |= dict.fromkeys(re.findall(r"\w+", names), default.strip(" `").replace('"', "'"))
+    arguments = inspect.signature(eoepca_security.OIDCProxyScheme).parameters.values()
+    assert rows.keys() == {argument.name for argument in arguments}
+    for argument in arguments:
+        if argument.name not in ("scheme_name", "description"):
+            assert rows[argument.name] == ("" if argument.default is argument.empty else repr(argument.default))

@@ -62,6 +62,10 @@ def service(issuer: Issuer) -> Iterator[str]:
     async def trusting_route(request: fastapi.Request, who: Any = fastapi.Depends(trusting)) -> Any:  # noqa: B008
         return {"claims": who["claims"], "userinfo": request.headers["X-Userinfo"], "raw": who["access_token"]}
 
+    async def socket_route(socket: fastapi.WebSocket, _who: Any = fastapi.Depends(careful)) -> None:  # noqa: B008
+        await socket.accept()
+
+    app.websocket("/socket")(socket_route)
     app.get("/careful")(careful_route)
     app.get("/trusting")(trusting_route)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
@@ -88,6 +92,23 @@ def test_a_service_behind_a_gateway_can_be_developed_behind_the_proxy(
     assert trusting["claims"]["name"] == "Zoë"
     assert base64.b64decode(trusting["userinfo"], validate=True) == b'{"sub":"u-1","email":"zoe@example"}'
     assert issuer.accepts(trusting["raw"])
+
+
+def test_a_refused_websocket_is_a_refused_handshake_to_its_client(
+    issuer: Issuer, service: str, client: httpx.Client
+) -> None:
+    handshake = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": base64.b64encode(bytes(16)).decode(),
+    }
+    refused = client.get(f"{service}/socket", headers=handshake)
+    assert (refused.status_code, refused.content) == (403, b"")
+    with client.stream(
+        "GET", f"{service}/socket", headers=handshake | {"Authorization": f"Bearer {issuer.issue()}"}
+    ) as accepted:
+        assert accepted.status_code == 101
 
 
 @pytest.mark.parametrize("claims", [{"cnf": {"jkt": "x"}}, {"token_use": "id"}])
