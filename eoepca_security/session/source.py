@@ -168,6 +168,11 @@ class TokenSource:
         return self._error
 
     @property
+    def session_ends_at(self) -> float | None:
+        """When the session ends unless it is renewed, in epoch seconds; None if the issuer did not say."""
+        return self._session.ends_at
+
+    @property
     def rotated(self) -> bool:
         """Whether the issuer has replaced the refresh token that this source started with."""
         return self._session.rotated

@@ -82,10 +82,12 @@ def page(driver: Chrome, start: StartProxy) -> Iterator[Page]:
 
 
 def left(page: Page) -> int:
-    return int(page.text(".countdown").removesuffix(" s left"))
+    """Return the seconds until the token expires; 0 while there is none."""
+    shown = re.search(r"Expires\s.*\(in (\d+) s\)", page.text("#token"))
+    return int(shown[1]) if shown else 0
 
 
-def test_the_countdown_moves_and_begins_anew_with_a_refresh(page: Page) -> None:
+def test_the_times_move_and_begin_anew_with_a_refresh(page: Page) -> None:
     first = left(page)
     eventually(lambda: left(page) < first)
     ended = threading.Event()
@@ -110,16 +112,14 @@ def test_the_countdown_moves_and_begins_anew_with_a_refresh(page: Page) -> None:
     finally:
         ended.set()
         asking.join()
-    assert page.text("#state").startswith("Ready")
-    # A JWT counts in whole seconds.
-    assert page.driver.find_element(By.TAG_NAME, "progress").get_attribute("max") in (str(LIFETIME - 1), str(LIFETIME))
+    assert page.shows("Ready", "#state strong")
     times = page.text("#token")
     assert re.search(r"Last refresh\s.*\(\d+ s ago\)|Last refresh\s.*\(now\)", times), times
     assert re.search(r"2xx, success\s+\d", page.text("#requests"))
 
 
 def test_what_was_selected_stays_selected_while_nothing_changes(page: Page) -> None:
-    select = "getSelection().selectAllChildren(document.querySelector('#way dd')); return getSelection().toString()"
+    select = "getSelection().selectAllChildren(document.querySelector('h1')); return getSelection().toString()"
     selected = page.driver.execute_script(select)
     asked = "return performance.getEntriesByType('resource').filter((one) => one.initiatorType === 'fetch').length"
     eventually(lambda: page.driver.execute_script(asked) >= 2)
@@ -128,7 +128,7 @@ def test_what_was_selected_stays_selected_while_nothing_changes(page: Page) -> N
 
 
 def test_a_name_is_text_and_nothing_else_is_loaded_or_complained_about(page: Page) -> None:
-    assert NAME in page.text("#way")
+    assert NAME in page.text("h1")
     assert page.driver.title == "Ready - OIDC proxy"
     asked = "return performance.getEntriesByType('resource').filter((one) => one.initiatorType === 'fetch').length"
     eventually(lambda: page.driver.execute_script(asked) >= 2)
@@ -148,9 +148,10 @@ def test_an_error_shows_its_remedy_and_goes_when_it_is_over(page: Page) -> None:
     page.issuer.behaviour.fault = rejected
     eventually(lambda: page.ask() == 502, timeout=30)
     # While the last token lived the page had the remedy already, with another state.
-    eventually(lambda: page.shows("No token", "#state"))
-    assert page.shows("Remedy: Run run-mitmproxy.py login", ".problem")
-    assert page.text("#state").startswith("No token")
+    eventually(lambda: page.shows("No token", "#state strong"))
+    assert page.shows("Remedy: Run run-mitmproxy.py login", "#state .problem")
+    assert [box.is_displayed() for box in page.driver.find_elements(By.CLASS_NAME, "box")] == [False, True]
+    assert re.search(r"Next login\s+now", page.text("#lead"))
     assert page.driver.title == "No token - OIDC proxy"
     assert "Token is not active" in page.text("#errors")
     page.issuer.behaviour.fault = None
@@ -164,6 +165,21 @@ def test_it_says_when_the_proxy_is_not_reachable_any_more(page: Page) -> None:
     eventually(lambda: page.shows("The proxy is unreachable", "#lost"))
     assert not page.driver.find_element(By.ID, "state").is_displayed()
     assert page.driver.title == "Unreachable - OIDC proxy"
+
+
+def test_the_command_to_try_can_be_copied_and_the_button_stays_in_focus(page: Page) -> None:
+    copied = f"curl -i {page.proxy.url}/"
+    page.driver.find_element(By.CSS_SELECTOR, ".command button").click()
+    eventually(lambda: page.shows("Copied.", "#copied"))
+    page.command("Browser.grantPermissions", permissions=["clipboardReadWrite"])
+    assert page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == copied
+    assert page.ask() == 200
+    eventually(lambda: page.shows("2xx, success", "#requests"))
+    assert page.driver.execute_script("return document.activeElement.textContent") == "Copy"
+    page.driver.execute_script("navigator.clipboard.writeText = () => Promise.reject(new Error('not here'))")
+    page.driver.find_element(By.CSS_SELECTOR, ".command button").click()
+    eventually(lambda: page.shows("selected", "#copied"))
+    assert page.driver.execute_script("return getSelection().toString()") == copied
 
 
 def brightness(page: Page, property_name: str, selector: str) -> float:
@@ -195,8 +211,13 @@ def test_it_is_light_or_dark_and_readable_without_scrolling_sideways_on_a_phone(
         ground = brightness(page, "backgroundColor", "body")
         assert ground > 0.5 if scheme == "light" else ground < 0.1
         for selector, around in (
+            ("h1 span", "body"),
+            (".subject", "body"),
             ("#state strong", "#state"),
-            (".problem p", ".problem"),
+            (".sign", "#state"),
+            (".problem p", "#state"),
+            (".command code", ".command code"),
+            ("button", "button"),
             ("#token dt", "#token"),
             ("#errors li p", "#errors"),
             ("footer p", "body"),
@@ -212,8 +233,10 @@ def test_without_its_script_it_is_complete(page: Page) -> None:
     page.command("Emulation.setScriptExecutionDisabled", value=True)
     try:
         page.driver.get(page.admin)
-        assert NAME in page.text("#way")
-        assert re.fullmatch(r"\d+ s left", page.text(".countdown"))
+        assert NAME in page.text("h1")
+        assert not page.driver.find_element(By.CSS_SELECTOR, ".command button").is_displayed()
+        command = page.driver.find_element(By.CSS_SELECTOR, ".command code")
+        assert (command.text, command.value_of_css_property("user-select")) == (f"curl -i {page.proxy.url}/", "all")
         assert re.search(r"Expires\s+\d\d:\d\d:\d\d \S+ \(in \d+ s\)", page.text("#token"))
     finally:
         page.command("Emulation.setScriptExecutionDisabled", value=False)
@@ -225,5 +248,6 @@ def test_it_has_landmarks_and_says_little_aloud(page: Page) -> None:
 
     assert [count(landmark) for landmark in ("header", "main", "footer", "h1")] == [1, 1, 1, 1]
     assert count("main > section") == count("main > section > h2")
-    assert count("[role=status], [role=alert], [aria-live]") == 2
-    assert count("[role=status] .countdown, [role=status] time") == 0
+    assert count("[role=status], [role=alert], [aria-live]") == 3
+    assert count("[role=status] time") == 0
+    assert count("button:not([aria-label]), [tabindex]") == 0

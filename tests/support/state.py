@@ -25,14 +25,16 @@ STATE = State(
     settings=SETTINGS,
     token=AccessToken(SECRETS[0], NOW - 19, NOW + 41, SECRETS[1]),
     claims={"sub": "6f0c", "preferred_username": "alice", "email": "a@b.example"},
+    session_ends_at=NOW + 1781,
     error=None,
     last_refresh=Refresh(NOW - 19, 0.031, None),
     last_answer=Answer(200, NOW - 3),
     recent_errors=(),
     counts={
         "refreshes": {"success": 3, "issuer_unavailable": 1},
-        "requests": {"2xx": 5, "5xx": 1},
-        "errors": {"upstream_unavailable": 1},
+        "requests": {"2xx": 5, "4xx": 7, "5xx": 1},
+        "service_answers": {"2xx": 5, "4xx": 4},
+        "errors": {"host_not_allowed": 3, "upstream_unavailable": 1},
     },
     in_flight=2,
 )

@@ -121,6 +121,7 @@ class Monitoring:
                 settings=settings,
                 token=source.at_hand if source is not None else None,
                 claims=self._claims,
+                session_ends_at=source.session_ends_at if source is not None else None,
                 error=source.error if source is not None else None,
                 last_refresh=self._last_refresh,
                 last_answer=self._last_answer,

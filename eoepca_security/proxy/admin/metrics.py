@@ -8,6 +8,7 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from eoepca_security.errors import TokenError
 
@@ -72,9 +73,10 @@ class Metrics:
 def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
     """Return the counts for the status page.
 
-    `requests` are by status class, `errors` (requests that the proxy answered itself) by code, `refreshes` by result.
+    `requests` are by status class: all of them, and as `service_answers` those that the proxy did not answer itself.
+    `errors`, which it did, are by code, and `refreshes` by result.
     """
-    found: dict[str, dict[str, int]] = {"refreshes": {}, "requests": {}, "errors": {}}
+    found: dict[str, dict[str, int]] = {"refreshes": {}, "requests": {}, "service_answers": {}, "errors": {}}
     for sample in (sample for family in families for sample in family.samples):
         for name, total, label in (
             ("requests", "oidc_proxy_requests_total", "status_class"),
@@ -82,8 +84,14 @@ def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
             ("refreshes", "oidc_proxy_refreshes_total", "result"),
         ):
             if sample.name == total and (value := sample.labels[label]):
-                found[name][value] = found[name].get(value, 0) + int(sample.value)
+                _count(found[name], value, sample)
+                if name == "requests" and not sample.labels["code"]:
+                    _count(found["service_answers"], value, sample)
     return found
+
+
+def _count(into: dict[str, int], name: str, sample: Sample) -> None:
+    into[name] = into.get(name, 0) + int(sample.value)
 
 
 def exposition(families: Sequence[Metric], accept: str) -> tuple[bytes, str]:

@@ -7,19 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from eoepca_security.oauth.text import identity
+from eoepca_security.oauth.text import identity, printable
+from eoepca_security.proxy.policy import problem_details
 
 _HEADLINES: Final = {
     "ready": ("Ready", "Requests get a token."),
     "degraded": ("Ready, but not for long", "Requests get a token until it expires; the last refresh failed."),
     "failing": ("No token", "The proxy answers requests with an error."),
-    "idle": ("Idle", "The last token has expired. The next request gets a new one."),
+    "idle": ("Ready", "Nobody has needed a token for a while. The next request gets a new one."),
     "starting": ("Starting", "Waiting for the first token."),
 }
 
+_SERVICE_FAILS: Final = ("Not working", "Requests get a token, but they do not succeed.")
+
+_SIGNS: Final = {"good": "\N{CHECK MARK}", "warn": "!", "bad": "\N{MULTIPLICATION X}"}
+
 _STATUS_CLASSES: Final = {
+    "1xx": "1xx, switched protocols",
     "2xx": "2xx, success",
     "3xx": "3xx, redirected",
     "4xx": "4xx, refused",
@@ -45,46 +51,73 @@ class Moment:
     at: float
 
 
-Value = str | Moment
+@dataclass(frozen=True)
+class Command:
+    """A command to copy."""
+
+    text: str
+
+
+Value = tuple[str | Moment | Command, ...]
+"""What a row says, in parts."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the proxy works, in a few words, and what that means for requests."""
+
+    tone: Literal["good", "warn", "bad"]
+    headline: str
+    explanation: str
 
 
 def page(status: Mapping[str, Any]) -> str:
     """Return the status (see `eoepca_security.proxy.admin.status`) as an HTML page.
 
-    The page is complete without its script, which only keeps it up to date.
+    It begins with whose tokens requests get, whether that works, and when the next login is due. The page is complete
+    without its script, which keeps it up to date and copies.
     """
     now = status["at"]
-    headline, explanation = _HEADLINES[status["state"]]
+    verdict = _verdict(status)
+    name, subject = _who(status)
     sections = [
-        *[_alert(problem) for problem in status["problems"]],
-        _section("token", "Access token", _countdown(status) + _list(_token_rows(status), now)),
-        _section("way", "Identity and addresses", _list(_way_rows(status), now)),
-        _section("requests", "Requests since the start", _table("Answer", _request_rows(status))),
-        _section("own", "Answered by the proxy itself", _table("Error", _own_rows(status))),
+        _section("way", "Addresses", _list(_way_rows(status), now)),
+        _section("token", "Access token", _list(_token_rows(status), now)),
+        _section("requests", "Answers from the protected service", _table("Answer", _request_rows(status))),
+        _section("own", "Answers from the proxy itself", _table("Reason", _own_rows(status))),
         _section("errors", "Recent errors", _errors(status)),
     ]
-    started = _html(Moment(now - status["uptime_seconds"]), now)
+    started = _html((Moment(now - status["uptime_seconds"]),), now)
+    subject_line = f'<p class="subject">sub {html.escape(subject)}</p>\n' if subject else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{headline} - OIDC proxy</title>
+<title>{verdict.headline} - OIDC proxy</title>
 <link rel="icon" href="icon.svg" type="image/svg+xml">
 <link rel="stylesheet" href="status.css">
 <script src="status.js" defer></script>
 </head>
 <body data-now="{now:.3f}">
 <header>
-<h1>OIDC proxy</h1>
-<p id="lost" role="alert" hidden></p>
-<p id="state" class="{status["state"]}" role="status"><strong>{headline}</strong> {explanation}</p>
+<div id="who">
+<h1><span>OIDC proxy for</span> {html.escape(name)}</h1>
+{subject_line}</div>
+<p id="lost" class="box warn" role="alert" hidden></p>
+<div id="state" class="box {verdict.tone}" role="status">
+<p><span class="sign" aria-hidden="true">{_SIGNS[verdict.tone]}</span> <strong>{verdict.headline}</strong> \
+{verdict.explanation}</p>
+{"".join(_problem(problem) for problem in status["problems"])}</div>
+<div id="lead">
+{_list([("Next login", _login(status)), *_example_rows(status)], now)}</div>
+<p id="copied" role="status"></p>
 </header>
 <main id="main">
 {"".join(sections)}</main>
 <footer id="about">
-<p>Version {html.escape(str(status["version"]))}, running since {started}. As of {_html(Moment(now), now)}.</p>
+<p>Version {html.escape(str(status["version"]))}, running since {started}. As of {_html((Moment(now),), now)}.</p>
 <p>For machines: <a href="status">status</a>, <a href="metrics">metrics</a>, <a href="readyz">readiness</a>.</p>
 </footer>
 </body>
@@ -95,18 +128,57 @@ def page(status: Mapping[str, Any]) -> str:
 def lines(status: Mapping[str, Any]) -> list[str]:
     """Return the status as lines of plain text."""
     now = status["at"]
-    headline, explanation = _HEADLINES[status["state"]]
-    found = [f"{headline}: {explanation}"]
+    verdict = _verdict(status)
+    name, subject = _who(status)
+    found = [f"{verdict.headline}: {verdict.explanation}"]
     for problem in status["problems"]:
         found += [f"{problem['title']}: {problem['detail']}", f"remedy: {problem['remedy']}"]
-    rows = [*_way_rows(status), *_token_rows(status)]
-    rows += [(f"Requests, {label}", number) for label, number in [*_request_rows(status), *_own_rows(status)]]
+    who = f"{name} (sub {subject})" if subject else name
+    rows: list[tuple[str, Value]] = [("Identity", (who,)), ("Next login", _login(status)), *_example_rows(status)]
+    rows += [*_way_rows(status), *_token_rows(status)]
+    rows += [(f"Answers from the service, {label}", (number,)) for label, number in _request_rows(status)]
+    rows += [(f"Answers from the proxy, {code}", (str(number),)) for code, number in sorted(status["errors"].items())]
     found += [f"{label.lower()}: {_text(value, now)}" for label, value in rows]
     found += [
-        f"error {_text(Moment(error['at']), now)}: {error['code']}: {error['detail']}{_times(error['count'])}"
+        f"error {_text((Moment(error['at']),), now)}: {error['code']}: {error['detail']}{_times(error['count'])}"
         for error in status["recent_errors"]
     ]
     return found
+
+
+def _verdict(status: Mapping[str, Any]) -> Verdict:
+    if status["ready"] and any(problem["about"] == "service" for problem in status["problems"]):
+        return Verdict("bad", *_SERVICE_FAILS)
+    tone: Literal["good", "warn", "bad"] = "good" if status["ready"] or status["state"] == "starting" else "bad"
+    return Verdict("warn" if status["state"] == "degraded" else tone, *_HEADLINES[status["state"]])
+
+
+def _who(status: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the user's name and, if that is another text, the subject."""
+    claims = status["identity"]
+    if not claims:
+        return "an unnamed user" if status["token"] is not None else "nobody yet", ""
+    name, subject = claims.get("preferred_username"), claims.get("sub")
+    if isinstance(name, str) and isinstance(subject, str):
+        return printable(name), printable(subject)
+    return identity(claims), ""
+
+
+def _login(status: Mapping[str, Any]) -> Value:
+    match status["session"]:
+        case {"login_needed": "never"}:
+            return ("never: the client acts for itself",)
+        case {"login_needed": "now"}:
+            return ("now",)
+        case {"login_needed": "later", "ends_at": ends_at} if ends_at > status["at"]:
+            return ("not before ", Moment(ends_at), "; refreshes may extend the session")
+        case {"login_needed": "later", "ends_at": ends_at}:
+            return ("soon: the session was to end ", Moment(ends_at))
+    return ("unknown: the identity provider does not say when the session ends",)
+
+
+def _example_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
+    return [("Try it", (Command(status["example"]),))] if status["example"] else []
 
 
 def _token_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
@@ -114,37 +186,39 @@ def _token_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
     rows: list[tuple[str, Value]] = []
     if token is not None:
         rows += [
-            ("Expires", Moment(token["ends_at"])),
-            ("Obtained", Moment(token["obtained_at"])),
-            ("Lifetime", f"{duration(math.ceil(token['lifetime_seconds']))}, renewed automatically"),
+            ("Expires", (Moment(token["ends_at"]),)),
+            ("Obtained", (Moment(token["obtained_at"]),)),
+            ("Lifetime", (f"{duration(math.ceil(token['lifetime_seconds']))}, renewed automatically",)),
         ]
     if refresh is not None:
         rows += [
-            ("Last refresh", Moment(refresh["at"])),
-            ("Result", f"{refresh['result']}, after {_took(refresh['seconds'])}"),
+            ("Last refresh", (Moment(refresh["at"]),)),
+            ("Result", (f"{refresh['result']}, after {_took(refresh['seconds'])}",)),
         ]
-    rows.append(("Refreshes", _counts(refreshes) or "none yet"))
+    rows.append(("Refreshes", (_counts(refreshes) or "none yet",)))
     return rows
 
 
 def _way_rows(status: Mapping[str, Any]) -> list[tuple[str, Value]]:
     browser_address = status["browser_address"]
     return [
-        ("Identity", identity(status["identity"]) if status["identity"] else "unknown"),
-        ("Listening at", str(status["listener"])),
-        *([("In a browser", str(browser_address))] if browser_address is not None else []),
-        ("Forwarding to", str(status["upstream"])),
-        ("Identity provider", str(status["issuer"] or "unknown")),
+        ("Listening at", (str(status["listener"]),)),
+        *([("In a browser", (str(browser_address),))] if browser_address is not None else []),
+        ("Forwarding to", (str(status["upstream"]),)),
+        ("Identity provider", (str(status["issuer"] or "unknown"),)),
     ]
 
 
 def _request_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(_STATUS_CLASSES.get(name, name), str(number)) for name, number in sorted(status["requests"].items())]
+    answers = sorted(status["service_answers"].items())
+    rows = [(_STATUS_CLASSES.get(name, name), str(number)) for name, number in answers]
     return [*rows, ("in progress", str(status["requests_in_flight"]))]
 
 
 def _own_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(code, str(number)) for code, number in sorted(status["errors"].items())]
+    known = problem_details.ANSWERS
+    errors = sorted(status["errors"].items())
+    return [(f"{problem_details.title(code)} ({code})" if code in known else code, str(n)) for code, n in errors]
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -165,23 +239,11 @@ def _section(name: str, title: str, content: str) -> str:
     return f'<section id="{name}" aria-labelledby="{name}-title">\n{heading}\n{content}</section>\n'
 
 
-def _alert(problem: Mapping[str, str]) -> str:
+def _problem(problem: Mapping[str, str]) -> str:
     remedy = problem["remedy"][:1].upper() + problem["remedy"][1:]
     return (
-        f'<section class="problem">\n<h2>{html.escape(problem["title"])}</h2>\n<p>{_prose(problem["detail"])}</p>\n'
-        f"<p><strong>Remedy:</strong> {_prose(remedy)}</p>\n</section>\n"
-    )
-
-
-def _countdown(status: Mapping[str, Any]) -> str:
-    token = status["token"]
-    if token is None:
-        return '<p class="countdown">none</p>\n'
-    left, lifetime = max(token["seconds_left"], 0.0), max(token["lifetime_seconds"], 1.0)
-    return (
-        f'<p class="countdown"><span data-ends="{token["ends_at"]:.3f}">{duration(left)}</span> left</p>\n'
-        f'<progress aria-label="Remaining lifetime" data-ends="{token["ends_at"]:.3f}" '
-        f'max="{lifetime:.0f}" value="{left:.0f}"></progress>\n'
+        f'<div class="problem">\n<h2>{html.escape(problem["title"])}</h2>\n<p>{_prose(problem["detail"])}</p>\n'
+        f"<p><strong>Remedy:</strong> {_prose(remedy)}</p>\n</div>\n"
     )
 
 
@@ -204,7 +266,7 @@ def _errors(status: Mapping[str, Any]) -> str:
     if not status["recent_errors"]:
         return "<p>None.</p>\n"
     items = "".join(
-        f"<li><p>{_html(Moment(error['at']), status['at'])} <code>{html.escape(error['code'])}</code>"
+        f"<li><p>{_html((Moment(error['at']),), status['at'])} <code>{html.escape(error['code'])}</code>"
         f"{_times(error['count'])}</p><p>{_prose(error['detail'])}</p></li>\n"
         for error in status["recent_errors"]
     )
@@ -212,10 +274,18 @@ def _errors(status: Mapping[str, Any]) -> str:
 
 
 def _html(value: Value, now: float) -> str:
-    if isinstance(value, Moment):
-        iso = _local(value.at).isoformat(timespec="seconds")
-        return f'<time datetime="{iso}" data-at="{value.at:.3f}">{html.escape(_text(value, now))}</time>'
-    return html.escape(value)
+    return "".join(_part(part, now) for part in value)
+
+
+def _part(part: str | Moment | Command, now: float) -> str:
+    match part:
+        case Moment(at):
+            iso = _local(at).isoformat(timespec="seconds")
+            return f'<time datetime="{iso}" data-at="{at:.3f}">{html.escape(_text((part,), now))}</time>'
+        case Command(text):
+            button = '<button type="button" aria-label="Copy the command">Copy</button>'
+            return f'<span class="command"><code>{html.escape(text)}</code>{button}</span>'
+    return html.escape(part)
 
 
 def _prose(text: str) -> str:
@@ -224,11 +294,18 @@ def _prose(text: str) -> str:
 
 
 def _text(value: Value, now: float) -> str:
-    if not isinstance(value, Moment):
-        return value
-    moment = _local(value.at)
-    day = "" if moment.date() == _local(now).date() else f"{moment:%Y-%m-%d} "
-    return f"{day}{moment:%H:%M:%S %Z} ({relative(value.at - now)})"
+    return "".join(_plain(part, now) for part in value)
+
+
+def _plain(part: str | Moment | Command, now: float) -> str:
+    match part:
+        case Moment(at):
+            moment = _local(at)
+            day = "" if moment.date() == _local(now).date() else f"{moment:%Y-%m-%d} "
+            return f"{day}{moment:%H:%M:%S %Z} ({relative(at - now)})"
+        case Command(text):
+            return text
+    return part
 
 
 def _local(at: float) -> datetime:

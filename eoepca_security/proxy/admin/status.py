@@ -2,17 +2,20 @@
 
 import asyncio
 import importlib.metadata
+import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 from prometheus_client import Metric
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
+from eoepca_security.oauth.urls import EVERYWHERE
 from eoepca_security.proxy.admin.recent_errors import RecentError
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.policy import problem_details
-from eoepca_security.proxy.policy.remedies import SEE_LOG, failure_remedy, told
+from eoepca_security.proxy.policy.remedies import SEE_LOG, failure_remedy, needs_login, told
 from eoepca_security.session.session import AccessToken
 from eoepca_security.session.source import TokenSource
 
@@ -59,7 +62,8 @@ class Refresh:
 class State:
     """The state of one process at the time `at`. Times are in epoch seconds.
 
-    `token` is the current one, `claims` are those of the last one. `counts` come from `metrics.counts`.
+    `token` is the current one, `claims` are those of the last one. `session_ends_at` is when the session ends unless a
+    refresh extends it, or None if the issuer did not say. `counts` come from `metrics.counts`.
     """
 
     at: float
@@ -70,6 +74,7 @@ class State:
     settings: Settings | None
     token: AccessToken | None
     claims: Mapping[str, Any]
+    session_ends_at: float | None
     error: TokenError | None
     last_refresh: Refresh | None
     last_answer: Answer | None
@@ -99,16 +104,20 @@ def status(state: State) -> dict[str, Any]:
     """Return the state for JSON. Times are in epoch seconds, durations in seconds.
 
     `state` is `ready`, `degraded` (there is a token, but the last refresh failed), `failing` (there is no token),
-    `idle` (the last token has expired, and nobody has asked for another) or `starting`. `problems` lists the current
-    errors with title, detail and remedy; `recent_errors` is newest first.
+    `idle` (the last token has expired, and nobody has asked for another) or `starting`. The proxy is `ready` in the
+    first two and when it is idle: `/readyz` then gets a token, as the next request would, and `state` tells how that
+    went. `problems` lists the current errors with title, detail, remedy, and whether they are about the `token` or the
+    `service`; `recent_errors` is newest first. `session.login_needed` says when somebody has to log in: `now`,
+    `later` (`session.ends_at`, unless a refresh extends the session), `unknown`, or `never`.
     """
+    name = _name(state)
     error, remedy = state.error, ""
     if error is not None:
         remedy = failure_remedy(error, state.settings, in_container=state.in_container)
     return {
         "at": round(state.at, 3),
-        "state": _name(state),
-        "ready": state.token is not None,
+        "state": name,
+        "ready": name in ("ready", "degraded", "idle"),
         "code": error.code if error is not None else None,
         "detail": told(error, remedy) if error is not None else None,
         "problems": _problems(state, remedy),
@@ -117,6 +126,8 @@ def status(state: State) -> dict[str, Any]:
         "upstream": state.upstream,
         "issuer": state.settings.issuer_url if state.settings is not None else None,
         "identity": {name: state.claims[name] for name in ("sub", "preferred_username") if name in state.claims},
+        "session": {"login_needed": _login_needed(state), "ends_at": _rounded(state.session_ends_at)},
+        "example": _example(state),
         "token": _token(state.token, state.at) if state.token is not None else None,
         "last_refresh": _refresh(state.last_refresh) if state.last_refresh is not None else None,
         **state.counts,
@@ -138,19 +149,45 @@ def _name(state: State) -> str:
     return "idle" if state.last_refresh is not None else "starting"
 
 
+def _login_needed(state: State) -> str:
+    if state.settings is not None and state.settings.grant == "client_credentials":
+        return "never"
+    if needs_login(state.error):
+        return "now"
+    return "unknown" if state.session_ends_at is None else "later"
+
+
+def _example(state: State) -> str | None:
+    """Return a command that sends a request through the proxy, by a name that it answers to."""
+    settings = state.settings
+    if settings is None:
+        return None
+    if settings.inject_hosts:
+        ca = "~/.mitmproxy/mitmproxy-ca-cert.pem"
+        return f"curl --proxy {state.listener} --cacert {ca} {shlex.quote(f'https://{settings.inject_hosts[0]}/')}"
+    base, parts = state.listener, urlsplit(state.listener)
+    if parts.hostname in EVERYWHERE:
+        base = f"http://localhost:{parts.port}"
+    names = settings.allowed_hosts
+    if names and not {"*", "localhost", parts.hostname} & set(names):
+        base = f"http://{names[0]}" if ":" in names[0].rpartition("]")[2] else f"http://{names[0]}:{parts.port}"
+    return f"curl -i {shlex.quote(base + settings.endpoint)}"
+
+
 def _problems(state: State, remedy: str) -> list[dict[str, str]]:
     found = []
     if state.settings is None:
-        found.append(_problem("The proxy is not configured", "its settings are missing or wrong", SEE_LOG))
+        found.append(_problem("token", "The proxy is not configured", "its settings are missing or wrong", SEE_LOG))
     elif state.error is not None:
-        found.append(_problem(problem_details.title(state.error.code), str(state.error), remedy))
+        found.append(_problem("token", problem_details.title(state.error.code), str(state.error), remedy))
     last = state.last_answer
     upstream = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
     if upstream is not None and (last is None or last.at < upstream.at):
-        found.append(_problem(problem_details.title(upstream.code), upstream.detail, upstream.remedy))
+        found.append(_problem("service", problem_details.title(upstream.code), upstream.detail, upstream.remedy))
     elif last is not None and last.status == 401:
         found.append(
             _problem(
+                "service",
                 "The protected service refuses the token",
                 "its last answer was 401",
                 "run `run-mitmproxy.py check`: often the service expects another audience or issuer",
@@ -159,8 +196,8 @@ def _problems(state: State, remedy: str) -> list[dict[str, str]]:
     return found
 
 
-def _problem(title: str, detail: str, remedy: str) -> dict[str, str]:
-    return {"title": title, "detail": detail, "remedy": remedy}
+def _problem(about: Literal["token", "service"], title: str, detail: str, remedy: str) -> dict[str, str]:
+    return {"about": about, "title": title, "detail": detail, "remedy": remedy}
 
 
 def _token(token: AccessToken, now: float) -> dict[str, float]:
@@ -170,6 +207,10 @@ def _token(token: AccessToken, now: float) -> dict[str, float]:
         "lifetime_seconds": round(token.ends_at - token.obtained_at, 3),
         "seconds_left": round(token.ends_at - now, 3),
     }
+
+
+def _rounded(at: float | None) -> float | None:
+    return round(at, 3) if at is not None else None
 
 
 def _refresh(refresh: Refresh) -> dict[str, Any]:

@@ -125,6 +125,7 @@ class Workers:
                 settings=self.settings,
                 token=None,
                 claims={},
+                session_ends_at=None,
                 error=_SILENCE,
                 last_refresh=None,
                 last_answer=None,
@@ -176,8 +177,9 @@ class Workers:
         return None
 
 
-# `idle` comes last: an idle process says nothing about others that share its session.
-_WORST_FIRST: Final = ("failing", "degraded", "ready", "starting", "idle")
+# As `/readyz`, which wants a token from each of them. `idle` comes last: an idle process says nothing about others that
+# share its session.
+_WORST_FIRST: Final = ("failing", "starting", "degraded", "ready", "idle")
 
 
 def merged_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -185,6 +187,7 @@ def merged_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # The processes share the newest token, but one of them has it first.
     ahead = max(states, key=lambda state: state["token"]["ends_at"] if state["token"] else 0)
     worst = min(states, key=lambda state: _WORST_FIRST.index(state["state"]))
+    sessions = [state["session"] for state in states]
     refreshes = [state["last_refresh"] for state in states if state["last_refresh"]]
     problems = {problem["title"]: problem for state in states for problem in state["problems"]}
     errors: dict[tuple[str, str], dict[str, Any]] = {}
@@ -194,9 +197,10 @@ def merged_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return dict(ahead) | {
         "at": max(state["at"] for state in states),
         "state": worst["state"],
-        "ready": any(state["ready"] for state in states),
+        "ready": worst["ready"],
         "code": worst["code"],
         "detail": worst["detail"],
+        "session": next((session for session in sessions if session["login_needed"] == "now"), ahead["session"]),
         "problems": list(problems.values()),
         "last_refresh": max(refreshes, key=lambda refresh: float(refresh["at"]), default=None),
         "recent_errors": list(reversed(errors.values()))[:MAX_RECENT],

@@ -168,6 +168,13 @@ def _issuer(settings: Settings, error: IssuerUnavailable, in_container: bool) ->
     return Place(ISSUER, error.url or settings.issuer_url, in_container)
 
 
+def needs_login(error: TokenError | None) -> bool:
+    """Return whether somebody has to log in before there are tokens again."""
+    if not isinstance(error, CredentialsRejected):
+        return False
+    return error.cause == "no_session" or error.issuer_error in SESSION_ERRORS
+
+
 def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
     match error.issuer_error or error.cause:
         case str(said) if said in SESSION_ERRORS:

@@ -41,6 +41,7 @@ class StubSource:
     def __init__(self, failure: BaseException | None = None) -> None:
         self.error = failure
         self.at_hand: AccessToken | None = None
+        self.session_ends_at: float | None = None
 
     async def token(self) -> AccessToken:
         if self.error is not None:
@@ -304,6 +305,8 @@ async def test_a_service_that_refuses_the_token_is_a_problem_and_our_own_answers
         told = addon.monitoring.status()
         assert len(told["problems"]) == problems
     assert [(one["code"], one["count"]) for one in told["recent_errors"]] == [("host_not_allowed", 2)]
+    # All of them are 4xx: two of the service, and two refusals.
+    assert (told["service_answers"], told["errors"]) == ({"4xx": 2}, {"host_not_allowed": 2})
 
 
 # --- a service that refuses the token ----------------------------------------------------------------------------

@@ -91,6 +91,7 @@ async def test_metrics_count_by_class_code_and_result(client: httpx.AsyncClient,
         assert line in text
     assert counts(proxy.metrics.families()) == {
         "requests": {"2xx": 1, "4xx": 1, "none": 1},
+        "service_answers": {"2xx": 1, "none": 1},
         "errors": {"host_not_allowed": 1},
         "refreshes": {"success": 1, "credentials_rejected": 1},
     }

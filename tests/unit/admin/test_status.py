@@ -47,9 +47,12 @@ def test_all_of_it_is_told_and_no_secret() -> None:
         "(19 s ago)",
         "result: success, after 31 ms",
         "refreshes: 3 success, 1 issuer_unavailable",
-        "requests, 2xx, success: 5",
-        "requests, in progress: 2",
-        "requests, upstream_unavailable: 1",
+        "answers from the service, 2xx, success: 5",
+        "answers from the service, 4xx, refused: 4",
+        "answers from the service, in progress: 2",
+        "answers from the proxy, host_not_allowed: 3",
+        "answers from the proxy, upstream_unavailable: 1",
+        "try it: curl -i http://127.0.0.1:8080/",
     ):
         assert part in text
     assert "in a browser" not in text
@@ -73,14 +76,14 @@ def test_the_page_shows_no_epoch_seconds() -> None:
         ({}, "ready", "Ready"),
         ({"error": REFUSED}, "degraded", "Ready, but not for long"),
         ({"error": REFUSED, "token": None}, "failing", "No token"),
-        ({"token": None}, "idle", "Idle"),
+        ({"token": None}, "idle", "Ready"),
         ({"token": None, "last_refresh": None}, "starting", "Starting"),
         ({"token": None, "settings": None}, "failing", "No token"),
     ],
 )
 def test_the_state_is_named(change: dict[str, Any], name: str, headline: str) -> None:
     told = status(replace(STATE, **change))
-    assert (told["state"], told["ready"]) == (name, "token" not in change)
+    assert (told["state"], told["ready"]) == (name, name in ("ready", "degraded", "idle"))
     assert f"<strong>{headline}</strong>" in page(told)
     assert lines(told)[0].startswith(f"{headline}: ")
 
@@ -115,6 +118,60 @@ def test_a_failure_comes_with_its_remedy(failure: TokenError, remedy: str) -> No
     assert "Remedy:" in page(told)
 
 
+def test_the_page_leads_with_whom_whether_it_works_and_until_when() -> None:
+    shown = page(status(STATE))
+    order = [shown.index(part) for part in ("alice</h1>", "sub 6f0c", "<strong>Ready</strong>", "Next login", "<main")]
+    assert order == sorted(order)
+    problem = page(status(replace(STATE, token=None, error=REJECTED)))
+    assert problem.count('class="box bad"') == 1
+    box = problem[problem.index('id="state"') : problem.index('id="lead"')]
+    assert "rejected the proxy" in box
+    assert "Remedy:" in box
+    assert problem.count("Remedy:") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "needed", "shown"),
+    [
+        ({}, "later", "next login: not before "),
+        ({"session_ends_at": NOW - 60}, "later", "next login: soon: the session was to end "),
+        ({"session_ends_at": None}, "unknown", "next login: unknown: the identity provider does not say"),
+        ({"error": REJECTED}, "now", "next login: now"),
+        ({"error": CredentialsRejected("none", cause="no_session"), "token": None}, "now", "next login: now"),
+        ({"error": CredentialsRejected("no", issuer_error="invalid_client")}, "later", "next login: not before "),
+        ({"settings": replace(SETTINGS, grant="client_credentials")}, "never", "next login: never"),
+    ],
+)
+def test_it_says_when_somebody_has_to_log_in_again(change: dict[str, Any], needed: str, shown: str) -> None:
+    told = status(replace(STATE, **change))
+    assert told["session"]["login_needed"] == needed
+    assert shown in "\n".join(lines(told))
+
+
+@pytest.mark.parametrize(
+    ("listener", "change", "command"),
+    [
+        ("http://127.0.0.1:8080", {}, "curl -i http://127.0.0.1:8080/"),
+        ("http://0.0.0.0:8080", {"endpoint": "/items?limit=1&x"}, "curl -i 'http://localhost:8080/items?limit=1&x'"),
+        ("http://[::]:8080", {"allowed_hosts": ("proxy",)}, "curl -i http://proxy:8080/"),
+        ("http://[::]:8080", {"allowed_hosts": ("proxy:80", "other")}, "curl -i http://proxy:80/"),
+        ("http://[::]:8080", {"allowed_hosts": ("[fd00::1]",)}, "curl -i 'http://[fd00::1]:8080/'"),
+        ("http://0.0.0.0:8080", {"allowed_hosts": ("proxy", "*")}, "curl -i http://localhost:8080/"),
+        (
+            "http://127.0.0.1:8080",
+            {"inject_hosts": ("service.example", "other.example")},
+            "curl --proxy http://127.0.0.1:8080 --cacert ~/.mitmproxy/mitmproxy-ca-cert.pem https://service.example/",
+        ),
+    ],
+)
+def test_the_command_to_try_uses_a_name_that_the_proxy_answers_to(
+    listener: str, change: dict[str, Any], command: str
+) -> None:
+    told = status(replace(STATE, listener=listener, settings=replace(SETTINGS, **change)))
+    assert told["example"] == command
+    assert status(replace(STATE, settings=None))["example"] is None
+
+
 def test_in_a_container_localhost_is_the_container() -> None:
     settings = replace(SETTINGS, issuer_url="http://localhost:9000/realms/x")
     told = status(replace(STATE, settings=settings, error=REFUSED, in_container=True))
@@ -127,12 +184,14 @@ def test_a_service_that_fails_is_a_problem_until_it_answers() -> None:
     failing = replace(STATE, recent_errors=(fault,), last_answer=Answer(200, NOW - 9))
     assert status(failing)["problems"] == [
         {
+            "about": "service",
             "title": "The protected service does not answer",
             "detail": "service.example:443: Connection refused",
             "remedy": "check that it is up; or not",
         }
     ]
     assert status(failing)["recent_errors"][0]["detail"] == f"{refused}; check that it is up; or not"
+    assert "<strong>Not working</strong>" in page(status(failing))
     assert not status(replace(failing, last_answer=Answer(500, NOW - 4)))["problems"]
     [problem] = status(replace(failing, last_answer=Answer(401, NOW - 4)))["problems"]
     assert problem["title"] == "The protected service refuses the token"
@@ -148,7 +207,7 @@ def test_whatever_comes_from_elsewhere_is_escaped() -> None:
         upstream=evil,
         settings=replace(SETTINGS, issuer_url=evil, client=Client(evil)),
         recent_errors=(RecentError(evil, evil, NOW),),
-        counts={name: {evil: 1} for name in ("refreshes", "requests", "errors")},
+        counts={name: {evil: 1} for name in ("refreshes", "requests", "service_answers", "errors")},
     )
     shown = page(status(state))
     assert shown.count("<script") == 1  # the page's own

@@ -74,7 +74,7 @@ async def test_processes_are_told_of_as_one(lines: list[Channel]) -> None:
     told = await crew.status()
     assert (told["processes"], told["requests_in_flight"], told["listener"]) == (2, 4, "http://127.0.0.1:8080")
     assert (told["identity"], told["token"]["ends_at"], told["last_refresh"]["at"]) == ({"sub": "other"}, 2000, 1940)
-    assert (told["state"], told["ready"], told["code"]) == ("failing", True, "credentials_rejected")
+    assert (told["state"], told["ready"], told["code"]) == ("failing", False, "credentials_rejected")
     assert told["detail"].startswith("log in; ")
     assert len(told["problems"]) == 1
     assert told["recent_errors"] == [{"at": NOW - 30, "code": "issuer_unavailable", "detail": "it is down", "count": 6}]

@@ -31,41 +31,53 @@ function moment(at, now) {
   return `${shown} (${relative(at - now)})`;
 }
 
-function setText(element, text) {
-  if (element.textContent !== text) element.textContent = text;
-}
-
 function showTimes(root) {
   const now = (Date.now() + offset) / 1000;
-  for (const element of root.querySelectorAll("[data-at]")) setText(element, moment(Number(element.dataset.at), now));
-  for (const element of root.querySelectorAll("[data-ends]")) {
-    const left = Math.max(Number(element.dataset.ends) - now, 0);
-    if (element.localName === "progress") element.setAttribute("value", Math.floor(left));
-    else setText(element, duration(left));
+  for (const element of root.querySelectorAll("[data-at]")) {
+    const text = moment(Number(element.dataset.at), now);
+    if (element.textContent !== text) element.textContent = text;
   }
 }
 
+// Changes only what differs, so that focus and selection stay where they are.
 function exchange(old, fresh) {
   if (old.isEqualNode(fresh)) return;
-  old.className = fresh.className;
-  old.replaceChildren(...fresh.childNodes);
+  const isOther = old.nodeName !== fresh.nodeName || old.childNodes.length !== fresh.childNodes.length;
+  if (isOther && !old.id) return old.replaceWith(fresh);
+  if (old.nodeType === Node.TEXT_NODE) {
+    old.data = fresh.data;
+    return;
+  }
+  for (const { name, value } of fresh.attributes) old.setAttribute(name, value);
+  if (isOther) old.replaceChildren(...fresh.childNodes);
+  else [...fresh.childNodes].forEach((child, index) => exchange(old.childNodes[index], child));
 }
 
 function update(text) {
   const fresh = new DOMParser().parseFromString(text, "text/html");
-  const main = fresh.getElementById("main");
-  if (main === null) throw new Error("the page is from another program");
+  if (fresh.getElementById("main") === null) throw new Error("the page is from another program");
   offset = Number(fresh.body.dataset.now) * 1000 - Date.now();
   showTimes(document);
   showTimes(fresh);
   document.title = fresh.title;
-  exchange(document.getElementById("state"), fresh.getElementById("state"));
-  exchange(document.getElementById("about"), fresh.getElementById("about"));
-  const parts = [...document.querySelectorAll("main > section")];
-  const others = [...main.children];
-  // A new or removed section moves all that follow.
-  if (parts.length !== others.length) document.getElementById("main").replaceChildren(...others);
-  else parts.forEach((part, index) => exchange(part, others[index]));
+  for (const id of ["who", "state", "lead", "main", "about"]) exchange(document.getElementById(id), fresh.getElementById(id));
+}
+
+let clearing = 0;
+
+async function copy(button) {
+  const code = button.parentElement.querySelector("code");
+  const copied = document.getElementById("copied");
+  try {
+    // Browsers offer the clipboard to pages of this machine and over TLS only.
+    await navigator.clipboard.writeText(code.textContent);
+    copied.textContent = "Copied.";
+  } catch {
+    getSelection().selectAllChildren(code);
+    copied.textContent = "The command is selected: copy it with your keyboard.";
+  }
+  clearTimeout(clearing);
+  clearing = setTimeout(() => copied.replaceChildren(), 5000);
 }
 
 let lostSince = null;
@@ -104,10 +116,14 @@ async function look() {
 
 function tick() {
   showTimes(document);
-  // Wait for the next whole second of the proxy's clock, so that the countdown moves evenly.
+  // Wait for the next whole second of the proxy's clock, so that the times move evenly.
   setTimeout(tick, 1000 - ((Date.now() + offset) % 1000));
 }
 
+document.body.classList.add("scripted");
+document.addEventListener("click", (event) => {
+  if (event.target.closest(".command button")) copy(event.target);
+});
 offset = Number(document.body.dataset.now) * 1000 - Date.now();
 tick();
 setTimeout(look, INTERVAL);
