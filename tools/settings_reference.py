@@ -56,14 +56,14 @@ def env_example() -> str:
 def settings_page() -> str:
     """Return the text of `docs/settings.md`."""
     rows = "".join(
-        f"| [`{variable.env}`](#{variable.env.lower()}) | {_code(variable.option)} | {_default(variable)} |\n"
+        f"| [`{variable.env}`](#{variable.env.lower()}) | {_linked(variable.help, variable)} | {_default(variable)} |\n"
         for variable in VARIABLES
     )
     sections = "".join(
         f"\n## {group}\n" + "".join(_page_section(variable) for variable in variables)
         for group, variables in GROUPS.items()
     )
-    return f"{PAGE_HEAD}| variable | add-on option | default |\n|---|---|---|\n{rows}{sections}"
+    return f"{PAGE_HEAD}| setting | what it is | default |\n|---|---|---|\n{rows}{sections}"
 
 
 def _env_block(variable: Variable) -> str:

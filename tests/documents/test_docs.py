@@ -8,6 +8,7 @@ import runpy
 import tomllib
 from dataclasses import replace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -116,6 +117,18 @@ def test_the_site_has_every_page_and_every_picture() -> None:
         assert all((page.parent / (a or b)).is_file() for a, b in pictures), page.name
         links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
         assert all((page.parent / link).exists() for link in links), page.name
+
+
+def test_every_picture_has_a_description_and_drawings_load_nothing() -> None:
+    for page in PAGES:
+        assert not re.search(r"!\[\s*\]\(", page.read_text()), page.name
+    for drawing in (ROOT / "docs" / "assets").rglob("*.svg"):
+        text = drawing.read_text()
+        parts = list(ElementTree.fromstring(text).iter())
+        assert not [part.tag for part in parts if part.tag.endswith(("}script", "}image", "}foreignObject"))], drawing
+        assert not re.search(r"@import|url\((?!#)|href=\"(?!#)", text), drawing
+    pictures = [picture for picture in (ROOT / "docs" / "assets").rglob("*") if picture.is_file()]
+    assert max(picture.stat().st_size for picture in pictures) < 120_000
 
 
 def test_the_changelog_has_the_version_or_unreleased_changes() -> None:

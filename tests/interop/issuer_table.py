@@ -18,14 +18,16 @@ BEGIN_SLOW = "<!-- What ran with --all: written by tests/interop/issuer_table.py
 END = "<!-- The end of what ran. -->"
 FOLDER = "ISSUER_RESULTS"  # the environment variable that names the folder of the results
 
+# Two tables: one with all of them is wider than a page.
+HALF = 6  # columns of the first one
 COLUMNS = {
     "test_discovery": "Discovery",
     "test_login_by_device": "Login by device",
     "test_login_by_browser": "Login by browser",
     "test_refresh": "Refresh",
     "test_rotation": "Rotation, reuse",
-    "test_revocation": "Revocation",
     "test_logout": "Logout",
+    "test_revocation": "Revocation",
     "test_key_rotation": "New keys",
     "test_scheme": "`OIDCProxyScheme`",
     "test_client_authentication": "Client authentication",
@@ -55,19 +57,26 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def table(folder: Path) -> str:
-    """What ran, as Markdown: a row for each issuer, and why something was not for it."""
-    lines = [f"| Issuer | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 1) + "|"]
-    notes = []
-    for path in sorted(folder.glob("*.json"), key=lambda path: path.name.lower()):
-        results = json.loads(path.read_text())
-        cells = [results.get(column, "did not run") for column in COLUMNS]
-        lines.append(f"| {path.stem} | {' | '.join('—' if cell.startswith('- ') else cell for cell in cells)} |")
-        notes += [
-            f"- {path.stem}, {COLUMNS[column]}: {cell.removeprefix('- ')}."
-            for column, cell in zip(COLUMNS, cells, strict=True)
-            if cell.startswith("- ")
-        ]
-    return "\n".join([*lines, "", *notes]).rstrip()
+    """What ran, as Markdown: two tables with a row for each issuer, and why something was not for it."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.name.lower())
+    issuers = {path.stem: json.loads(path.read_text()) for path in paths}
+    columns = list(COLUMNS)
+    halves = [_half(issuers, part) for part in (columns[:HALF], columns[HALF:])]
+    notes = [
+        f"- {name}, {COLUMNS[column]}: {results[column].removeprefix('- ')}."
+        for name, results in issuers.items()
+        for column in columns
+        if results.get(column, "").startswith("- ")
+    ]
+    return "\n".join([*halves[0], "", *halves[1], "", *notes]).rstrip()
+
+
+def _half(issuers: dict[str, dict[str, str]], columns: list[str]) -> list[str]:
+    lines = [f"| Issuer | {' | '.join(COLUMNS[column] for column in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, results in issuers.items():
+        cells = [results.get(column, "did not run") for column in columns]
+        lines.append(f"| {name} | {' | '.join('—' if cell.startswith('- ') else cell for cell in cells)} |")
+    return lines
 
 
 def main(arguments: list[str]) -> int:
