@@ -12,6 +12,8 @@ from typing import Any, Final, Literal
 from eoepca_security.oauth.text import identity, printable
 from eoepca_security.proxy.policy import problem_details
 
+Tone = Literal["good", "warn", "bad", "wait"]
+
 _HEADLINES: Final = {
     "ready": ("Ready", "Requests get a token."),
     "degraded": ("Ready, but not for long", "Requests get a token until it expires; the last refresh failed."),
@@ -22,7 +24,20 @@ _HEADLINES: Final = {
 
 _SERVICE_FAILS: Final = ("Not working", "Requests get a token, but they do not succeed.")
 
-_SIGNS: Final = {"good": "\N{CHECK MARK}", "warn": "!", "bad": "\N{MULTIPLICATION X}"}
+_TONES: Final[Mapping[str, Tone]] = {
+    "ready": "good",
+    "degraded": "warn",
+    "failing": "bad",
+    "idle": "good",
+    "starting": "wait",
+}
+
+_SIGNS: Final[Mapping[Tone, str]] = {
+    "good": "\N{CHECK MARK}",
+    "warn": "!",
+    "bad": "\N{MULTIPLICATION X}",
+    "wait": "\N{HORIZONTAL ELLIPSIS}",
+}
 
 _STATUS_CLASSES: Final = {
     "1xx": "1xx, switched protocols",
@@ -66,7 +81,7 @@ Value = tuple[str | Moment | Command, ...]
 class Verdict:
     """Whether the proxy works, in a few words, and what that means for requests."""
 
-    tone: Literal["good", "warn", "bad"]
+    tone: Tone
     headline: str
     explanation: str
 
@@ -149,8 +164,7 @@ def lines(status: Mapping[str, Any]) -> list[str]:
 def _verdict(status: Mapping[str, Any]) -> Verdict:
     if status["ready"] and any(problem["about"] == "service" for problem in status["problems"]):
         return Verdict("bad", *_SERVICE_FAILS)
-    tone: Literal["good", "warn", "bad"] = "good" if status["ready"] or status["state"] == "starting" else "bad"
-    return Verdict("warn" if status["state"] == "degraded" else tone, *_HEADLINES[status["state"]])
+    return Verdict(_TONES[status["state"]], *_HEADLINES[status["state"]])
 
 
 def _who(status: Mapping[str, Any]) -> tuple[str, str]:

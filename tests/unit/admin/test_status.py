@@ -71,20 +71,21 @@ def test_the_page_shows_no_epoch_seconds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "headline"),
+    ("change", "name", "tone", "headline"),
     [
-        ({}, "ready", "Ready"),
-        ({"error": REFUSED}, "degraded", "Ready, but not for long"),
-        ({"error": REFUSED, "token": None}, "failing", "No token"),
-        ({"token": None}, "idle", "Ready"),
-        ({"token": None, "last_refresh": None}, "starting", "Starting"),
-        ({"token": None, "settings": None}, "failing", "No token"),
+        ({}, "ready", "good", "Ready"),
+        ({"error": REFUSED}, "degraded", "warn", "Ready, but not for long"),
+        ({"error": REFUSED, "token": None}, "failing", "bad", "No token"),
+        ({"token": None}, "idle", "good", "Ready"),
+        ({"token": None, "last_refresh": None}, "starting", "wait", "Starting"),
+        ({"token": None, "settings": None}, "failing", "bad", "No token"),
     ],
 )
-def test_the_state_is_named(change: dict[str, Any], name: str, headline: str) -> None:
+def test_the_state_is_named(change: dict[str, Any], name: str, tone: str, headline: str) -> None:
     told = status(replace(STATE, **change))
     assert (told["state"], told["ready"]) == (name, name in ("ready", "degraded", "idle"))
     assert f"<strong>{headline}</strong>" in page(told)
+    assert f'class="box {tone}" role="status"' in page(told)
     assert lines(told)[0].startswith(f"{headline}: ")
 
 
