@@ -15,6 +15,7 @@ from eoepca_security.issuer.threads import DaemonThreads
 from eoepca_security.oauth.urls import ANY_LOCALHOST, EVERYWHERE, LOOPBACK_NAMES
 from eoepca_security.proxy.addons import mitmproxy_options
 from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.config.command import this_command
 from eoepca_security.proxy.config.factory import ca_bundle_file
 from eoepca_security.proxy.config.loading import settings_in
 from eoepca_security.proxy.config.settings import Settings
@@ -103,6 +104,7 @@ class Configuration:
                 Path.cwd(),
                 os.environ,
                 options={name: getattr(ctx.options, name) for name in OPTION_NAMES},
+                command=this_command(in_container=state.in_container),
                 need_upstream=False,
             )
             if settings == state.settings:

@@ -47,10 +47,9 @@ class Connections:
         # mitmproxy also ends the attempt when the client hangs up, which says nothing about the service.
         if data.client.timestamp_end is not None:
             return
-        logger.warning(
-            "the protected service cannot be reached: %s; run `run-mitmproxy.py check` for the remedy",
-            printable(data.server.error),
-        )
+        settings = self._state.settings
+        remedy = f"; {settings.command.run('check')} for the remedy" if settings is not None else ""
+        logger.warning("the protected service cannot be reached: %s%s", printable(data.server.error), remedy)
 
     def next_layer(self, data: NextLayer) -> None:
         """In forward mode, pass connections to hosts that get no token through untouched."""

@@ -129,7 +129,7 @@ class Lifecycle:
         self._on_started(listener, failed)
 
     def _warn(self, settings: Settings) -> None:
-        for line in settings.warnings:
+        for line in (*settings.warnings, *settings.exposed):
             logger.warning("%s", line)
         if ctx.options.ssl_insecure and not settings.tls_no_verify:
             logger.warning("%s", NO_VERIFY.format("ssl_insecure"))
@@ -182,8 +182,8 @@ class Lifecycle:
 def exit_if_rejected(_listener: str, error: TokenError | None) -> None:
     """Let mitmproxy exit with code 1 if the issuer rejected the credentials."""
     if isinstance(error, CredentialsRejected):
-        # The source has already logged the details.
-        logger.error("stopping without a token (%s): run `run-mitmproxy.py check` for the remedy", error.code)
+        # The source has already logged the details and the remedy.
+        logger.error("stopping without a token (%s)", error.code)
 
 
 def _looks_like_ours(name: str) -> bool:

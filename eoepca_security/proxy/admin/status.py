@@ -184,13 +184,13 @@ def _problems(state: State, remedy: str) -> list[dict[str, str]]:
     upstream = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
     if upstream is not None and (last is None or last.at < upstream.at):
         found.append(_problem("service", problem_details.title(upstream.code), upstream.detail, upstream.remedy))
-    elif last is not None and last.status == 401:
+    elif last is not None and last.status == 401 and state.settings is not None:
         found.append(
             _problem(
                 "service",
                 "The protected service refuses the token",
                 "its last answer was 401",
-                "run `run-mitmproxy.py check`: often the service expects another audience or issuer",
+                f"{state.settings.command.run('check')}: often the service expects another audience or issuer",
             )
         )
     return found

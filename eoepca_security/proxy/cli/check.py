@@ -30,7 +30,6 @@ from eoepca_security.proxy.config.variables import (
     REFRESH_TOKEN,
     TOKEN_STORE,
     UPSTREAM,
-    Variable,
 )
 from eoepca_security.proxy.policy.remedies import (
     BINDING_REMEDY,
@@ -39,7 +38,6 @@ from eoepca_security.proxy.policy.remedies import (
     CHOOSE_SCOPE,
     CLIENT_ERRORS,
     CLOCK,
-    LOGIN,
     Place,
     Reply,
     audience_remedy,
@@ -123,7 +121,7 @@ class _Run:
         self._transport = Recorder(HttpTransport(partial(trust, settings.ca_file)), now)
         self._provider = make_provider(settings, self._transport)
         self._store = make_store(settings)
-        self._issuer = Place(ISSUER, settings.issuer_url, in_container)
+        self._issuer = Place(settings.name(ISSUER), settings.issuer_url, in_container)
         self._refresh_token = settings.refresh_token
         self._obtained: AccessToken | CredentialsRejected | TokenInvalid | None = None
         self._token = AccessToken("", 0, 0)
@@ -157,11 +155,14 @@ class _Run:
 
     def listener(self) -> str:
         settings, admin = self._settings, self._settings.admin
-        found = _listens(Address(settings.host, settings.port), HOST, f"set {PORT.env} to another port")
+        found = _listens(
+            Address(settings.host, settings.port), settings.name(HOST), f"set {settings.name(PORT)} to another port"
+        )
         if admin is None:
             return found
+        name = settings.name(ADMIN)
         try:
-            return f"{found}; admin: {_listens(admin, ADMIN, f'set {ADMIN.env} to another address, or off')}"
+            return f"{found}; admin: {_listens(admin, name, f'set {name} to another address, or off')}"
         except _NotOk as error:
             if settings.admin_is_set:
                 raise
@@ -202,7 +203,8 @@ class _Run:
         settings, token = self._settings, self._obtained
         if token is None:
             raise _NotOk(
-                "there is no session yet", f"{LOGIN}, or set {REFRESH_TOKEN.env} to the refresh token of a login"
+                "there is no session yet",
+                f"{settings.command.run('login')}, or set {REFRESH_TOKEN.env} to the refresh token of a login",
             )
         if isinstance(token, CredentialsRejected):
             raise _NotOk(str(token), self._token_remedy(token))
@@ -246,7 +248,7 @@ class _Run:
     def upstream(self) -> str:
         settings = self._settings
         url = str(settings.upstream)
-        place = Place(UPSTREAM, url, self._in_container)
+        place = Place(settings.name(UPSTREAM), url, self._in_container)
         try:
             reply = bounded(lambda: ask(settings, self._token.value), UPSTREAM_TIMEOUT)
         except _NETWORK_ERRORS as error:
@@ -287,7 +289,8 @@ class _Run:
                 self._obtained = AccessToken(settings.access_token, self._now(), min(end, self._now() + MAX_LIFETIME))
                 raise _NotOk(f"not tried, because {ACCESS_TOKEN.env} is used as it is", status="skipped")
             if (refusal := self._try_client(settings.client)) is None:
-                raise _NotOk("the issuer does not say whether it accepts the client", LOGIN, status="unproven")
+                remedy = settings.command.run("login")
+                raise _NotOk("the issuer does not say whether it accepts the client", remedy, status="unproven")
             return refusal
         session = RefreshSession(
             self._provider.request_token,
@@ -320,7 +323,7 @@ class _Run:
         client = self._settings.client
         has_secret = client.secret is not None or client.key is not None
         works_with = next(filter(self._is_accepted, self._other_methods()), None) if has_secret else None
-        remedy = client_remedy(client, works_with=works_with.auth_method if works_with is not None else None)
+        remedy = client_remedy(self._settings, works_with=works_with.auth_method if works_with is not None else None)
         if error == "unauthorized_client" and self._settings.grant == "client_credentials" and works_with is None:
             remedy += "; or enable this grant for the client (Keycloak: Service accounts roles)"
         return remedy
@@ -345,26 +348,28 @@ class _Run:
             return session_remedy(
                 self._refresh_token,
                 error,
-                client_id=self._settings.client.client_id,
+                self._settings,
                 issuer=self._provider.metadata().issuer,
                 now=self._now(),
             )
         return CHOOSE_SCOPE if error.issuer_error == "invalid_scope" else f"{CHECK_CLIENT}, and {GRANT.env}"
 
     def _raise(self, error: IssuerUnavailable) -> NoReturn:
-        raise _NotOk(str(error), issuer_remedy(self._issuer, error, self._transport.last)) from None
+        raise _NotOk(
+            str(error), issuer_remedy(self._issuer, error, self._transport.last, self._settings.command)
+        ) from None
 
 
-def _listens(address: Address, variable: Variable, other: str) -> str:
+def _listens(address: Address, name: str, other: str) -> str:
     """Return whether the address is free or a proxy of ours uses it; otherwise raises _NotOk.
 
-    `other` is an alternative remedy for an address in use.
+    `name` is where the user set the host, and `other` an alternative remedy for an address in use.
     """
     obstacle = cannot_listen(*address)
     if obstacle is None:
         return f"{address} is free"
     if obstacle.is_foreign:
-        raise _NotOk(obstacle.detail, f"change {variable.env}: {USE_LOCAL}")
+        raise _NotOk(obstacle.detail, f"change {name}: {USE_LOCAL}")
     if is_our_proxy(*address):
         return f"{address} is in use by a running OIDC proxy"
     raise _NotOk(obstacle.detail, f"stop the program that uses it, or {other}")

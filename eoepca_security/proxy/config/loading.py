@@ -1,15 +1,16 @@
-"""Reads settings from add-on options, the environment and `.env`."""
+"""Reads settings from our command line, add-on options, the environment and `.env`."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from dotenv.parser import parse_stream
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.oauth.protocol import GRANTS
+from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
 from eoepca_security.proxy.config.validation import Reader, _reason, readable_by_all
 from eoepca_security.proxy.config.variables import (
@@ -20,6 +21,7 @@ from eoepca_security.proxy.config.variables import (
     AUDIENCE,
     CLIENT_KEY_FILE,
     CLIENT_SECRET,
+    COMMON_FLAGS,
     COOKIES,
     COOKIES_CHOICES,
     FORWARD_AS,
@@ -28,49 +30,70 @@ from eoepca_security.proxy.config.variables import (
     INJECT_HOSTS,
     REFRESH_TOKEN,
     SCOPE,
+    SERVE_FLAGS,
     TLS_NO_VERIFY,
     UPSTREAM,
     VARIABLES,
+    Variable,
 )
 from eoepca_security.session.file_store import TokenStore
 
+ENV_FILE: Final = "--env-file"
+"""The option that takes the place of `.env`."""
 
-def read_dotenv(folder: Path) -> Mapping[str, str]:
-    """Return the variables of `.env` in `folder`, without interpolation; raises SettingsError."""
-    path = folder / ".env"
+
+def read_dotenv(folder: Path, env_file: str | None = None) -> Mapping[str, str]:
+    """Return the variables of `.env` in `folder`, or of `env_file`, without interpolation; raises SettingsError."""
+    path, name = _dotenv_file(folder, env_file)
     try:
-        if path.is_fifo():
+        if env_file is None and path.is_fifo():
             raise SettingsError(f".env: {path} is a pipe, which may never end: replace it with a file, or remove it")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        return {}
+        if env_file is None:
+            return {}
+        raise SettingsError(f"{ENV_FILE}: {path} does not exist: check the name") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f".env: cannot be read ({_reason(error)}); fix or remove {path}") from None
+        remedy = "fix or remove" if env_file is None else "fix"
+        raise SettingsError(f"{name}: cannot be read ({_reason(error)}); {remedy} {path}") from None
     # Only parse: interpolation would change a secret that contains ${.
     bindings = list(parse_stream(io.StringIO(text)))
     if bad := [binding.original.line for binding in bindings if binding.error]:
-        raise SettingsError(*(f".env: line {line} of {path} is not NAME=value: fix or remove it" for line in bad))
+        raise SettingsError(*(f"{name}: line {line} of {path} is not NAME=value: fix or remove it" for line in bad))
     return {binding.key: binding.value for binding in bindings if binding.key and binding.value is not None}
 
 
-def settings_in(folder: Path, environ: Mapping[str, str], **more: Any) -> Settings:
-    """Like `read_settings`, with the variables of `.env` in `folder`. The error says when that file does not exist."""
+def _dotenv_file(folder: Path, env_file: str | None) -> tuple[Path, str]:
+    """Return the file, and what messages call it."""
+    return (folder / ".env", ".env") if env_file is None else (folder / env_file, ENV_FILE)
+
+
+def settings_in(
+    folder: Path, environ: Mapping[str, str], *, flags: Mapping[str, str] | None = None, **more: Any
+) -> Settings:
+    """Like `read_settings`, with the variables of `.env` in `folder`, or of the file that `flags` name.
+
+    If a required setting is missing, the error says that `.env` does not exist. Without `flags`, this is not our own
+    command line, which could name another file.
+    """
+    env_file = flags.get(ENV_FILE) if flags is not None else None
     try:
-        dotenv = read_dotenv(folder)
-        settings = read_settings(environ, dotenv=dotenv, **more)
-        return replace(settings, warnings=(*settings.warnings, *_secrets_for_all(folder / ".env", dotenv)))
+        dotenv = read_dotenv(folder, env_file)
+        settings = read_settings(environ, dotenv=dotenv, flags=flags, **more)
+        return replace(settings, exposed=(*settings.exposed, *_secrets_for_all(folder, env_file, dotenv)))
     except SettingsError as error:
-        if not error.is_missing or (folder / ".env").exists():
+        if not error.is_missing or env_file is not None or (folder / ".env").exists():
             raise
-        raise SettingsError(
-            *error.problems, f".env: not found in {folder}, the folder that it is read from", is_missing=True
-        ) from None
+        instead = f", or name the file with {ENV_FILE}" if flags is not None else ""
+        hint = f".env: not found in {folder}: run this in the folder that has it{instead}"
+        raise SettingsError(*error.problems, hint, is_missing=True) from None
 
 
-def _secrets_for_all(path: Path, dotenv: Mapping[str, str]) -> Iterator[str]:
+def _secrets_for_all(folder: Path, env_file: str | None, dotenv: Mapping[str, str]) -> Iterator[str]:
+    path, name = _dotenv_file(folder, env_file)
     secrets = [variable.env for variable in VARIABLES if variable.secret and dotenv.get(variable.env)]
     if secrets and readable_by_all(path):
-        yield f".env: all users can read {path}, which has {secrets[0]}: set its mode to 0600"
+        yield f"{name}: all users can read {path}, which has {secrets[0]}: set its mode to 0600"
 
 
 def read_settings(
@@ -78,15 +101,22 @@ def read_settings(
     *,
     dotenv: Mapping[str, str] | None = None,
     options: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+    command: Command = Command(),  # noqa: B008  it is frozen
     need_upstream: bool = True,
     need_session: bool = True,
 ) -> Settings:
-    """Read and check all settings. Options take precedence over the environment, and that over `dotenv`.
+    """Read and check all settings.
+
+    Those in `flags`, by the names of our command line's options, take precedence over mitmproxy's `options`, these over
+    the environment, and that over `dotenv`. `command` is how this program was called, for the remedies.
 
     With `need_session=False`, a session is optional. Raises SettingsError with one line for each wrong setting, which
     names the variable and the remedy.
     """
-    reader = Reader(options or {}, environ, dotenv or {})
+    flags = flags or {}
+    reader = Reader(flags, options or {}, environ, dotenv or {})
+    command = _with_options(command, flags, reader)
     allow_http = reader.boolean(ALLOW_HTTP)
     issuer_url = reader.issuer(allow_http=allow_http)
     issuer = reader.issuer_name()
@@ -102,7 +132,8 @@ def read_settings(
             reader.warnings.append(f"{REFRESH_TOKEN.env} is not used: {GRANT.env} is client_credentials")
             refresh_token = None
     elif (
-        need_session
+        grant == "refresh_token"
+        and need_session
         and refresh_token is None
         and access_token is None
         and reader.is_unset(REFRESH_TOKEN, ACCESS_TOKEN)
@@ -110,8 +141,8 @@ def read_settings(
     ):
         reader.problem(
             REFRESH_TOKEN,
-            "is required without a stored login: run `run-mitmproxy.py login`, or set this to the refresh token of a "
-            f"login, or set {GRANT.env}=client_credentials with a secret",
+            f"is required without a stored login: {command.run('login')}, or set this to the refresh token of a login, "
+            f"or set {GRANT.env}=client_credentials with a secret",
         )
     ca_file = reader.ca_file()
     if grant == "refresh_token" and refresh_token is None and access_token is not None and token_store is None:
@@ -126,7 +157,7 @@ def read_settings(
         reader.problem(ADMIN, f"{admin} is the address of the proxy itself: choose another port")
     inject_hosts = reader.hosts(INJECT_HOSTS)
     if need_upstream and inject_hosts:
-        reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher only forwards to {UPSTREAM.env}")
+        reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher only forwards to {reader.name(UPSTREAM)}")
     unknown = reader.unknown_names()
     reader.warnings += unknown
     settings = Settings(
@@ -157,11 +188,25 @@ def read_settings(
         client_timeout=reader.client_timeout(),
         inject_hosts=inject_hosts,
         warnings=tuple(reader.warnings),
+        exposed=tuple(reader.exposed),
+        command=command,
+        flags=frozenset(flag for flag, value in flags.items() if value),
     )
     if reader.problems:
         # A misspelled name may be why a setting is missing.
         raise SettingsError(*unknown, *reader.problems, is_missing=reader.is_missing)
     return settings
+
+
+def _with_options(command: Command, flags: Mapping[str, str], reader: Reader) -> Command:
+    """Return the command with the options that it needs to have the same settings."""
+
+    def given(variables: Iterable[Variable]) -> tuple[str, ...]:
+        values = ((variable.flag, reader.option(variable)) for variable in variables)
+        return tuple(word for flag, value in values if flag and value for word in (flag, value))
+
+    env_file = (ENV_FILE, flags[ENV_FILE]) if flags.get(ENV_FILE) else ()
+    return replace(command, options=(*env_file, *given(COMMON_FLAGS)), serve_options=given(SERVE_FLAGS))
 
 
 def _has_session(folder: Path | None, issuer_url: str, client_id: str) -> bool:

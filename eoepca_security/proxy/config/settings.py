@@ -6,6 +6,8 @@ from typing import Final, NamedTuple, TypeVar
 
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.oauth.urls import DEFAULT_PORTS, discovery_url, parse_host
+from eoepca_security.proxy.config.command import Command
+from eoepca_security.proxy.config.variables import Variable
 
 NO_VERIFY: Final = "{} is on: anyone on the network path to the service can read the token"
 
@@ -58,6 +60,9 @@ class Settings:
 
     `admin` is None when the admin listener is off. `admin_is_set` is true when the user set it, so that the proxy must
     not start without it. An empty `allowed_hosts` allows the names of loopback and the listening address.
+
+    `exposed` are warnings about files with secrets that all users can read. `command` calls this program with these
+    settings, for messages. `flags` are the options that set some of them.
     """
 
     issuer_url: str
@@ -87,6 +92,13 @@ class Settings:
     client_timeout: int = 60
     inject_hosts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    exposed: tuple[str, ...] = ()
+    command: Command = field(default_factory=Command)
+    flags: frozenset[str] = frozenset()
+
+    def name(self, variable: Variable) -> str:
+        """Return where the user set a setting: our option, or else the environment variable."""
+        return variable.flag if variable.flag in self.flags else variable.env
 
     @property
     def known_as(self) -> str:

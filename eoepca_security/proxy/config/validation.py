@@ -5,7 +5,7 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import parse_qsl
@@ -62,6 +62,7 @@ _MAX_FILE: Final = 64 * 1024
 _TERMINATION_PATH: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+/?")
 
 _TYPO: Final = 0.86  # how similar a name in the environment must be to one of ours to count as a typo
+_TYPO_LETTERS: Final = 4  # how many letters may be missing, and in their place, for a suggestion: two wrong ones
 
 T = TypeVar("T")
 
@@ -69,21 +70,38 @@ T = TypeVar("T")
 class Reader:
     """Reads one setting at a time, and collects errors instead of raising them."""
 
-    def __init__(self, options: Mapping[str, str], environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        flags: Mapping[str, str],
+        options: Mapping[str, str],
+        environ: Mapping[str, str],
+        dotenv: Mapping[str, str],
+    ) -> None:
+        self._flags = flags
         self._options = options
         self._layers = (environ, dotenv)
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.exposed: list[str] = []
         self.is_missing = False
         """Whether a required setting is unset."""
         self._unreadable: set[Variable] = set()
 
+    def name(self, variable: Variable) -> str:
+        """Return where the value comes from: our command line's option, or else the environment variable."""
+        return variable.flag if variable.flag and self._flags.get(variable.flag) else variable.env
+
     def problem(self, variable: Variable, text: str) -> None:
-        self.problems.append(f"{variable.env}: {text}")
+        self.problems.append(f"{self.name(variable)}: {text}")
+
+    def option(self, variable: Variable) -> str | None:
+        """Return the value that an option has, ours or mitmproxy's, or None."""
+        flag = self._flags.get(variable.flag) if variable.flag else None
+        return flag or (self._options.get(variable.option) if variable.option else None) or None
 
     def raw(self, variable: Variable) -> str | None:
         """Return the value from the first source that has one. An empty value counts as unset."""
-        if variable.option and (value := self._options.get(variable.option)):
+        if value := self.option(variable):
             return value
         for layer in self._layers:
             value, file = layer.get(variable.env), layer.get(variable.env + "_FILE") if variable.secret else None
@@ -118,7 +136,7 @@ class Reader:
 
     def _check_readers(self, name: str, path: Path) -> None:
         if readable_by_all(path):
-            self.warnings.append(f"{name}: all users can read {_shown(path)}: set its mode to 0600")
+            self.exposed.append(f"{name}: all users can read {_shown(path)}: set its mode to 0600")
 
     def unknown_names(self) -> list[str]:
         """Return a warning for each unknown name that looks like a setting: misspelled settings have no effect."""
@@ -130,8 +148,8 @@ class Reader:
         names |= {n for n in environ if n.startswith(ours) and difflib.get_close_matches(n, known, 1, _TYPO)}
         lines = []
         for name in sorted(names - known):
-            close = difflib.get_close_matches(name, known, 1)
-            lines.append(f"{name} is not a setting" + (f": did you mean {close[0]}?" if close else " of this program"))
+            close = _meant(name, known)
+            lines.append(f"{name} is not a setting" + (f": did you mean {close}?" if close else " of this program"))
         return lines
 
     def is_unset(self, *variables: Variable) -> bool:
@@ -388,11 +406,10 @@ class Reader:
             and (parts.port or DEFAULT_PORTS[parts.scheme]) == port
             and (is_loopback(host) or host in EVERYWHERE)
         ):
-            self.problem(UPSTREAM, f"is the address of the proxy itself: change it or {PORT.env}")
+            self.problem(UPSTREAM, f"is the address of the proxy itself: change it or {self.name(PORT)}")
         elif parts.scheme == "http" and not is_loopback(parts.hostname):
-            self.warnings.append(
-                f"{UPSTREAM.env} is plain http: anyone on the network path to {parts.hostname} can read the token"
-            )
+            name, service = self.name(UPSTREAM), parts.hostname
+            self.warnings.append(f"{name} is plain http: anyone on the network path to {service} can read the token")
         return f"{parts.scheme}://{parts.netloc.lower()}"
 
     def workers(self) -> int:
@@ -433,6 +450,20 @@ def readable_by_all(path: Path) -> bool:
     except OSError:
         return False
     return stat.S_ISREG(mode) and mode & 0o004 != 0 and not mount.f_flag & os.ST_RDONLY
+
+
+def _meant(name: str, known: Iterable[str]) -> str | None:
+    """Return the setting that was probably meant, or None if none is near: they all begin alike."""
+    words = name.split("_")
+    # SECRET is CLIENT_SECRET, although ISSUER has more letters in common.
+    pattern = "(.+_)?".join(f"{re.escape(word)}_" for word in words)
+    longer = [one for one in known if len(words) > 2 and re.fullmatch(f"{pattern}(.+_)?", f"{one}_")]
+    close = difflib.get_close_matches(name, longer, 1, 0) or difflib.get_close_matches(name, known, 1)
+    if not close:
+        return None
+    similarity = difflib.SequenceMatcher(None, close[0], name).ratio()
+    different = round((1 - similarity) * (len(name) + len(close[0])))
+    return close[0] if close[0] in longer or different <= _TYPO_LETTERS else None
 
 
 def _is_port(text: str) -> bool:

@@ -16,7 +16,7 @@ COOKIES_CHOICES: Final = ("pass", "drop")
 
 @dataclass(frozen=True)
 class Variable:
-    """A setting: its environment variable, its add-on option or None, and its description.
+    """A setting: its environment variable, its add-on option and its option on our command line, and its description.
 
     `help` is a complete sentence, which mitmproxy's `--options` shows; `more` has the details. `default` is the value
     of an unset variable; it is empty if there is none, or if `more` describes it. Secrets can also be read from a file.
@@ -29,6 +29,7 @@ class Variable:
     default: str = ""
     required: bool = False
     secret: bool = False
+    flag: str | None = None
 
 
 ISSUER: Final = Variable(
@@ -38,6 +39,7 @@ ISSUER: Final = Variable(
     "For Keycloak: https://keycloak.example/realms/NAME. Use the same name as for the login. Only the document's "
     "address may have a query (?p=POLICY for Azure AD B2C).",
     required=True,
+    flag="--issuer",
 )
 ISSUER_NAME: Final = Variable(
     "OPEN_ID_CONNECT_ISSUER",
@@ -52,7 +54,11 @@ PARAMS: Final = Variable(
     "For issuers that need them, such as Auth0: audience=https%3A%2F%2Fapi.example. Not for secrets.",
 )
 CLIENT_ID: Final = Variable(
-    "OPEN_ID_CONNECT_CLIENT_ID", "oidc_client_id", "The client's ID at the issuer.", required=True
+    "OPEN_ID_CONNECT_CLIENT_ID",
+    "oidc_client_id",
+    "The client's ID at the issuer.",
+    required=True,
+    flag="--client-id",
 )
 CLIENT_SECRET: Final = Variable(
     "OPEN_ID_CONNECT_CLIENT_SECRET", "oidc_client_secret", "The client's secret; none for a public client.", secret=True
@@ -80,7 +86,7 @@ REFRESH_TOKEN: Final = Variable(
     "OPEN_ID_REFRESH_TOKEN",
     "refresh_token",
     "The refresh token of a login.",
-    "Not needed after `run-mitmproxy.py login`, which stores one in the token store, or with "
+    "Not needed after `oidc-proxy login`, which stores one in the token store, or with "
     "OPEN_ID_CONNECT_GRANT=client_credentials.",
     secret=True,
 )
@@ -124,11 +130,12 @@ UPSTREAM: Final = Variable(
     "Scheme, host and port of the protected service, without a path, e.g. https://service.example:9200",
     "(mitmdump -s: use `--mode reverse:` instead.)",
     required=True,
+    flag="--upstream",
 )
 ENDPOINT: Final = Variable(
     "REMOTE_PROTECTED_ENDPOINT",
     None,
-    "What `run-mitmproxy.py check` requests from the service: a path, or a URL, of which only the path is used.",
+    "What `oidc-proxy check` requests from the service: a path, or a URL, of which only the path is used.",
     "Choose one that needs a login, so that the answer shows whether the service accepts the token.",
     default="/",
 )
@@ -151,6 +158,7 @@ HOST: Final = Variable(
     "Anything that can reach it acts with your identity, so keep it on loopback, or inside a container or pod. "
     "`0.0.0.0` is all IPv4 addresses, `::` all addresses of both families. (mitmdump -s: use `--listen-host` instead.)",
     default="127.0.0.1",
+    flag="--host",
 )
 PORT: Final = Variable(
     "PROXY_PORT",
@@ -158,6 +166,7 @@ PORT: Final = Variable(
     "Port to listen on; 0 picks a free port.",
     "(mitmdump -s: use `--listen-port` instead.)",
     default="8080",
+    flag="--port",
 )
 ADMIN: Final = Variable(
     "PROXY_ADMIN",
@@ -166,6 +175,7 @@ ADMIN: Final = Variable(
     "It serves probes, metrics, the status page and the shutdown endpoint. If this is unset and the port is in use, "
     "the proxy starts without it. (mitmdump -s: off unless set.)",
     default="127.0.0.1:8081",
+    flag="--admin",
 )
 ALLOWED_HOSTS: Final = Variable(
     "PROXY_ALLOWED_HOSTS",
@@ -209,6 +219,7 @@ WORKERS: Final = Variable(
     "Processes that share the port and the session.",
     "More than one helps from about a thousand requests per second; each can use one core.",
     default="1",
+    flag="--workers",
 )
 CLIENT_TIMEOUT: Final = Variable(
     "PROXY_CLIENT_TIMEOUT",
@@ -265,3 +276,7 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
 )
 VARIABLES: Final = tuple(variable for group in GROUPS.values() for variable in group)
 OPTIONS: Final = tuple(variable for variable in VARIABLES if variable.option is not None)
+COMMON_FLAGS: Final = (ISSUER, CLIENT_ID)
+"""The settings that every command has an option for."""
+SERVE_FLAGS: Final = tuple(variable for variable in VARIABLES if variable.flag and variable not in COMMON_FLAGS)
+"""The settings that `serve` and `check` also have an option for."""

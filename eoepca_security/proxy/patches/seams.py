@@ -288,12 +288,17 @@ _checked: Final[set[Row]] = set()
 
 
 def check(rows: Iterable[Row] = ROWS) -> None:
-    """Raise Moved for the first row that does not hold. What has been checked once in this process is not again."""
+    """Raise Moved for the first row that does not hold. What has been checked once in this process is not again.
+
+    Raises ModuleNotFoundError without mitmproxy.
+    """
     for row in rows:
         if row not in _checked:
             try:
                 wrong = _wrong(row)
             except (ImportError, AttributeError, TypeError, ValueError) as error:
+                if isinstance(error, ModuleNotFoundError) and error.name == "mitmproxy":
+                    raise  # it has not moved: nobody installed it
                 wrong = f"{_dotted(row)} is gone, or is something else ({error})"
             if wrong is not None:
                 raise Moved(f"{_versions(row)}: {wrong}, which eoepca_security/proxy/{row.file} needs: {REMEDY}")

@@ -13,10 +13,10 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
-from eoepca_security.oauth.protocol import Client
 from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import WELL_KNOWN, is_loopback
 from eoepca_security.oauth.verify import unverified_claims
+from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import (
     ALLOW_HTTP,
@@ -33,14 +33,8 @@ from eoepca_security.proxy.config.variables import (
     ISSUER_NAME,
     REFRESH_TOKEN,
     SCOPE,
-    UPSTREAM,
-    Variable,
 )
 from eoepca_security.session.session import SESSION_ERRORS, number
-
-LOGIN: Final = "run `run-mitmproxy.py login`"
-
-CHECK: Final = "run `run-mitmproxy.py check` for details"
 
 CLIENT_ERRORS: Final = ("invalid_client", "unauthorized_client")
 """The error codes with which an issuer refuses the client (RFC 6749 §5.2)."""
@@ -57,8 +51,6 @@ CHOOSE_SCOPE: Final = f"set {SCOPE.env} to scopes that the client may request, o
 
 CHOOSE_CLIENT_AUTH: Final = f"set {CLIENT_AUTH.env}, or the credential that it needs"
 
-_LATER: Final = f"try again later; if the error persists, {CHECK}"
-
 _BY_ITSELF: Final = "the proxy retries automatically"
 
 _PROXY: Final = (
@@ -69,9 +61,9 @@ _PROXY: Final = (
 
 @dataclass(frozen=True)
 class Place:
-    """A peer that was contacted: the setting that names it, its URL, and whether we run in a container."""
+    """A peer that was contacted: where the user set its address, its URL, and whether we run in a container."""
 
-    variable: Variable
+    name: str
     url: str
     in_container: bool
 
@@ -104,15 +96,17 @@ def failure_remedy(error: TokenError, settings: Settings | None, *, in_container
         return SEE_LOG
     if not isinstance(error, IssuerUnavailable) or error.cause == "not_configured":
         return command_remedy(error, settings, in_container=in_container)
-    remedy = _issuer_remedy(_issuer(settings, error, in_container), error)
-    return f"{remedy}; {_BY_ITSELF}" if remedy else f"{_BY_ITSELF}; if the error persists, {CHECK}"
+    remedy = _issuer_remedy(_issuer(settings, error, in_container), error, settings.command)
+    return f"{remedy}; {_BY_ITSELF}" if remedy else f"{_BY_ITSELF}; if the error persists, {_check(settings)}"
 
 
 def command_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
     """Do the same for a command, which does not retry."""
     match error:
         case IssuerUnavailable():
-            return _issuer_remedy(_issuer(settings, error, in_container), error) or _LATER
+            return _issuer_remedy(_issuer(settings, error, in_container), error, settings.command) or (
+                f"try again later; if the error persists, {_check(settings)}"
+            )
         case CredentialsRejected():
             return _rejection_remedy(error, settings)
         case TokenInvalid(claim="aud") if settings.audience is not None:
@@ -121,16 +115,17 @@ def command_remedy(error: TokenError, settings: Settings, *, in_container: bool)
             return BINDING_REMEDY
         case TokenInvalid(cause="clock"):
             return CLOCK
-    return f"{CHECK_CLIENT}; {CHECK}"
+    return f"{CHECK_CLIENT}; {_check(settings)}"
 
 
 def login_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
     """Return the remedy for a failed login; empty if there is none."""
+    if isinstance(error, CredentialsRejected):
+        for reason in (error.issuer_error, error.cause):
+            if reason in _LOGIN_REMEDIES:
+                text, arguments = _LOGIN_REMEDIES[reason]
+                return text + (settings.command.run(arguments) if arguments else "")
     match error:
-        case CredentialsRejected(issuer_error=str(said)) if said in _LOGIN_REMEDIES:
-            return _LOGIN_REMEDIES[said]
-        case CredentialsRejected(cause=str(cause)) if cause in _LOGIN_REMEDIES:
-            return _LOGIN_REMEDIES[cause]
         case CredentialsRejected(issuer_error=str(said)) if said in CLIENT_ERRORS:
             remedy = _client_remedy(settings)
             return f"{remedy}; {_ALLOW_LOGIN}" if said == "unauthorized_client" else remedy
@@ -150,22 +145,25 @@ _ALLOW_LOGIN: Final = (
     "flow for --browser, in the client's settings)"
 )
 
-# By the issuer's error code or the error's cause.
-_LOGIN_REMEDIES: Final[Mapping[str, str]] = {
-    "invalid_grant": "the login took too long or was already used: log in again",
-    "access_denied": "the login was denied: log in again and allow it",
-    "expired_token": "nobody confirmed the login in time: log in again",
-    "invalid_scope": "choose scopes that the client may request with --scope",
-    "not_allowed": "this client or user may not have offline sessions: log in with --scope openid",
-    "no_device_login": "use login --browser",
-    "no_browser_login": "use login without --browser",
-    "no_refresh_token": "enable refresh tokens for the client at the issuer, or request other scopes with --scope",
-    "mix_up": "log in again, and check the address of the page before you enter your password",
+# By the issuer's error code or the error's cause: what to do, and the command that does it.
+_LOGIN_REMEDIES: Final[Mapping[str | None, tuple[str, str]]] = {
+    "invalid_grant": ("the login took too long or was already used: log in again", ""),
+    "access_denied": ("the login was denied: log in again and allow it", ""),
+    "expired_token": ("nobody confirmed the login in time: log in again", ""),
+    "invalid_scope": ("choose scopes that the client may request with --scope", ""),
+    "not_allowed": ("this client or user may not have offline sessions: ", "login --scope openid"),
+    "no_device_login": ("", "login --browser"),
+    "no_browser_login": ("", "login"),
+    "no_refresh_token": (
+        "enable refresh tokens for the client at the issuer, or request other scopes with --scope",
+        "",
+    ),
+    "mix_up": ("log in again, and check the address of the page before you enter your password", ""),
 }
 
 
 def _issuer(settings: Settings, error: IssuerUnavailable, in_container: bool) -> Place:
-    return Place(ISSUER, error.url or settings.issuer_url, in_container)
+    return Place(settings.name(ISSUER), error.url or settings.issuer_url, in_container)
 
 
 def needs_login(error: TokenError | None) -> bool:
@@ -179,13 +177,16 @@ def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
     match error.issuer_error or error.cause:
         case str(said) if said in SESSION_ERRORS:
             return (
-                f"{_NEW_SESSION}. The old one has expired, was revoked or used up, or was issued to another client or "
-                "under another name of the issuer"
+                f"{_new_session(settings)}. The old one has expired, was revoked or used up, or was issued to another "
+                "client or under another name of the issuer"
             )
         case "no_session":
-            return _NEW_SESSION
+            return _new_session(settings)
         case "other_user":
-            return f"{LOGIN} as the user of {REFRESH_TOKEN.env}, or unset that to continue as the other one"
+            return (
+                f"{settings.command.run('login')} as the user of {REFRESH_TOKEN.env}, or unset that to continue as the "
+                "other one"
+            )
         case "invalid_client":
             return _client_remedy(settings)
         case "unauthorized_client":  # Keycloak also sends this for a wrong secret
@@ -196,24 +197,29 @@ def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
             return CHOOSE_SCOPE
         case "no_auth_method":
             return CHOOSE_CLIENT_AUTH
-    return f"compare the client's settings at the issuer with yours; {CHECK}"
+    return f"compare the client's settings at the issuer with yours; {_check(settings)}"
 
 
-_NEW_SESSION: Final = (
-    f"{LOGIN}, which a running proxy picks up; or set {REFRESH_TOKEN.env} to the refresh token of a new login, and "
-    "restart"
-)
+def _new_session(settings: Settings) -> str:
+    return (
+        f"{settings.command.run('login')}, which a running proxy picks up; or set {REFRESH_TOKEN.env} to the refresh "
+        "token of a new login, and restart"
+    )
+
+
+def _check(settings: Settings) -> str:
+    return f"{settings.command.run('check')} for details"
 
 
 def _client_remedy(settings: Settings) -> str:
     has_secret = settings.client.secret is not None or settings.client.key is not None
-    remedy = client_remedy(settings.client)
+    remedy = client_remedy(settings)
     return f"{remedy}; if the client is public, unset {CLIENT_SECRET.env}" if has_secret else remedy
 
 
-def _issuer_remedy(place: Place, error: IssuerUnavailable) -> str:
+def _issuer_remedy(place: Place, error: IssuerUnavailable, command: Command) -> str:
     """Return the remedy for an issuer's error, from the error alone; empty if there is none."""
-    name = place.variable.env
+    name = place.name
     match error.cause:
         case None:
             return ""
@@ -231,7 +237,7 @@ def _issuer_remedy(place: Place, error: IssuerUnavailable) -> str:
         case "unclear_refusal":
             return (
                 f"if this persists, the issuer may be refusing the client (check {CLIENT_SECRET.env}) or the session "
-                f"({LOGIN})"
+                f"({command.run('login')})"
             )
         case cause:
             return network_remedy(place, cause, by_proxy=error.by_proxy)
@@ -242,7 +248,7 @@ _CHECK_PATH: Final = "check the path in {}: Keycloak uses /realms/<name>, or /au
 
 def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
     """Return the remedy for a network error on the way to `place`."""
-    name, host = place.variable.env, urlsplit(place.url).hostname
+    name, host = place.name, urlsplit(place.url).hostname
     if cause == "refused" and place.in_container and is_loopback(host):
         return (
             f"is it running? {host} is this container itself: to reach another container, set {name} to that one's "
@@ -296,12 +302,12 @@ def _names_container(host: str | None) -> bool:
 _HOST_OF_CONTAINERS: Final = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 
 
-def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -> str:
+def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None, command: Command) -> str:
     """Return the remedy for an issuer without a usable answer; `reply` is its last answer, or None."""
-    name = place.variable.env
+    name = place.name
     # For "not_there", the reply says more than the cause.
     if reply is None or error.cause not in (None, "not_there"):
-        return _issuer_remedy(place, error) or f"check {name}"
+        return _issuer_remedy(place, error, command) or f"check {name}"
     if reply.status == 407:
         return _PROXY
     if reply.status in (400, 404):
@@ -316,23 +322,24 @@ def issuer_remedy(place: Place, error: IssuerUnavailable, reply: Reply | None) -
     return f"check {name}: it must be the issuer's name in its discovery document"
 
 
-def client_remedy(client: Client, *, works_with: str | None = None) -> str:
+def client_remedy(settings: Settings, *, works_with: str | None = None) -> str:
     """Return the remedy for a refused client.
 
     `works_with` is another client authentication method with which the issuer accepted it.
     """
+    client, client_id = settings.client, settings.name(CLIENT_ID)
     if works_with == "none":
         return f"the client is public: unset {CLIENT_SECRET.env} and {CLIENT_AUTH.env}"
     if works_with is not None:
         return f"the client is registered for another method: set {CLIENT_AUTH.env}={works_with}"
     if client.secret is None and client.key is None:
         return (
-            f"check {CLIENT_ID.env}; if the client is confidential (Keycloak: Client authentication is on), set "
+            f"check {client_id}; if the client is confidential (Keycloak: Client authentication is on), set "
             f"{CLIENT_SECRET.env}"
         )
     if client.key is not None or client.auth_method == "client_secret_jwt":
         return (
-            f"check {CLIENT_ID.env}, and that the issuer has the secret or the public key that belongs to "
+            f"check {client_id}, and that the issuer has the secret or the public key that belongs to "
             f"{CLIENT_SECRET.env} or {CLIENT_KEY_FILE.env}; some issuers need {ASSERTION_AUDIENCE.env}=token_endpoint"
         )
     method = f"check {CLIENT_AUTH.env}"
@@ -340,26 +347,29 @@ def client_remedy(client: Client, *, works_with: str | None = None) -> str:
         method = f"set {CLIENT_AUTH.env}=client_secret_post if the client is registered for that"
     return (
         f"copy {CLIENT_SECRET.env} from the issuer again (Keycloak: Clients > {printable(client.client_id)} > "
-        f"Credentials), check {CLIENT_ID.env}, and {method}"
+        f"Credentials), check {client_id}, and {method}"
     )
 
 
 def session_remedy(
-    refresh_token: str | None, error: CredentialsRejected, *, client_id: str, issuer: str, now: float
+    refresh_token: str | None, error: CredentialsRejected, settings: Settings, *, issuer: str, now: float
 ) -> str:
     """Return the remedy for a refused refresh token, from its claims or the issuer's description."""
+    login, client_id = settings.command.run("login"), settings.name(CLIENT_ID)
     claims = unverified_claims(refresh_token or "")
     party, said_issuer, end = claims.get("azp"), claims.get("iss"), number(claims.get("exp"))
-    if isinstance(party, str) and party != client_id:
-        return f"the refresh token was issued to the client {printable(party)}: set {CLIENT_ID.env} to that, or {LOGIN}"
+    if isinstance(party, str) and party != settings.client.client_id:
+        return f"the refresh token was issued to the client {printable(party)}: set {client_id} to that, or {login}"
     if isinstance(said_issuer, str) and said_issuer != issuer:
-        return f"the refresh token was issued by {printable(said_issuer)}: set {ISSUER.env} to that, or {LOGIN}"
+        return (
+            f"the refresh token was issued by {printable(said_issuer)}: set {settings.name(ISSUER)} to that, or {login}"
+        )
     if end is not None and end < now:
-        return f"the refresh token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC: {LOGIN}"
+        return f"the refresh token expired at {datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC: {login}"
     # OAuth has one code for all of these (RFC 6749 §5.2), so only the issuer's text can tell them apart.
     if "client" in (error.description or ""):
-        return f"the refresh token may belong to another client: check {CLIENT_ID.env}, or {LOGIN}"
-    return f"the session has ended, was logged out, or was used up by another program: {LOGIN}"
+        return f"the refresh token may belong to another client: check {client_id}, or {login}"
+    return f"the session has ended, was logged out, or was used up by another program: {login}"
 
 
 def audience_remedy(client_id: str, audience: str) -> str:
@@ -380,7 +390,7 @@ def refusal_remedy(place: Place, reply: Reply, without: Reply | None, *, audienc
     challenge = reply.headers.get("www-authenticate", "")
     match reply.status:
         case 401 if challenge and "bearer" not in challenge.lower():
-            return f"the service does not use Bearer tokens: is {UPSTREAM.env} the right service?"
+            return f"the service does not use Bearer tokens: is {place.name} the right service?"
         case 401:
             return (
                 f"the service does not accept the token, which is for {audience}: compare with the issuer and audience "
@@ -400,11 +410,11 @@ def refusal_remedy(place: Place, reply: Reply, without: Reply | None, *, audienc
         case 407:
             return _PROXY
         case 400 if hint := _ask_for_tls(place, reply):
-            return f"check {UPSTREAM.env}{hint}"
+            return f"check {place.name}{hint}"
         case _ if _leads_to_login(reply):
             return (
                 "the gateway redirects to a login page instead of accepting tokens: let it accept Bearer tokens "
-                f"(APISIX's openid-connect: bearer_only), or set {UPSTREAM.env} to the service itself"
+                f"(APISIX's openid-connect: bearer_only), or set {place.name} to the service itself"
             )
         case status if status >= 500:
             return "the service has an internal error: see its log, and the log of its gateway"

@@ -39,7 +39,7 @@ def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder
         except OSError as error:
             raise SettingsError(
                 f"{TOKEN_STORE.env}: {settings.token_store} is not writable ({error.strerror}), and several processes "
-                f"share the session there: make it writable, or set {WORKERS.env} to 1"
+                f"share the session there: make it writable, or set {settings.name(WORKERS)} to 1"
             ) from None
         yield settings, None
         return
@@ -47,8 +47,8 @@ def shared_session(settings: Settings) -> Iterator[tuple[Settings, PrivateFolder
         folder = PrivateFolder(MEMORY)
     except OSError as error:
         raise SettingsError(
-            f"{WORKERS.env}: several processes need a token store to share the session, and none can be created in "
-            f"memory ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
+            f"{settings.name(WORKERS)}: several processes need a token store to share the session, and none can be "
+            f"created in memory ({error.strerror}): set {TOKEN_STORE.env} to a folder, or this to 1"
         ) from None
     try:
         yield replace(settings, token_store=folder.path), folder
@@ -61,15 +61,15 @@ def taken_address(settings: Settings) -> str | None:
 
     Raises SettingsError for an address that is not on this machine.
     """
-    wanted = [(Address(settings.host, settings.port), HOST, PORT, f"another port or {HOST.env}")]
+    wanted = [(Address(settings.host, settings.port), HOST, PORT, f"another port with {PORT.flag}")]
     if settings.admin is not None and settings.admin_is_set:
-        wanted.append((settings.admin, ADMIN, ADMIN, "another address, or off"))
+        wanted.append((settings.admin, ADMIN, ADMIN, f"another address with {ADMIN.flag}, or off"))
     for address, host, port, other in wanted:
         obstacle = cannot_listen(*address)
         if obstacle is not None and obstacle.is_foreign:
-            raise SettingsError(f"{host.env}: {obstacle.detail}: {USE_LOCAL}")
+            raise SettingsError(f"{settings.name(host)}: {obstacle.detail}: {USE_LOCAL}")
         if obstacle is not None:
-            return f"{port.env}: {obstacle.detail}: stop the program that uses it, or choose {other}"
+            return f"{settings.name(port)}: {obstacle.detail}: stop the program that uses it, or choose {other}"
     return None
 
 

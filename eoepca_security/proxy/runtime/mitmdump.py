@@ -5,7 +5,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mitmproxy.options import Options
@@ -88,7 +88,8 @@ def _run(
             settle_memory()
             if isinstance(error, CredentialsRejected) and leads:
                 exit_code = 1
-                remedy = command_remedy(error, settings, in_container=runs_in_container())
+                ended = replace(settings, command=settings.command.ended)
+                remedy = command_remedy(error, ended, in_container=runs_in_container())
                 print_error(f"{error.code}: {told(error, remedy)}", log_format)
                 super().shutdown()  # type: ignore[no-untyped-call]
             elif on_started is not None:

@@ -111,7 +111,7 @@ async def test_a_refresh_that_fails_tells_the_remedy(
     await refresh(context, addon)
     assert (
         "no new access token (credentials_rejected): the issuer answered invalid_grant: over; done; remedy: "
-        "run `run-mitmproxy.py login`, which a running proxy picks up"
+        "run `oidc-proxy login`, which a running proxy picks up"
     ) in caplog.text
     with pytest.raises(CommandError, match=r"the last attempt failed \(credentials_rejected\); try again in "):
         context.master.commands.execute("oidc.refresh")

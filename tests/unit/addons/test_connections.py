@@ -4,8 +4,11 @@ import pytest
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.test import tflow
 
+from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.connections import Connections
 from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.config.command import Command
+from eoepca_security.proxy.config.settings import Settings
 
 
 @pytest.mark.parametrize("has_hung_up", [False, True])
@@ -13,8 +16,10 @@ def test_only_the_service_is_blamed_for_what_it_does(has_hung_up: bool, caplog: 
     client, server = tflow.tclient_conn(), tflow.tserver_conn()
     client.timestamp_end = 1.0 if has_hung_up else None
     server.error = "client disconnected" if has_hung_up else "Connection refused\n"
-    Connections(State(end_all=lambda: None)).server_connect_error(ServerConnectionHookData(server, client))
+    state = State(end_all=lambda: None)
+    state.settings = Settings("https://issuer.example", Client("c"), command=Command("./run-mitmproxy.py"))
+    Connections(state).server_connect_error(ServerConnectionHookData(server, client))
     told = [record.getMessage() for record in caplog.records]
-    said = "the protected service cannot be reached: Connection refused\N{REPLACEMENT CHARACTER}; run `run-mitmproxy.py"
+    said = "the protected service cannot be reached: Connection refused\N{REPLACEMENT CHARACTER}; "
     assert len(told) == (0 if has_hung_up else 1)
-    assert all(line.startswith(said) for line in told)
+    assert all(line == said + "run `./run-mitmproxy.py check` for the remedy" for line in told)

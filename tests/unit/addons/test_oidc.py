@@ -20,6 +20,7 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.addresses import browser_address, exposure
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
+from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
 from eoepca_security.proxy.patches.http_clients import outgoing
@@ -249,7 +250,10 @@ async def test_settings_come_from_the_options(context: Any) -> None:
         oidc_scope="openid",
     )
     assert addon.state.problems == []
-    assert addon.state.settings == Settings(
+    settings = addon.state.settings
+    assert settings is not None
+    assert settings.command.options == ("--issuer", "https://issuer.example", "--client-id", "client")
+    assert replace(settings, command=Command()) == Settings(
         "https://issuer.example", Client("client"), refresh_token="r", scope="openid"
     )
 

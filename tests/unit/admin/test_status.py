@@ -92,8 +92,8 @@ def test_the_state_is_named(change: dict[str, Any], name: str, tone: str, headli
 @pytest.mark.parametrize(
     ("failure", "remedy"),
     [
-        (REJECTED, "run `run-mitmproxy.py login`, which a running proxy picks up; or set OPEN_ID_REFRESH_TOKEN"),
-        (CredentialsRejected("there is no session", cause="no_session"), "run `run-mitmproxy.py login`"),
+        (REJECTED, "run `oidc-proxy login`, which a running proxy picks up; or set OPEN_ID_REFRESH_TOKEN"),
+        (CredentialsRejected("there is no session", cause="no_session"), "run `oidc-proxy login`"),
         (
             CredentialsRejected("no", issuer_error="invalid_client"),
             "copy OPEN_ID_CONNECT_CLIENT_SECRET from the issuer",
@@ -106,7 +106,7 @@ def test_the_state_is_named(change: dict[str, Any], name: str, tone: str, headli
         (IssuerUnavailable("it answered 500"), "the proxy retries automatically"),
         (TokenInvalid("the token is not for the audience my-service", claim="aud"), "with my-service as Included"),
         (TokenInvalid("the token has expired", cause="clock"), "synchronize this machine's clock"),
-        (TokenInvalid("the token's signature is not valid"), "run `run-mitmproxy.py check`"),
+        (TokenInvalid("the token's signature is not valid"), "run `oidc-proxy check`"),
     ],
 )
 def test_a_failure_comes_with_its_remedy(failure: TokenError, remedy: str) -> None:

@@ -302,7 +302,7 @@ def test_a_client_may_not_use_the_grant(issuer: FakeIssuer, settings: Settings) 
 
 def test_no_session_yet(settings: Settings, issuer: FakeIssuer) -> None:
     said = remedy(replace(settings, refresh_token=None), "token")
-    assert "run-mitmproxy.py login" in said
+    assert "oidc-proxy login" in said
     # The client was looked at all the same.
     issuer.client_secret = "secret"
     assert "OPEN_ID_CONNECT_CLIENT_SECRET" in remedy(replace(settings, refresh_token=None), "client")
@@ -345,7 +345,7 @@ def test_a_session_that_a_person_has_to_confirm(settings: Settings, issuer: Fake
         return handler.command == "POST"
 
     issuer.behaviour.fault = fault
-    assert "run-mitmproxy.py login" in remedy(settings, "token")
+    assert "oidc-proxy login" in remedy(settings, "token")
 
 
 @pytest.mark.parametrize("exp", [-(10**14), -(10**400)])
@@ -358,14 +358,14 @@ def test_an_expired_session(settings: Settings, issuer: FakeIssuer) -> None:
     token = refresh_token_of(issuer, exp=int(time.time()) - 86_400)
     said = remedy(replace(settings, refresh_token=token), "token")
     assert "the refresh token expired at 20" in said
-    assert "run-mitmproxy.py login" in said
+    assert "oidc-proxy login" in said
 
 
 def test_a_session_that_was_logged_out(settings: Settings, issuer: FakeIssuer) -> None:
     issuer.end_sessions()
     said = remedy(settings, "token")
     assert "the session has ended" in said
-    assert "run-mitmproxy.py login" in said
+    assert "oidc-proxy login" in said
 
 
 def test_scopes_that_may_not_be_asked_for(settings: Settings, issuer: FakeIssuer) -> None:
@@ -592,7 +592,7 @@ def test_an_issuer_that_does_not_say_whether_it_accepts_the_client(settings: Set
     issuer.behaviour.fault = fault
     steps = run(replace(settings, refresh_token=None))
     assert (steps["client"].status, steps["token"].status) == ("unproven", "fault")
-    assert "run-mitmproxy.py login" in str(steps["client"].remedy)
+    assert "oidc-proxy login" in str(steps["client"].remedy)
 
 
 def test_a_service_with_an_unknown_ca(settings: Settings, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def clock_ahead(world: World) -> None:
     world.issuer.behaviour.clock_offset = -7200
 
 
-LOGIN = "run `run-mitmproxy.py login`"
+LOGIN = "run `oidc-proxy login`"
 
 SITUATIONS: Mapping[Callable[[World], None], dict[str, str]] = {
     nothing: {},

@@ -361,7 +361,7 @@ def test_without_an_authorization_endpoint_the_other_way_is_named(run: Run, issu
     issuer.behaviour.login.without = ["authorization_endpoint"]
     code, _, err = run("login", "--browser")
     assert code == 1
-    assert "without --browser" in err
+    assert "run `oidc-proxy login`\n" in err
 
 
 # --- where there is nothing to log in to ---

@@ -1,5 +1,6 @@
 """The command line, called in this process: what it prints and how it ends."""
 
+import inspect
 import logging
 import re
 import socket
@@ -8,11 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from eoepca_security.proxy.cli.main import cli, main
+from eoepca_security.proxy.cli import launch
+from eoepca_security.proxy.cli.main import cli
+from eoepca_security.proxy.cli.main import main as run
+from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.testing import Behaviour, FakeIssuer
 from tests.support.environment import set_environment
 from tests.support.processes import ROOT
+
+FLAGS = [variable.flag for variable in VARIABLES if variable.flag]
+
+
+def main(arguments: Sequence[str], command: Command = Command()) -> int:  # noqa: B008  it is frozen
+    return run(arguments, command)
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +133,7 @@ def test_a_port_that_is_taken_ends_with_1_and_one_short_line(
         set_environment(monkeypatch, issuer, **more)
         assert main(["serve"]) == 1
     said = f"PROXY_PORT: cannot listen on {address} (Address already in use)"
-    remedy = "stop the program that uses it, or choose another port or PROXY_HOST"
+    remedy = "stop the program that uses it, or choose another port with --port"
     assert capsys.readouterr().err == f"{said}: {remedy}\n"
 
 
@@ -147,7 +157,7 @@ def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixtur
 )
 def test_wrong_arguments_end_with_2(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert "Usage: run-mitmproxy.py" in capsys.readouterr().err
+    assert "Usage: oidc-proxy" in capsys.readouterr().err
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,13 +169,11 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_launcher_and_the_documents_name_the_commands() -> None:
     launcher = (ROOT / "run-mitmproxy.py").read_text()
-    names = re.search(r"^if not \{(.*)\}\.intersection", launcher, re.MULTILINE)
-    assert names is not None
-    assert set(re.findall(r'"(\w+)"', names[1])) == set(cli.commands) - {"serve"}
+    assert set(launch.COMMANDS) == set(cli.commands) - {"serve"}
     usage = re.search(r"run-mitmproxy\.py \[([\w|]+)\]", launcher)
     assert usage is not None
     assert set(usage[1].split("|")) == set(cli.commands)
-    row = re.search(r"^\| `run-mitmproxy\.py` \|.*$", (ROOT / "docs" / "how-it-works.md").read_text(), re.MULTILINE)
+    row = re.search(r"^\| `oidc-proxy`.*$", (ROOT / "docs" / "how-it-works.md").read_text(), re.MULTILINE)
     assert row is not None
     assert {name for name in cli.commands if f"`{name}`" in row[0]} == set(cli.commands)
 
@@ -174,15 +182,107 @@ def test_the_launcher_and_the_documents_name_the_commands() -> None:
 def test_help_of_each_command_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     out = capsys.readouterr().out
-    assert re.search(rf"Examples?:\n.*run-mitmproxy\.py {verb}", out)
+    assert re.search(rf"Examples?:\n.*oidc-proxy {verb}", out)
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_the_shell_can_complete_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("_RUN_MITMPROXY_PY_COMPLETE", "bash_complete")
-    monkeypatch.setenv("COMP_WORDS", "run-mitmproxy.py log")
-    monkeypatch.setenv("COMP_CWORD", "1")
+@pytest.mark.parametrize(("called", "name"), [("oidc-proxy", "OIDC_PROXY"), ("x/run-mitmproxy.py", "RUN_MITMPROXY_PY")])
+@pytest.mark.parametrize(
+    ("typed", "completions"),
+    [
+        ("log", {"login", "logout"}),
+        ("--", {"--version", "--env-file", "--log-format", "--help", *FLAGS}),
+        ("token --", {"--env-file", "--issuer", "--client-id", "--help"}),
+        ("serve --p", {"--port"}),
+    ],
+)
+def test_the_shell_can_complete_commands_and_options(
+    called: str,
+    name: str,
+    typed: str,
+    completions: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(f"_{name}_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", f"{called} {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(1 + typed.count(" ")))
     with pytest.raises(SystemExit) as ended:
-        main([])
+        main([], Command(called))
     assert ended.value.code == 0
-    assert capsys.readouterr().out.split() == ["plain,login", "plain,logout"]
+    assert set(capsys.readouterr().out.split()) == {f"plain,{completion}" for completion in completions}
+
+
+def test_the_help_has_completion_only_for_what_a_shell_completes(capsys: pytest.CaptureFixture[str]) -> None:
+    for called, line in (
+        ("oidc-proxy", 'eval "$(_OIDC_PROXY_COMPLETE=bash_source oidc-proxy)"'),
+        ("./run-mitmproxy.py", 'eval "$(_RUN_MITMPROXY_PY_COMPLETE=bash_source ./run-mitmproxy.py)"'),
+        ("python -m eoepca_security.proxy", None),
+        ("docker exec -it 0123456789ab oidc-proxy", None),
+    ):
+        assert main(["--help"], Command(called)) == 0
+        out = capsys.readouterr().out
+        assert line in out if line is not None else "eval" not in out
+
+
+# --- our own options -------------------------------------------------------------------------------------------------
+
+
+def test_no_summary_is_cut_short(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for command in cli.commands.values():
+        assert inspect.cleandoc(command.help or "").partition("\n")[0] in out
+
+
+def test_our_options_come_before_all_others_and_messages_name_what_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.env").write_text("OPEN_ID_CONNECT_URL=https://file.example\nOPEN_ID_CONNECT_CLIENT_ID=ftp\n")
+    monkeypatch.setenv("OPEN_ID_CONNECT_URL", "https://environment.example")
+    monkeypatch.setenv("REMOTE_PROTECTED_DOMAIN", "https://service.example")
+    arguments = ["serve", "--env-file", "other.env", "--port", "x", "--issuer", "ftp://option", "--upstream", ""]
+    assert main([*arguments, "--", "--set", "oidc_url=ftp://set"]) == 2
+    issuer, session, port = capsys.readouterr().err.splitlines()
+    assert issuer.startswith("--issuer: ")
+    assert "run `oidc-proxy login --env-file other.env --issuer ftp://option`" in session
+    assert port.startswith("--port: 'x' is not a valid port")
+    assert main([*arguments[:-4], "--", "--set", "oidc_url=ftp://set"]) == 2
+    assert capsys.readouterr().err.startswith("OPEN_ID_CONNECT_URL: ")
+
+
+def test_a_file_for_settings_takes_the_place_of_dotenv(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".env").write_text("OPEN_ID_CONNECT_SCOPE=a\tb\n")
+    with FakeIssuer() as issuer:
+        (tmp_path / "other").write_text(
+            f"OPEN_ID_CONNECT_URL={issuer.url}\nOPEN_ID_CONNECT_CLIENT_ID={issuer.client_id}\n"
+            f"OPEN_ID_REFRESH_TOKEN={issuer.refresh_token}\nOPEN_ID_TOKEN_STORE=none\n"
+        )
+        (tmp_path / "other").chmod(0o644)
+        for arguments in (["token", "--env-file", "other"], ["--env-file", str(tmp_path / "other"), "token"]):
+            assert main(arguments) == 0
+            out, err = capsys.readouterr()
+            assert issuer.accepts(out.removesuffix("\n"))
+            assert err == ""  # scripts may take it for an error; the proxy warns that all users can read the file
+
+
+@pytest.mark.parametrize("verb", sorted(cli.commands))
+def test_a_file_for_settings_that_is_not_there_ends_with_2(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([verb, "--env-file", "gone"], ["--env-file", "gone", verb]):
+        assert main(arguments) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", f"--env-file: {tmp_path / 'gone'} does not exist: check the name\n")
+
+
+@pytest.mark.parametrize("arguments", [["--port", "1", "login"], ["--workers", "2", "token"]])
+def test_an_option_of_another_command_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert f"{arguments[0]} before the command is an option of serve" in capsys.readouterr().err
+
+
+def test_no_option_is_for_a_secret() -> None:
+    assert not [variable for variable in VARIABLES if variable.flag and variable.secret]

@@ -62,7 +62,7 @@ def test_a_session_is_needed_only_where_that_is_said() -> None:
     without = GOOD | {"OPEN_ID_REFRESH_TOKEN": ""}
     (problem,) = problems(without)
     assert problem.startswith("OPEN_ID_REFRESH_TOKEN: ")
-    assert "run-mitmproxy.py login" in problem
+    assert "oidc-proxy login" in problem
     assert read_settings(without, need_session=False).refresh_token is None
 
 
@@ -360,7 +360,7 @@ def test_secrets_that_all_users_can_read_draw_a_warning(tmp_path: Path, monkeypa
     def warnings(mode: int) -> tuple[str, ...]:
         for path in (secret, key, dotenv):
             path.chmod(mode)
-        return settings_in(tmp_path, GOOD | files | {"OPEN_ID_REFRESH_TOKEN": ""}).warnings
+        return settings_in(tmp_path, GOOD | files | {"OPEN_ID_REFRESH_TOKEN": ""}).exposed
 
     expected = (
         f"OPEN_ID_CONNECT_CLIENT_SECRET_FILE: all users can read {secret}: set its mode to 0600",
@@ -381,7 +381,7 @@ def test_secrets_that_all_users_can_read_draw_a_warning(tmp_path: Path, monkeypa
 def test_a_dotenv_without_secrets_may_be_read_by_all(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("OPEN_ID_CONNECT_CLIENT_SECRET=\nPROXY_PORT=9000\n")
     (tmp_path / ".env").chmod(0o644)
-    assert settings_in(tmp_path, GOOD).warnings == ()
+    assert settings_in(tmp_path, GOOD).exposed == ()
 
 
 def test_a_store_that_others_control_is_wrong_unless_nothing_is_stored(tmp_path: Path) -> None:
@@ -472,7 +472,7 @@ def test_a_misspelt_name_in_the_environment_is_told_and_another_programs_is_not(
 
 
 def test_where_dotenv_was_looked_for_is_told_when_something_is_missing(tmp_path: Path) -> None:
-    hint = f".env: not found in {tmp_path}, the folder that it is read from"
+    hint = f".env: not found in {tmp_path}: run this in the folder that has it"
     missing = {name: value for name, value in GOOD.items() if name != "OPEN_ID_CONNECT_URL"}
     for environment, says in ((missing, True), (GOOD | {"PROXY_PORT": "x"}, False)):
         with pytest.raises(SettingsError) as caught:

@@ -31,13 +31,13 @@ def rejected(issuer_error: str) -> CredentialsRejected:
 @pytest.mark.parametrize(
     ("error", "remedy"),
     [
-        (rejected("invalid_grant"), "run `run-mitmproxy.py login`"),
+        (rejected("invalid_grant"), "run `oidc-proxy login`"),
         (rejected("invalid_grant"), "expired, was revoked or used up"),
         (rejected("invalid_grant"), "OPEN_ID_REFRESH_TOKEN"),
-        (rejected("interaction_required"), "run `run-mitmproxy.py login`"),
-        (rejected("bad_refresh_token"), "run `run-mitmproxy.py login`"),
+        (rejected("interaction_required"), "run `oidc-proxy login`"),
+        (rejected("bad_refresh_token"), "run `oidc-proxy login`"),
         (rejected("invalid_client"), "set OPEN_ID_CONNECT_CLIENT_AUTH=client_secret_post"),
-        (CredentialsRejected("x", cause="no_session"), "run `run-mitmproxy.py login`"),
+        (CredentialsRejected("x", cause="no_session"), "run `oidc-proxy login`"),
         (CredentialsRejected("x", cause="no_session"), "OPEN_ID_REFRESH_TOKEN"),
         (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
         (rejected("invalid_client"), "OPEN_ID_CONNECT_CLIENT_ID"),
@@ -72,7 +72,7 @@ def rejected(issuer_error: str) -> CredentialsRejected:
         (IssuerUnavailable("x", cause="redirect"), "set OPEN_ID_CONNECT_URL"),
         (IssuerUnavailable("x", cause="environment"), "fix or unset that variable"),
         (IssuerUnavailable("x", cause="unclear_refusal"), "OPEN_ID_CONNECT_CLIENT_SECRET"),
-        (IssuerUnavailable("x", cause="unclear_refusal"), "run-mitmproxy.py login"),
+        (IssuerUnavailable("x", cause="unclear_refusal"), "oidc-proxy login"),
         (IssuerUnavailable("x", cause="unknown_ca"), "set TLS_CA_FILE"),
         (IssuerUnavailable("x", cause="no_tls"), "should it be http://?"),
         (IssuerUnavailable("x", cause="ended", url="http://issuer.example/token"), "should it be https://?"),
@@ -126,7 +126,7 @@ def test_a_proxy_that_is_not_configured_leads_to_its_log() -> None:
         (rejected("server_error"), "log in again"),
         (CredentialsRejected("x"), "log in again"),
         (CredentialsRejected("x", cause="no_device_login"), "login --browser"),
-        (CredentialsRejected("x", cause="no_browser_login"), "without --browser"),
+        (CredentialsRejected("x", cause="no_browser_login"), "run `oidc-proxy login`"),
         (CredentialsRejected("x", cause="no_refresh_token"), "--scope"),
         (CredentialsRejected("x", cause="mix_up"), "check the address of the page before you enter your password"),
         (CredentialsRejected("x", cause="no_auth_method"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
@@ -166,12 +166,12 @@ def test_containers_are_spoken_of_only_where_the_name_suggests_one(
 ) -> None:
     causes: tuple[tuple[Cause, str | None], ...] = (("refused", refused), ("unknown_host", unknown))
     for cause, says in causes:
-        place = Place(UPSTREAM, f"http://{host}:8000", in_container=False)
+        place = Place(UPSTREAM.env, f"http://{host}:8000", in_container=False)
         remedy = network_remedy(place, cause, by_proxy=False)
         assert "check the host" in remedy
         assert remedy.startswith("is it running? If not, start it; ") == (cause == "refused")
         assert says in remedy if says is not None else "contain" not in remedy
-    inside = network_remedy(Place(UPSTREAM, f"http://{host}:8000", in_container=True), "refused", by_proxy=False)
+    inside = network_remedy(Place(UPSTREAM.env, f"http://{host}:8000", in_container=True), "refused", by_proxy=False)
     assert inside.startswith("is it running? ")
     assert ("this container itself" in inside) == (host == "localhost")
 
@@ -183,5 +183,6 @@ def test_only_the_proxy_speaks_of_settings_and_commands() -> None:
     assert len(base) > 15
     for file in base:
         text = file.read_text()
-        for word in ("OPEN_ID_", "TLS_", "PROXY_", "REMOTE_", "HTTPS_PROXY", "run-mitmproxy", "--browser", "--scope"):
+        commands = ("run-mitmproxy", "oidc-proxy", "--browser", "--scope")
+        for word in ("OPEN_ID_", "TLS_", "PROXY_", "REMOTE_", "HTTPS_PROXY", *commands):
             assert word not in text.replace("PROTOCOL_TLS_", ""), f"{word} in {file}"
