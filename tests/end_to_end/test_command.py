@@ -1,13 +1,16 @@
 """The command as an installed package brings it: its names, and what it says without the extra `proxy`."""
 
 import importlib.metadata
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT
+from eoepca_security.testing import FakeIssuer
+from tests.support.processes import ROOT, ProxyProcess, run_process
 
 HERE = Path(sys.executable).parent
 CALLS = {
@@ -39,6 +42,20 @@ def test_the_package_brings_the_command() -> None:
     assert entry.dist is not None
     assert entry.dist.name == "eoepca-security"
     assert callable(entry.load())
+
+
+def test_a_login_that_is_interrupted_ends_with_130(base_environment: dict[str, str], tmp_path: Path) -> None:
+    with FakeIssuer() as issuer:
+        issuer.behaviour.login.interval = 60
+        settings = ["--issuer", issuer.url, "--client-id", issuer.client_id]
+        environment = base_environment | {"OPEN_ID_TOKEN_STORE": str(tmp_path / "store")}
+        process = run_process([*CALLS["oidc-proxy"], "login", *settings], environment, tmp_path)
+        login = ProxyProcess(process)
+        assert login.wait_for(re.compile("Waiting for confirmation"))
+        process.send_signal(signal.SIGINT)
+        assert login.wait_until_ended() == 130
+    assert "Traceback" not in login.output
+    assert re.search(r"user_code=\S+\n\non any device. If it asks for a code, enter\n\n  \S+\n", login.output)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -29,6 +29,8 @@ def test_it_stays_up_with_lines_to_copy_until_it_is_interrupted(
     assert demo.wait_for(re.compile("until you press Ctrl-C"))
     urls = re.findall(r"^ *curl -i (http://\S+)$", demo.output, re.MULTILINE)
     assert [client.get(url).status_code for url in urls] == [401, 200]
+    (page,) = re.findall(r"^its status page +(http://\S+)$", demo.output, re.MULTILINE)
+    assert "demo-user" in client.get(page).text
     demo.process.send_signal(signal.SIGINT)
     assert demo.wait_until_ended() == 0
     assert "Traceback" not in demo.output

@@ -147,13 +147,16 @@ def test_at_a_terminal_people_see_a_summary_a_qr_code_and_colours(
         issuer.behaviour.login.interval = 0.1
         own = settings_for(issuer, OPEN_ID_TOKEN_STORE=str(tmp_path / "store"), OPEN_ID_REFRESH_TOKEN="")
         environment = {**base_environment, **own, "TERM": "xterm-256color", "LANG": "C.UTF-8"}
-        environment |= {"REMOTE_PROTECTED_DOMAIN": service.url, "PROXY_PORT": "0"}
+        environment |= {"REMOTE_PROTECTED_DOMAIN": service.url, "PROXY_PORT": "0", "PROXY_ADMIN": "127.0.0.1:0"}
         logged_in = at_terminal(environment, tmp_path, "login", until="Logged in as")
         assert "▀▄" in logged_in
         checked = at_terminal(environment, tmp_path, "check", until="upstream")
         assert "\x1b[32m✓ token" in checked
         served = at_terminal(environment, tmp_path, "serve", until="Ctrl-C to stop")
         assert re.search(r"listening at.*http://127\.0\.0\.1:\d+", served)
+        assert re.search(r"status page.*http://127\.0\.0\.1:\d+/", served)
+        assert re.search(r"try.*curl -i http://127\.0\.0\.1:\d+/", served)
+        assert re.search(r"\d\d:\d\d:\d\d info +\S*admin listener at", served)
         assert "OIDC proxy listening" not in served
 
 

@@ -21,7 +21,7 @@ from eoepca_security.proxy.addons.addresses import addresses, browser_address, e
 from eoepca_security.proxy.addons.configuration import OPTION_NAMES, hand_over
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, end_with_the_terminal
 from eoepca_security.proxy.addons.state import State
-from eoepca_security.proxy.admin.status import AdminSource
+from eoepca_security.proxy.admin.status import AdminSource, example, on_this_machine
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
 from eoepca_security.proxy.patches.lazy_imports import without_cas
 from eoepca_security.session.session import AccessToken
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
 
 STARTED: Final = "OIDC proxy listening at %s -> %s as %s; access tokens live %d s"
 """The start-up line: the proxy's URL, the service, the token's user and its lifetime in seconds."""
+
+IN_BROWSER: Final = "in a browser"
+STATUS_PAGE: Final = "status page"
+TRY: Final = "try"
+"""What the record of the start-up line has in `more`, for a summary: addresses or a command, or None."""
+
+PATIENCE: Final = 1.0
+"""Seconds after which the log says that the proxy waits for its first token."""
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
 
@@ -56,6 +64,8 @@ class Lifecycle:
         self._on_unloaded = on_unloaded
         self._first: asyncio.Future[AccessToken] | None = None
         self._admin: Admin | None = None
+        self.status_page: str | None = None
+        """The address of the status page for a client on this machine, or None."""
 
     def begin(self) -> None:
         """Start to get the first token while mitmproxy is still starting."""
@@ -103,7 +113,10 @@ class Lifecycle:
         first = self._first or asyncio.ensure_future(state.source.token())
         stopped = asyncio.ensure_future(ctx.master.should_exit.wait())
         either: set[asyncio.Future[Any]] = {first, stopped}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(either, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            logger.log(ALERT, "waiting for a token from %s", state.settings.known_as)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if not first.done():
             first.cancel()
@@ -124,7 +137,13 @@ class Lifecycle:
                 upstream,
                 identity(unverified_claims(token.value)),
                 math.ceil(token.ends_at - token.obtained_at),
-                extra={"browser_address": browser_address(listener, upstream, state.guard)},
+                extra={
+                    "more": {
+                        IN_BROWSER: browser_address(listener, upstream, state.guard),
+                        STATUS_PAGE: self.status_page,
+                        TRY: example(listener, state.settings),
+                    }
+                },
             )
         self._on_started(listener, failed)
 
@@ -170,13 +189,14 @@ class Lifecycle:
             from eoepca_security.proxy.admin.server import Admin  # noqa: PLC0415
 
         admin = Admin(settings, self._admin_source)
-        if admin.start() is not None:
+        if (address := admin.start()) is not None:
             self._admin = admin
+            self.status_page = f"{on_this_machine(f'http://{address}')}/"
 
     def _stop_admin(self) -> None:
         if self._admin is not None:
             self._admin.stop()
-            self._admin = None
+            self._admin = self.status_page = None
 
 
 def exit_if_rejected(_listener: str, error: TokenError | None) -> None:

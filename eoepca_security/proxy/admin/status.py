@@ -127,7 +127,7 @@ def status(state: State) -> dict[str, Any]:
         "issuer": state.settings.issuer_url if state.settings is not None else None,
         "identity": {name: state.claims[name] for name in ("sub", "preferred_username") if name in state.claims},
         "session": {"login_needed": _login_needed(state), "ends_at": _rounded(state.session_ends_at)},
-        "example": _example(state),
+        "example": example(state.listener, state.settings) if state.settings is not None else None,
         "token": _token(state.token, state.at) if state.token is not None else None,
         "last_refresh": _refresh(state.last_refresh) if state.last_refresh is not None else None,
         **state.counts,
@@ -157,21 +157,22 @@ def _login_needed(state: State) -> str:
     return "unknown" if state.session_ends_at is None else "later"
 
 
-def _example(state: State) -> str | None:
-    """Return a command that sends a request through the proxy, by a name that it answers to."""
-    settings = state.settings
-    if settings is None:
-        return None
+def example(listener: str, settings: Settings) -> str:
+    """Return a command that sends a request through the proxy at `listener`, by a name that it answers to."""
     if settings.inject_hosts:
         ca = "~/.mitmproxy/mitmproxy-ca-cert.pem"
-        return f"curl --proxy {state.listener} --cacert {ca} {shlex.quote(f'https://{settings.inject_hosts[0]}/')}"
-    base, parts = state.listener, urlsplit(state.listener)
-    if parts.hostname in EVERYWHERE:
-        base = f"http://localhost:{parts.port}"
+        return f"curl --proxy {listener} --cacert {ca} {shlex.quote(f'https://{settings.inject_hosts[0]}/')}"
+    base, parts = on_this_machine(listener), urlsplit(listener)
     names = settings.allowed_hosts
     if names and not {"*", "localhost", parts.hostname} & set(names):
         base = f"http://{names[0]}" if ":" in names[0].rpartition("]")[2] else f"http://{names[0]}:{parts.port}"
     return f"curl -i {shlex.quote(base + settings.endpoint)}"
+
+
+def on_this_machine(listener: str) -> str:
+    """Return the URL of a listener for a client on this machine: nobody can call all addresses at once."""
+    parts = urlsplit(listener)
+    return f"http://localhost:{parts.port}" if parts.hostname in EVERYWHERE else listener
 
 
 def _problems(state: State, remedy: str) -> list[dict[str, str]]:

@@ -49,11 +49,18 @@ from eoepca_security.proxy.policy.remedies import (
     session_remedy,
     unproven_remedy,
 )
+from eoepca_security.proxy.runtime.output import waiting
 from eoepca_security.session.session import SESSION_ERRORS, AccessToken, RefreshSession, number
 
 MAX_SKEW: Final = 10.0
 """The difference to the issuer's clock, in seconds, above which tokens may seem expired or from the future."""
 
+
+_WAITS: Final = {
+    "store": "the token store",
+    "listener": "the program on the port",
+    "upstream": "the protected service",
+}
 
 _NETWORK_ERRORS: Final = (OSError, http.client.HTTPException, ValueError)
 
@@ -106,7 +113,9 @@ def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = 
             yield Step(name, "skipped", f"not tried, because of {cause}")
             continue
         try:
-            yield Step(name, "ok", look())
+            with waiting(f"waiting for {_WAITS.get(name, 'the identity provider')}"):
+                detail = look()
+            yield Step(name, "ok", detail)
         except _NotOk as result:
             if result.status == "fault":
                 causes[name] = name

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import click
 
 from eoepca_security.proxy.cli.check import Step
+from eoepca_security.proxy.runtime.output import width, wrapped
 
 
 def report(steps: Iterable[Step], *, as_json: bool, strict: bool = False) -> int:
@@ -33,7 +34,6 @@ def _show_plainly(step: Step) -> None:
 
 def _at_terminal() -> Callable[[Step], None]:
     from rich.console import Console  # noqa: PLC0415  not needed elsewhere
-    from rich.padding import Padding  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
     console = Console(highlight=False)
@@ -43,8 +43,10 @@ def _at_terminal() -> Callable[[Step], None]:
 
     def show(step: Step) -> None:
         symbol, style = marks[step.status]
-        console.print(Text.assemble((f"{symbol} {step.name:<10} ", style), step.detail), soft_wrap=True)
+        head = f"{symbol} {step.name:<10} "
+        console.print(Text.assemble((head, style), wrapped(step.detail, width(), len(head))), soft_wrap=True)
         if step.remedy:
-            console.print(Padding(Text(step.remedy, "yellow"), (0, 0, 0, 13)))
+            remedy = f"{'':{len(head)}}{wrapped(step.remedy, width(), len(head))}"
+            console.print(Text(remedy, "yellow"), soft_wrap=True)
 
     return show

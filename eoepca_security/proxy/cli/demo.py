@@ -14,7 +14,8 @@ from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.provider import Provider
 from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
+from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.runtime.serve import run as run_proxy
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
@@ -48,16 +49,19 @@ def run(*, once: bool) -> int:
             audience=AUDIENCE,
             upstream=service.url,
             port=0,
+            admin=Address("127.0.0.1", 0),
         )
         shown: list[bool] = []
 
         def started(master: DumpMaster, proxy_url: str, _error: TokenError | None) -> None:
             # The requests block, and the proxy that answers them runs in this thread.
-            threading.Thread(target=show, args=(master, proxy_url), daemon=True).start()
+            addon = master.addons.get("oidcauthproxy")
+            page = addon.lifecycle.status_page if isinstance(addon, OIDCAuthProxy) else None
+            threading.Thread(target=show, args=(master, proxy_url, page), daemon=True).start()
 
-        def show(master: DumpMaster, proxy_url: str) -> None:
+        def show(master: DumpMaster, proxy_url: str, page: str | None) -> None:
             try:
-                shown.append(_show(issuer.url, service.url, proxy_url))
+                shown.append(_show(issuer.url, service.url, proxy_url, page))
                 if not once and shown[0]:
                     click.echo("\nThe demo stays up until you press Ctrl-C.")
             finally:
@@ -68,11 +72,12 @@ def run(*, once: bool) -> int:
         return code if shown == [True] else 1
 
 
-def _show(issuer_url: str, service_url: str, proxy_url: str) -> bool:
+def _show(issuer_url: str, service_url: str, proxy_url: str, status_page: str | None) -> bool:
     click.echo(
         f"identity provider  {issuer_url}\n"
         f"protected service  {service_url}  (requires an access token)\n"
         f"proxy              {proxy_url}  (adds one)\n"
+        f"its status page    {status_page}\n"
     )
     refused = _try("1. without the proxy, the service refuses the request:", service_url)
     accepted = _try("2. through the proxy, it accepts it and knows the user:", proxy_url)

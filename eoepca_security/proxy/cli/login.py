@@ -34,8 +34,11 @@ from eoepca_security.proxy.config.factory import make_logins, make_provider, mak
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import GRANT, REFRESH_TOKEN, TOKEN_STORE
 from eoepca_security.proxy.policy.remedies import command_remedy, runs_in_container, told
+from eoepca_security.proxy.runtime.output import say, waiting
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored
+
+ISSUER_ANSWERS: Final = "waiting for the identity provider"
 
 BROWSER_TIMEOUT: Final = 300.0
 """How long to wait for the browser to come back, in seconds."""
@@ -65,7 +68,8 @@ def login(settings: Settings, *, scope: str | None, browser: bool, port: int = 0
     scope = scope or _join_scopes(DEFAULT_SCOPE, settings.scope)
 
     def finish(response: TokenResponse, request: AuthorizationRequest | None) -> str:
-        claims = _identity_claims(provider, settings.client.client_id, response, scope, request)
+        with waiting(ISSUER_ANSWERS):
+            claims = _identity_claims(provider, settings.client.client_id, response, scope, request)
         _keep(store, response)
         return identity(claims)
 
@@ -74,7 +78,7 @@ def login(settings: Settings, *, scope: str | None, browser: bool, port: int = 0
         if browser
         else finish(by_device(provider, scope), None)
     )
-    click.echo(
+    say(
         f"Logged in as {who}.\nThe session is stored in {store.place}. Proxies with these settings use it, including "
         "running ones."
     )
@@ -85,33 +89,35 @@ def logout(settings: Settings) -> int:
     """End the stored session, at the issuer and here; return the exit code. Raises SecurityError."""
     store = make_store(settings)
     if store is None:
-        click.echo("These settings store no session: there is nothing to do.")
+        say("These settings store no session: there is nothing to do.")
         return 0
     provider, failed = make_provider(settings), None
     with store.locked():
         stored = store.read()
         if stored is None:
-            click.echo(f"There is no session for these settings in {store.place.parent}: there is nothing to do.")
+            say(f"There is no session for these settings in {store.place.parent}: there is nothing to do.")
             return 0
         try:
-            offered = provider.metadata().revocation_endpoint is not None
+            with waiting(ISSUER_ANSWERS):
+                offered = provider.metadata().revocation_endpoint is not None
             if offered:
-                provider.revoke(stored.refresh_token)
+                with waiting(ISSUER_ANSWERS):
+                    provider.revoke(stored.refresh_token)
         except (IssuerUnavailable, CredentialsRejected) as error:
             failed = error
         store.forget()
     if failed is not None:
         detail = told(failed, command_remedy(failed, settings, in_container=runs_in_container()))
-        click.echo(f"{failed.code}: the session may still be valid at the issuer: {detail}", err=True)
+        say(f"{failed.code}: the session may still be valid at the issuer: {detail}", err=True)
     elif offered:
-        click.echo("The issuer has ended the session.")
+        say("The issuer has ended the session.")
     else:
-        click.echo("The issuer does not support revocation (RFC 7009). If it has account pages, end the session there.")
-    click.echo(f"The session is removed here ({store.place}). A running proxy works until its access token expires.")
+        say("The issuer does not support revocation (RFC 7009). If it has account pages, end the session there.")
+    say(f"The session is removed here ({store.place}). A running proxy works until its access token expires.")
     if settings.refresh_token is not None:
-        click.echo(f"{REFRESH_TOKEN.env} is still set: the next start uses it.")
+        say(f"{REFRESH_TOKEN.env} is still set: the next start uses it.")
         if (logins := make_logins(settings)) is not None and logins.changed_at():
-            click.echo(
+            say(
                 f"A login without it is stored, too, and takes over when the issuer rejects it. To end that, unset "
                 f"{REFRESH_TOKEN.env} and log out again."
             )
@@ -129,7 +135,8 @@ def by_device(
 
     `now` returns seconds of any clock. Raises CredentialsRejected when the user refuses or does not confirm in time.
     """
-    device = provider.begin_device_login(scope)
+    with waiting(ISSUER_ANSWERS):
+        device = provider.begin_device_login(scope)
     ends_at = now() + device.expires_in
     _show_device(device)
     interval = device.interval
@@ -161,7 +168,8 @@ def by_browser(
     Returns the result of `finish`. Raises CredentialsRejected when the login is refused or takes longer than `timeout`
     seconds, and SettingsError when `port` is not available.
     """
-    metadata = provider.metadata()
+    with waiting(ISSUER_ANSWERS):
+        metadata = provider.metadata()
     try:
         server = RedirectServer(port)
     except OSError as error:
@@ -171,9 +179,9 @@ def by_browser(
         loopback.is_expected = lambda parameters: is_answer_to(request, parameters)
         # Two addresses, in case the browser that opens is not the right one.
         opened, shown = loopback.one_time_address(request.url), loopback.one_time_address(request.url)
-        click.echo(f"Log in with your browser on this machine. If it does not open, go to\n\n  {shown}\n")
+        say(f"Log in with your browser on this machine. If it does not open, go to\n\n  {shown}\n")
         if "SSH_CONNECTION" in os.environ:
-            click.echo(
+            say(
                 "If your browser is on the machine that you came from with ssh, run there while this waits, and open "
                 f"the same address:\n\n  ssh -N -L {loopback.port}:127.0.0.1:{loopback.port} THIS-MACHINE\n"
             )
@@ -185,7 +193,9 @@ def by_browser(
             raise CredentialsRejected(f"nobody logged in within {timeout / 60:g} minutes") from None
         try:
             code = read_authorization_response(request, metadata, parameters)
-            who = finish(provider.redeem_code(request, code), request)
+            with waiting(ISSUER_ANSWERS):
+                response = provider.redeem_code(request, code)
+            who = finish(response, request)
         except SecurityError:
             loopback.finish("Login failed", "See the terminal for the reason. You can close this window.", ok=False)
             raise
@@ -219,13 +229,16 @@ def _keep(store: TokenStore, response: TokenResponse) -> None:
 
 def _show_device(device: DeviceAuthorization) -> None:
     url = device.verification_uri_complete or device.verification_uri
-    action = "check that it shows the code" if device.verification_uri_complete else "enter the code"
+    # A page that knows the code from its address may not show it, and then nobody could compare it.
+    action = "on any device. If it asks for a code, enter"
+    if not device.verification_uri_complete:
+        action = "on any device and enter the code"
     click.echo(f"To log in, open\n\n  {click.style(url, bold=True)}\n")
     if sys.stdout.isatty() and sys.stdout.encoding.lower().startswith("utf"):
         code = io.StringIO()
         segno.make(url, error="l").terminal(code, compact=True, border=2)
         click.echo(code.getvalue())
-    click.echo(f"on any device and {action}\n\n  {click.style(device.user_code, bold=True)}\n")
+    click.echo(f"{action}\n\n  {click.style(device.user_code, bold=True)}\n")
     click.echo(f"Waiting for confirmation, at most {max(device.expires_in / 60, 1):.0f} min (Ctrl-C to cancel).")
 
 

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Final, Self
 from urllib.parse import parse_qsl, urlsplit
 
+from eoepca_security.proxy.admin.page import RESOURCES
 from eoepca_security.testing.local_server import Handler, LocalServer
 
 PATH: Final = "/callback"
@@ -20,11 +21,7 @@ _START: Final = "/login/"
 OUTCOME_TIMEOUT: Final = 30.0
 """How long the browser waits for the result of the login, in seconds."""
 
-_STYLE: Final = (
-    ":root{color-scheme:light dark;font:1.1rem/1.5 system-ui,sans-serif}"
-    "body{display:grid;place-content:center;min-height:90vh;margin:0 1.5rem;text-align:center}"
-    "h1{font-size:1.5rem;margin:0 0 .5rem}p{margin:0;max-width:32rem}"
-)
+_STYLE: Final = RESOURCES["/status.css"][1].decode()
 _POLICY: Final = (
     f"default-src 'none'; style-src 'sha256-{base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()}'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -147,7 +144,7 @@ class _Callback(Handler):
     def _show(self, status: int, title: str, text: str) -> None:
         self.close_connection = True
         allow = {"Allow": "GET"} if status == HTTPStatus.METHOD_NOT_ALLOWED else {}
-        self.answer(status, _page(title, text), _HEADERS | allow)
+        self.answer(status, _page(title, text, is_good=status == HTTPStatus.OK), _HEADERS | allow)
 
 
 def _opens_a_page(headers: Message) -> bool:
@@ -162,11 +159,24 @@ def _parameters(query: str) -> Parameters:
         return ()
 
 
-def _page(title: str, text: str) -> bytes:
+def _page(title: str, text: str, *, is_good: bool) -> bytes:
+    """Return a page that looks like the status page."""
     title, text = html.escape(title), html.escape(text)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><main><h1>{title}</h1><p>{text}</p></main></body>"
-        "</html>\n"
-    ).encode()
+    tone, sign = ("good", "\N{CHECK MARK}") if is_good else ("bad", "\N{MULTIPLICATION X}")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title} - OIDC proxy</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1><span>OIDC proxy</span> Login</h1>
+<div class="box {tone}" role="status">
+<p><span class="sign" aria-hidden="true">{sign}</span> <strong>{title}</strong> {text}</p>
+</div>
+</body>
+</html>
+""".encode()

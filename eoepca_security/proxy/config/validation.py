@@ -62,7 +62,7 @@ _MAX_FILE: Final = 64 * 1024
 _TERMINATION_PATH: Final = re.compile(r"(/[A-Za-z0-9._~-]+)+/?")
 
 _TYPO: Final = 0.86  # how similar a name in the environment must be to one of ours to count as a typo
-_TYPO_LETTERS: Final = 4  # how many letters may be missing, and in their place, for a suggestion: two wrong ones
+_TYPO_LETTERS: Final = 3  # how many letters may be missing or too many for a suggestion; a wrong one is both
 
 T = TypeVar("T")
 

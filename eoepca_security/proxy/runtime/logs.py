@@ -6,15 +6,17 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from mitmproxy.addons.termlog import TermLog
+from mitmproxy.contrib.click import style
 from mitmproxy.log import ALERT, MitmFormatter
 from mitmproxy.master import Master
+from mitmproxy.utils import human
 
-from eoepca_security.proxy.addons.lifecycle import STARTED
-from eoepca_security.proxy.runtime.output import members
+from eoepca_security.proxy.addons.lifecycle import IN_BROWSER, STARTED, STATUS_PAGE, TRY
+from eoepca_security.proxy.runtime.output import members, width, wrapped
 
 FORMATS: Final = ("text", "json")
 
@@ -33,13 +35,14 @@ def set_format(master: Master, log_format: str, *, without: Callable[[logging.Lo
     if log_format == "json":
         addon.logger.setFormatter(JsonFormatter())
     elif sys.stdout.isatty():
-        addon.logger.setFormatter(SummaryFormatter(colorize=True))
+        addon.logger.setFormatter(TerminalFormatter())
 
 
 def log_plainly(log_format: str) -> None:
     """Set up a log like mitmproxy's, in one of the `FORMATS`, for a process without mitmproxy."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(JsonFormatter() if log_format == "json" else MitmFormatter(colorize=sys.stdout.isatty()))
+    text = TerminalFormatter() if sys.stdout.isatty() else MitmFormatter(colorize=False)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else text)
     logging.basicConfig(level=ALERT, handlers=[handler])
 
 
@@ -72,17 +75,32 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line)
 
 
-class SummaryFormatter(MitmFormatter):
-    """Like mitmproxy's formatter, but shows the start-up line as a summary."""
+_LEVELS: Final = {ALERT: ("info", None), logging.WARNING: ("warning", "yellow"), logging.ERROR: ("error", "red")}
+
+
+class TerminalFormatter(logging.Formatter):
+    """Formats a record for a person: time, level and the message, wrapped at words. The start-up line is a summary."""
+
+    default_time_format = "%H:%M:%S"
+    default_msec_format = None
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line or the summary."""
+        """Return the lines."""
         if record.msg is STARTED and isinstance(record.args, tuple):
-            return _summary(*map(str, record.args), browser_address=getattr(record, "browser_address", None))
-        return super().format(record)
+            return _summary(*map(str, record.args), more=getattr(record, "more", {}))
+        level, colour = _LEVELS.get(record.levelno, (record.levelname.lower(), None))
+        message = record.getMessage()
+        if client := getattr(record, "client", None):
+            message = f"[{human.format_address(client)}] {message}"
+        if record.exc_info:
+            message += f"\n{self.formatException(record.exc_info)}"
+        head = f"{self.formatTime(record)} {level:<7} "
+        text = "\n".join(wrapped(line, width(), len(head)) for line in message.split("\n"))
+        return style(head, fg=colour or "cyan", dim=colour is None) + style(text, fg=colour)
 
 
-def _summary(listener: str, upstream: str, identity: str, lifetime: str, *, browser_address: str | None) -> str:
+def _summary(listener: str, upstream: str, identity: str, lifetime: str, *, more: Mapping[str, str | None]) -> str:
+    """Return a summary; `more` has further rows by their names, and leaves out those without a value."""
     from rich.console import Console  # noqa: PLC0415  slow to import, only needed here
     from rich.panel import Panel  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -91,14 +109,13 @@ def _summary(listener: str, upstream: str, identity: str, lifetime: str, *, brow
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
-    in_browser = [("in a browser", Text(browser_address, "bold"))] if browser_address is not None else []
+    addresses = {"listening at": listener} | {name: more.get(name) for name in (IN_BROWSER, STATUS_PAGE)}
     for name, value in (
-        ("listening at", Text(listener, "bold")),
-        *in_browser,
+        *((name, Text(address, "bold")) for name, address in addresses.items() if address is not None),
         ("forwarding to", Text(upstream)),
         ("as", Text(identity)),
         ("token lifetime", Text(f"{lifetime} s, renewed automatically")),
-        ("try", Text(f"curl {listener}/")),
+        *([("try", Text(example))] if (example := more.get(TRY)) is not None else []),
     ):
         rows.add_row(name, value)
     encoding = (sys.stdout.encoding or "ascii").lower()

@@ -18,11 +18,16 @@ PATIENCE: Final = 1.0
 """Seconds after which a terminal shows that we wait."""
 
 
+def width() -> int:
+    """Return how many characters a line of text has at this terminal: 80, if it is not narrower."""
+    return min(shutil.get_terminal_size().columns, 80)
+
+
 def say(message: str, *, err: bool = False) -> None:
     """Write a message to standard output, or with `err` to standard error; at a terminal, wrap its lines at words."""
     stream = sys.stderr if err else sys.stdout
     if stream.isatty():
-        message = "\n".join(wrapped(line, shutil.get_terminal_size().columns) for line in message.split("\n"))
+        message = "\n".join(wrapped(line, width()) for line in message.split("\n"))
     print(message, file=stream, flush=True)
 
 

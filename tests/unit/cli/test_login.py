@@ -15,6 +15,7 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.cli import login as login_module
 from eoepca_security.proxy.cli.login import by_device
 from eoepca_security.proxy.cli.main import main
+from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.factory import make_provider, make_store
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import VARIABLES
@@ -45,7 +46,7 @@ def run(issuer: FakeIssuer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
 
     def run(*arguments: str, **more: str) -> tuple[int, str, str]:
         set_environment(monkeypatch, issuer, **{**no_session, **more})
-        code = main(arguments)
+        code = main(arguments, Command())
         return code, *capsys.readouterr()
 
     return run

@@ -1,5 +1,7 @@
 """The place that a browser comes back to: what it takes, and what it shows."""
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from eoepca_security.proxy.admin.page import RESOURCES
 from eoepca_security.proxy.cli.redirect_server import Parameters, RedirectServer
 
 
@@ -37,14 +40,25 @@ def test_the_right_redirect_is_taken_and_answered_with_what_became_of_it(
     parameters, response = come_back(loopback, browser)
     assert list(parameters) == [("code", "x&y"), ("state", "right"), ("empty", "")]
     assert response.status_code == 200
-    assert "<h1>A &lt;title&gt;</h1>" in response.text
+    assert '<div class="box good" role="status">' in response.text
+    assert "<strong>A &lt;title&gt;</strong>" in response.text
     assert "as &lt;b&gt;alice&lt;/b&gt; &amp; co" in response.text
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
     assert response.headers["Connection"] == "close"
 
 
 def test_a_failed_login_has_another_status(loopback: RedirectServer, browser: httpx.Client) -> None:
-    assert come_back(loopback, browser, ok=False)[1].status_code == 400
+    response = come_back(loopback, browser, ok=False)[1]
+    assert response.status_code == 400
+    assert '<div class="box bad" role="status">' in response.text
+
+
+def test_the_page_looks_like_the_status_page(loopback: RedirectServer, browser: httpx.Client) -> None:
+    _, response = come_back(loopback, browser)
+    style = RESOURCES["/status.css"][1]
+    assert f"<style>{style.decode()}</style>" in response.text
+    digest = base64.b64encode(hashlib.sha256(style).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in response.headers["Content-Security-Policy"]
 
 
 def test_the_page_may_load_nothing_and_keeps_its_address(loopback: RedirectServer, browser: httpx.Client) -> None:

@@ -471,6 +471,29 @@ def test_a_misspelt_name_in_the_environment_is_told_and_another_programs_is_not(
     assert warnings[1].startswith("OPEN_ID_X is not a setting")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("OPEN_ID_CONNECT_SECRET", "OPEN_ID_CONNECT_CLIENT_SECRET"),  # not _SCOPE, although it has more in common
+        ("OPEN_ID_CONNECT_CLIENTID", "OPEN_ID_CONNECT_CLIENT_ID"),
+        ("OPENID_CONNECT_URL", "OPEN_ID_CONNECT_URL"),
+        ("OPEN_ID_CONNECT_ULR", "OPEN_ID_CONNECT_URL"),
+        ("OPEN_ID_CONNECT_FOO", None),
+        ("OPEN_ID_CONNECT_REALM", None),
+        ("OPEN_ID_X", None),
+    ],
+)
+def test_a_setting_is_suggested_only_for_a_near_miss(name: str, meant: str | None) -> None:
+    (warning,) = read_settings(GOOD | {name: "x"}).warnings
+    assert warning == f"{name} is not a setting" + (f": did you mean {meant}?" if meant else " of this program")
+
+
+def test_a_wrong_grant_is_one_problem() -> None:
+    without = {name: value for name, value in GOOD.items() if name != "OPEN_ID_REFRESH_TOKEN"}
+    (problem,) = problems(without | {"OPEN_ID_CONNECT_GRANT": "client_credential"})
+    assert problem.startswith("OPEN_ID_CONNECT_GRANT: ")
+
+
 def test_where_dotenv_was_looked_for_is_told_when_something_is_missing(tmp_path: Path) -> None:
     hint = f".env: not found in {tmp_path}: run this in the folder that has it"
     missing = {name: value for name, value in GOOD.items() if name != "OPEN_ID_CONNECT_URL"}

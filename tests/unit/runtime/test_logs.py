@@ -5,9 +5,10 @@ import logging
 import re
 
 import pytest
+from mitmproxy.log import ALERT
 
-from eoepca_security.proxy.addons.lifecycle import STARTED
-from eoepca_security.proxy.runtime.logs import QUIET, JsonFormatter, NoRepeats, SummaryFormatter
+from eoepca_security.proxy.addons.lifecycle import IN_BROWSER, STARTED, STATUS_PAGE, TRY
+from eoepca_security.proxy.runtime.logs import QUIET, JsonFormatter, NoRepeats, TerminalFormatter
 from eoepca_security.proxy.runtime.output import print_error
 
 
@@ -53,22 +54,43 @@ def test_an_exception_as_json() -> None:
 @pytest.mark.parametrize("identity", ["alice (sub u-1)", "[red]alice[/red]", "a" * 200])
 def test_the_start_at_a_terminal_is_a_summary(identity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
-    text = SummaryFormatter(colorize=True).format(
-        record(STARTED, "http://127.0.0.1:1", "https://s.example", identity, 60)
-    )
+    text = TerminalFormatter().format(record(STARTED, "http://127.0.0.1:1", "https://s.example", identity, 60))
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     assert all(len(line) <= 60 for line in plain.splitlines())
     shown = re.sub(r"[│\s]", "", plain)
     for part in ("http://127.0.0.1:1", "https://s.example", identity.replace(" ", ""), "60s"):
         assert part in shown
-    assert "a line" in SummaryFormatter(colorize=False).format(record("a line"))
+    assert "a line" in TerminalFormatter().format(record("a line"))
 
 
 def test_the_summary_has_the_address_for_browsers_if_there_is_one() -> None:
     started = record(STARTED, "http://127.0.0.1:1", "https://s.example", "alice", 60)
-    assert "in a browser" not in SummaryFormatter(colorize=True).format(started)
-    started.browser_address = "http://s.localhost:1"
-    assert re.search(r"in a browser.*http://s\.localhost:1", SummaryFormatter(colorize=True).format(started))
+    assert "in a browser" not in TerminalFormatter().format(started)
+    started.more = {
+        IN_BROWSER: "http://s.localhost:1",
+        STATUS_PAGE: "http://127.0.0.1:2/",
+        TRY: "curl -i http://localhost:1/",
+    }
+    shown = TerminalFormatter().format(started)
+    assert re.search(r"in a browser.*http://s\.localhost:1", shown)
+    assert re.search(r"status page.*http://127\.0\.0\.1:2/", shown)
+    assert re.search(r"try.*curl -i http://localhost:1/", shown)
+
+
+@pytest.mark.parametrize(
+    ("level", "name"), [(ALERT, "info   "), (logging.WARNING, "warning"), (logging.ERROR, "error  ")]
+)
+def test_a_line_at_a_terminal_has_time_and_level_and_wraps_below_its_message(
+    level: int, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    said = record("the service says %s", "nothing " * 20, level=level)
+    said.client = ("127.0.0.1", 1)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", TerminalFormatter().format(said)).splitlines()
+    assert re.match(rf"\d\d:\d\d:\d\d {name} \[127\.0\.0\.1:1\] the service says nothing", lines[0])
+    assert len(lines) > 1
+    assert all(len(line) <= 80 for line in lines)
+    assert all(line.startswith(f"{'':17}nothing") for line in lines[1:])
 
 
 def test_nothing_is_said_twice_in_a_row_until_it_is_news() -> None:
