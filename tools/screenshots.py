@@ -58,9 +58,8 @@ class Terminal:
     def __init__(self, arguments: list[str], environment: Mapping[str, str], folder: Path) -> None:
         self._ours, theirs = os.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
-        command = [sys.executable, str(ROOT / "run-mitmproxy.py"), *arguments]
         self._process = subprocess.Popen(
-            command,
+            ["oidc-proxy", *arguments],
             cwd=folder,
             env=dict(environment),
             stdin=theirs,
@@ -113,7 +112,7 @@ def main(folder: Path) -> None:
     ):
         environment = {
             "HOME": home,
-            "PATH": os.environ["PATH"],
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "LANG": "C.UTF-8",
             "TERM": "xterm-256color",
             "OPEN_ID_CONNECT_URL": issuer.url,
@@ -125,12 +124,12 @@ def main(folder: Path) -> None:
         }
         for name in ("login", "check"):
             said = Terminal([name], environment, Path(home)).finish()
-            _draw(folder / f"{name}.svg", f"run-mitmproxy.py {name}", said.replace(home, "/home/alice"))
+            _draw(folder / f"{name}.svg", f"oidc-proxy {name}", said.replace(home, "/home/alice"))
         proxy = Terminal([], environment, Path(home))
         try:
             proxy.wait_for("Ctrl-C")
             proxy.wait_for(r"╰.*╯")
-            _draw(folder / "serve.svg", "run-mitmproxy.py", proxy.text)
+            _draw(folder / "serve.svg", "oidc-proxy", proxy.text)
             with chromium(Path(home) / "chromium", "--hide-scrollbars") as driver:
                 _photograph(folder, driver, issuer, environment)
         finally:
