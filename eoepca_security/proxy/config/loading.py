@@ -69,7 +69,12 @@ def _dotenv_file(folder: Path, env_file: str | None) -> tuple[Path, str]:
 
 
 def settings_in(
-    folder: Path, environ: Mapping[str, str], *, flags: Mapping[str, str] | None = None, **more: Any
+    folder: Path,
+    environ: Mapping[str, str],
+    *,
+    flags: Mapping[str, str] | None = None,
+    command: Command = Command(),  # noqa: B008  it is frozen
+    **more: Any,
 ) -> Settings:
     """Like `read_settings`, with the variables of `.env` in `folder`, or of the file that `flags` name.
 
@@ -79,13 +84,15 @@ def settings_in(
     env_file = flags.get(ENV_FILE) if flags is not None else None
     try:
         dotenv = read_dotenv(folder, env_file)
-        settings = read_settings(environ, dotenv=dotenv, flags=flags, **more)
+        settings = read_settings(environ, dotenv=dotenv, flags=flags, command=command, **more)
         return replace(settings, exposed=(*settings.exposed, *_secrets_for_all(folder, env_file, dotenv)))
     except SettingsError as error:
         if not error.is_missing or env_file is not None or (folder / ".env").exists():
             raise
         instead = f", or name the file with {ENV_FILE}" if flags is not None else ""
         hint = f".env: not found in {folder}: run this in the folder that has it{instead}"
+        if command.is_container:
+            hint = f".env: not found in {folder}: give this container its settings as environment variables"
         raise SettingsError(*error.problems, hint, is_missing=True) from None
 
 

@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from mitmproxy.options import Options
 
 from eoepca_security.errors import SettingsError
+from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.factory import make_store
 from eoepca_security.proxy.config.loading import read_dotenv, read_settings, settings_in
 from eoepca_security.proxy.config.settings import TerminationEndpoint
@@ -501,6 +502,12 @@ def test_where_dotenv_was_looked_for_is_told_when_something_is_missing(tmp_path:
         with pytest.raises(SettingsError) as caught:
             settings_in(tmp_path, environment)
         assert (hint in caught.value.problems) is says
+    with pytest.raises(SettingsError) as caught:
+        settings_in(tmp_path, missing, command=Command(is_container=True))
+    assert "as environment variables" in caught.value.problems[-1]
+    with pytest.raises(SettingsError) as caught:
+        settings_in(tmp_path, missing, flags={})
+    assert "--env-file" in caught.value.problems[-1]
     (tmp_path / ".env").write_text("PROXY_PORT=9000")
     with pytest.raises(SettingsError) as caught:
         settings_in(tmp_path, missing)
