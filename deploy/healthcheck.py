@@ -2,24 +2,27 @@
 
 Asks the admin listener for /livez, or for the path that is the argument (`readyz`: is there a usable token?). Where
 `PROXY_ADMIN` is off it asks the proxy itself, in a way that is refused and so never forwarded. Exits with 0 or 1, and
-with 0 while the container runs another command than `serve`.
+with 0 while the container runs another command than `serve`. The options of `serve` come before the environment.
 """
 
 import os
 import socket
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 TIMEOUT = 3.0
-OTHER_COMMANDS = {b"check", b"demo", b"login", b"logout", b"token"}
+OTHER_COMMANDS = {"check", "demo", "login", "logout", "token"}
 
 
 def main(path: str = "livez") -> int:
     """Ask, say what is wrong, and return the exit code."""
-    _, _, arguments = Path("/proc/1/cmdline").read_bytes().partition(b"/run-mitmproxy.py\0")
-    if arguments.partition(b"\0")[0] in OTHER_COMMANDS:
+    _, _, line = Path("/proc/1/cmdline").read_bytes().partition(b"/run-mitmproxy.py\0")
+    arguments, _, _ = line.decode(errors="replace").partition("\0--\0")
+    given = arguments.split("\0")
+    if OTHER_COMMANDS.intersection(given):
         return 0
-    admin = os.environ.get("PROXY_ADMIN") or "127.0.0.1:8081"
+    admin = setting(given, "--admin", "PROXY_ADMIN", "127.0.0.1:8081")
     try:
         if admin != "off":
             host, _, port = admin.rpartition(":")
@@ -27,12 +30,20 @@ def main(path: str = "livez") -> int:
         if path != "livez":
             print("PROXY_ADMIN is off, so nobody can tell")
             return 1
-        host, port = os.environ.get("PROXY_HOST") or "127.0.0.1", os.environ.get("PROXY_PORT") or "8080"
+        host = setting(given, "--host", "PROXY_HOST", "127.0.0.1")
+        port = setting(given, "--port", "PROXY_PORT", "8080")
         # There is no Host that is allowed where there is none.
         return _judge(_ask(host, port, "GET / HTTP/1.0\r\n\r\n"), b"HTTP/1.")
     except (OSError, ValueError) as error:
         print(f"no answer: {error}")
         return 1
+
+
+def setting(given: list[str], option: str, variable: str, default: str) -> str:
+    """Return the value of an option, or else of the environment variable, or else the default."""
+    values = [after for before, after in pairwise(given) if before == option]
+    values += [argument.removeprefix(f"{option}=") for argument in given if argument.startswith(f"{option}=")]
+    return (values or [""])[-1] or os.environ.get(variable) or default
 
 
 def _ask(host: str, port: str, request: str) -> bytes:
