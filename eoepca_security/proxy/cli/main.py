@@ -25,7 +25,7 @@ from eoepca_security.proxy.config.command import this_command
 from eoepca_security.proxy.config.factory import make_source
 from eoepca_security.proxy.config.loading import ENV_FILE, read_dotenv, settings_in
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.config.variables import COMMON_FLAGS, OPTIONS, SERVE_FLAGS, TOKEN_STORE, Variable
+from eoepca_security.proxy.config.variables import COMMON_FLAGS, SERVE_FLAGS, TOKEN_STORE, VARIABLES, Variable
 from eoepca_security.proxy.patches import seams
 from eoepca_security.proxy.patches.lazy_imports import lazy_imports
 from eoepca_security.proxy.policy.remedies import command_remedy, login_remedy, runs_in_container, told
@@ -388,9 +388,9 @@ def _settings(
 
 
 def _overrides(extra: Sequence[str]) -> dict[str, str]:
-    """Return the add-on's options from mitmdump's `--set name=value` arguments, which override all other sources."""
+    """Return our settings from mitmdump's `--set name=value` arguments, which come before the environment."""
     values = [value for flag, value in pairwise(extra) if flag == "--set"]
     values += [argument.removeprefix("--set=") for argument in extra if argument.startswith("--set=")]
-    names = {variable.option for variable in OPTIONS}
+    names = {name for variable in VARIABLES for name in (variable.option, variable.mitmproxy_option)}
     pairs = (value.partition("=") for value in values)
     return {name: value for name, _, value in pairs if name in names}

@@ -97,7 +97,8 @@ class Reader:
     def option(self, variable: Variable) -> str | None:
         """Return the value that an option has, ours or mitmproxy's, or None."""
         flag = self._flags.get(variable.flag) if variable.flag else None
-        return flag or (self._options.get(variable.option) if variable.option else None) or None
+        names = (variable.option, variable.mitmproxy_option)
+        return flag or next((value for name in names if name and (value := self._options.get(name))), None)
 
     def raw(self, variable: Variable) -> str | None:
         """Return the value from the first source that has one. An empty value counts as unset."""

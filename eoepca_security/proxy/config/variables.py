@@ -16,7 +16,10 @@ COOKIES_CHOICES: Final = ("pass", "drop")
 
 @dataclass(frozen=True)
 class Variable:
-    """A setting: its environment variable, its add-on option and its option on our command line, and its description.
+    """A setting: its environment variable, its options, and its description.
+
+    `option` is that of the add-on, `flag` that of our command line, and `mitmproxy_option` one that mitmproxy has
+    anyway. There are none where these are None.
 
     `help` is a complete sentence, which mitmproxy's `--options` shows; `more` has the details. `default` is the value
     of an unset variable; it is empty if there is none, or if `more` describes it. Secrets can also be read from a file.
@@ -30,6 +33,7 @@ class Variable:
     required: bool = False
     secret: bool = False
     flag: str | None = None
+    mitmproxy_option: str | None = None
 
 
 ISSUER: Final = Variable(
@@ -159,6 +163,7 @@ HOST: Final = Variable(
     "`0.0.0.0` is all IPv4 addresses, `::` all addresses of both families. (mitmdump -s: use `--listen-host` instead.)",
     default="127.0.0.1",
     flag="--host",
+    mitmproxy_option="listen_host",
 )
 PORT: Final = Variable(
     "PROXY_PORT",
@@ -167,6 +172,7 @@ PORT: Final = Variable(
     "(mitmdump -s: use `--listen-port` instead.)",
     default="8080",
     flag="--port",
+    mitmproxy_option="listen_port",
 )
 ADMIN: Final = Variable(
     "PROXY_ADMIN",

@@ -139,9 +139,10 @@ def test_a_port_that_is_taken_ends_with_1_and_one_short_line(
 
 def test_options_after_the_dashes_count_as_settings(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--", "--set", "oidc_url=ftp://x", "--set=oidc_client_id=c", "--set", "unrelated=1"]
+    arguments += ["--set", "listen_port=x"]
     assert main(arguments) == 2
     named = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
-    assert named == ["OPEN_ID_CONNECT_URL", "OPEN_ID_REFRESH_TOKEN", "REMOTE_PROTECTED_DOMAIN", ".env"]
+    assert named == ["OPEN_ID_CONNECT_URL", "OPEN_ID_REFRESH_TOKEN", "PROXY_PORT", "REMOTE_PROTECTED_DOMAIN", ".env"]
 
 
 @pytest.mark.parametrize(
