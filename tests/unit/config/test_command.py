@@ -1,14 +1,18 @@
 """The name of this program in messages, for each way to call it."""
 
 import os
+import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
+import eoepca_security
 from eoepca_security.proxy.config.command import Command, _comes_from_outside, _way_in, _words
 
 VENV = "/home/u/.venv/bin"
+PACKAGE = Path(eoepca_security.__file__).parent
 MODULE = "eoepca_security.proxy"
 
 
@@ -117,3 +121,14 @@ def test_a_container_is_entered_from_outside(environ: dict[str, str], host: str,
 )
 def test_a_shell_in_a_container_is_inside(pid: int, parent: int, at_terminal: bool, is_outside: bool) -> None:
     assert _comes_from_outside(pid, parent, at_terminal=at_terminal) is is_outside
+
+
+def test_no_other_module_decides_the_name() -> None:
+    files = [*PACKAGE.rglob("*.py")]
+    assert len(files) > 50
+    named = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in files
+        if re.search(r"(run-mitmproxy\.py|oidc-proxy) (login|logout|check|token|serve|demo)", file.read_text())
+    }
+    assert named == {"proxy/config/variables.py"}  # descriptions, which are in documents, too
