@@ -29,7 +29,7 @@ PAGE_HEAD: Final = """\
 The proxy reads settings from four places. The first one that has a setting wins:
 
 1. options of `oidc-proxy`, which is also called `run-mitmproxy.py`. All commands have `--issuer` and `--client-id`;
-   `serve` and `check` have more. `--help` lists them;
+   `serve` and `check` have more. `--help` lists them. None is for a secret, as the process list shows options;
 2. add-on options, `--set name=value`: with `mitmdump -s mitmproxy-oidc-addon.py`, or after `--` with `oidc-proxy`;
 3. the environment;
 4. `.env` in the folder that you start the proxy in, or the file that the option `--env-file` names in its place. Copy

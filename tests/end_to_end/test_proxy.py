@@ -1,6 +1,7 @@
 """The proxy as a process, under both of its entry points, before a service that knows good tokens from bad ones."""
 
 import concurrent.futures
+import re
 import signal
 import socket
 import subprocess
@@ -296,7 +297,8 @@ def test_the_launcher_ends_with_0_when_told_to(start: StartProxy, stop_signal: s
 def test_a_stop_does_not_wait_for_a_silent_issuer(start: StartProxy) -> None:
     with FakeIssuer(Behaviour(delay=60)) as issuer:
         proxy = start("launcher", "http://127.0.0.1:9", settings_for(issuer), wait=False)
-        eventually(lambda: len(issuer.requests) == 1)
+        assert proxy.wait_for(re.compile(f"waiting for a token from {re.escape(issuer.url)}$"))
+        assert len(issuer.requests) == 1
         began = time.monotonic()
         assert proxy.stop() == 0
         assert time.monotonic() - began < 10  # a moment for an answer that may have the only refresh token

@@ -1,6 +1,7 @@
 """The command line, called in this process: what it prints and how it ends."""
 
 import inspect
+import io
 import logging
 import re
 import socket
@@ -14,6 +15,7 @@ from eoepca_security.proxy.cli.main import cli
 from eoepca_security.proxy.cli.main import main as run
 from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.variables import VARIABLES
+from eoepca_security.proxy.runtime import output
 from eoepca_security.testing import Behaviour, FakeIssuer
 from tests.support.environment import set_environment
 from tests.support.processes import ROOT
@@ -55,6 +57,36 @@ def test_an_empty_first_argument_is_none(capsys: pytest.CaptureFixture[str]) -> 
         assert capsys.readouterr().err.startswith("OPEN_ID_CONNECT_URL: ")  # from `serve`
     assert main(["", "token", "--help"]) == 0
     assert "access token" in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("verb", "says"),
+    [
+        ("token", "waiting for a token from http"),
+        ("check", "waiting for the identity provider ..."),
+        ("login", "waiting for the identity provider ..."),
+    ],
+)
+def test_a_terminal_shows_what_a_command_waits_for(
+    verb: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(output, "PATIENCE", 0.01)
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with FakeIssuer() as issuer:
+        issuer.behaviour.login.interval = 0.01
+        store = {"OPEN_ID_TOKEN_STORE": str(tmp_path / "store")} if verb == "login" else {}
+        set_environment(monkeypatch, issuer, REMOTE_PROTECTED_DOMAIN=issuer.url.partition("/realms")[0], **store)
+        issuer.behaviour.delay = 0.05
+        main([verb])
+    assert says in terminal.getvalue()
+    assert terminal.getvalue().endswith("\r\x1b[K")
+    assert "waiting for" not in capsys.readouterr().out
 
 
 def test_token_with_client_credentials(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
