@@ -4,6 +4,8 @@ Each runs in its own process, `python peers.py service|relay|load|http2 …`, so
 """
 
 import asyncio
+import base64
+import hashlib
 import json
 import ssl
 import sys
@@ -19,13 +21,17 @@ EVENT_GAP = 0.3
 
 
 class Service(asyncio.Protocol):
-    """Answers `/small`, `/large/<bytes>`, `/events` and uploads; trusts its clients to send valid HTTP/1.1."""
+    """Answers `/small`, `/large/<bytes>`, `/events` and uploads; trusts its clients to send valid HTTP/1.1.
+
+    It accepts WebSockets and ignores their messages.
+    """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
         self._data = b""
         self._left = 0
         self._chunked = False
+        self._is_websocket = False
         self._resumed = asyncio.Event()
         self._resumed.set()
 
@@ -36,6 +42,8 @@ class Service(asyncio.Protocol):
         self._resumed.set()
 
     def data_received(self, data: bytes) -> None:
+        if self._is_websocket:
+            return
         if self._left > 0:
             self._left -= len(data)
             if self._left <= 0:
@@ -51,6 +59,9 @@ class Service(asyncio.Protocol):
         while (end := self._data.find(b"\r\n\r\n")) >= 0:
             head, self._data = self._data[:end], self._data[end + 4 :]
             lower = head.lower()
+            if b"\r\nupgrade: websocket" in lower:
+                self._accept(head.partition(b"\r\nSec-WebSocket-Key: ")[2].partition(b"\r\n")[0])
+                return
             length = lower.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0].strip()
             self._left = int(length or 0) - len(self._data) if length and int(length) else 0
             self._chunked = b"\r\ntransfer-encoding: chunked" in lower
@@ -60,6 +71,14 @@ class Service(asyncio.Protocol):
             if length and int(length):
                 self._data = b""
             self._answer(head.split(b" ", 2)[1])
+
+    def _accept(self, key: bytes) -> None:
+        self._is_websocket = True
+        digest = hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        self._write(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n"
+        )
 
     def _answer(self, path: bytes) -> None:
         if path.startswith(b"/large/"):

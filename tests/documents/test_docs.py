@@ -102,7 +102,7 @@ def test_troubleshooting_shows_an_answer_as_it_is() -> None:
 
 
 def test_operations_has_every_metric() -> None:
-    shown = exposition(Metrics(lambda: 0).families(), "")[0].decode()
+    shown = exposition(Metrics(lambda: 0, lambda: 0).families(), "")[0].decode()
     metrics = set(re.findall(r"^# TYPE (\w+?)(?<!_created) ", shown, re.MULTILINE))
     text = (ROOT / "docs" / "operations.md").read_text()
     assert set(re.findall(r"^\| `(oidc_proxy_\w+)", text, re.MULTILINE)) == metrics

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import wsproto
 import wsproto.events
+from wsproto.extensions import PerMessageDeflate
 
 from eoepca_security.testing import Behaviour, FakeIssuer
 from tests.support.environment import settings_for
@@ -383,31 +384,43 @@ def test_a_refusal_that_was_too_long_to_hold_still_costs_the_token(start: StartP
         use(start("launcher", f"http://127.0.0.1:{service.port}", settings_for(issuer)))
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("size", [MIB, 0], ids=["long", "of empty frames"])
-def test_an_endless_websocket_message_ends_the_conversation(entry: str, size: int, start: StartProxy) -> None:
+@pytest.mark.parametrize("entry", ["launcher", pytest.param("addon", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", [wsproto.events.BytesMessage, wsproto.events.TextMessage])
+def test_a_long_websocket_message_passes_in_parts(
+    entry: str, kind: type[wsproto.events.BytesMessage | wsproto.events.TextMessage], start: StartProxy
+) -> None:
+    part, parts = ("ä" * (MIB // 2) if kind is wsproto.events.TextMessage else bytes(MIB)), 100
+
     def script(server: RawServer, connection: socket.socket) -> None:
         service = wsproto.WSConnection(wsproto.ConnectionType.SERVER)
         server.read_request(connection)
         service.receive_data(server.requests[-1])
         assert [type(event) for event in service.events()] == [wsproto.events.Request]
-        connection.sendall(service.send(wsproto.events.AcceptConnection()))
-        part = service.send(wsproto.events.BytesMessage(bytes(size), message_finished=False))
-        rest = service.send(wsproto.events.BytesMessage(bytes(size), message_finished=False)) * (1 if size else 50_000)
-        connection.sendall(part)
-        while not server.stopping.is_set():
-            connection.sendall(rest)
+        connection.sendall(service.send(wsproto.events.AcceptConnection(extensions=[PerMessageDeflate()])))
+        connection.sendall(service.send(wsproto.events.TextMessage("short")))
+        for number in range(parts):
+            connection.sendall(service.send(kind(part, message_finished=number == parts - 1)))  # type: ignore[arg-type]
+        connection.sendall(service.send(wsproto.events.TextMessage("short again")))
+        server.wait_for_end(connection)
 
     def use(proxy: ProxyProcess) -> None:
-        client, before = wsproto.WSConnection(wsproto.ConnectionType.CLIENT), memory(proxy)
+        client, before, peak = wsproto.WSConnection(wsproto.ConnectionType.CLIENT), memory(proxy), 0
         with socket.create_connection(("127.0.0.1", port_of(proxy)), 20) as stream:
-            stream.sendall(client.send(wsproto.events.Request(host="localhost", target="/")))
-            closed: list[int] = []
-            while not closed:
+            offer = wsproto.events.Request(host="localhost", target="/", extensions=[PerMessageDeflate()])
+            stream.sendall(client.send(offer))
+            lengths, frames = [0], 0
+            while len(lengths) < 4:
                 client.receive_data(stream.recv(65536) or None)
-                closed = [event.code for event in client.events() if isinstance(event, wsproto.events.CloseConnection)]
-        assert closed == [1009]
-        assert memory(proxy) - before < GROWTH
+                for event in client.events():
+                    if isinstance(event, wsproto.events.BytesMessage | wsproto.events.TextMessage):
+                        assert len(lengths) != 2 or isinstance(event, kind)
+                        lengths[-1] += len(event.data)
+                        frames += event.frame_finished
+                        lengths += [0] if event.message_finished else []
+                peak = max(peak, memory(proxy))
+        assert lengths == [len("short"), parts * len(part), len("short again"), 0]
+        assert frames > 3
+        assert peak - before < GROWTH
 
     serve_and(start, entry, script, use)
 

@@ -37,4 +37,5 @@ STATE = State(
         "errors": {"host_not_allowed": 3, "upstream_unavailable": 1},
     },
     in_flight=2,
+    held_bytes=4096,
 )

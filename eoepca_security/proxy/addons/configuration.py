@@ -118,6 +118,7 @@ class Configuration:
         is_same_login = state.settings is None or state.settings.login == settings.login
         state.settings = settings
         client_timeout.set_limit(settings.client_timeout)
+        http_stream.budget.limit = settings.held_bytes // settings.workers
         state.apisix = ApisixHeaders(state.describe) if settings.forward_as == "apisix" else None
         state.source = self._make_source(
             settings,

@@ -23,6 +23,7 @@ from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.page import duration, lines
 from eoepca_security.proxy.admin.recent_errors import RecentErrors
 from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, Unready
+from eoepca_security.proxy.patches import http_stream
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.clearance import clearance
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
@@ -39,7 +40,7 @@ class Monitoring:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._metrics = Metrics(lambda: len(state.in_flight))
+        self._metrics = Metrics(lambda: len(state.in_flight), lambda: http_stream.budget.held)
         self._recent_errors = RecentErrors()
         self._last_refresh: Refresh | None = None
         self._last_answer: Answer | None = None
@@ -128,6 +129,7 @@ class Monitoring:
                 recent_errors=self._recent_errors.latest(),
                 counts=counts(self._metrics.families()),
                 in_flight=len(self._state.in_flight),
+                held_bytes=http_stream.budget.held,
             )
         )
 

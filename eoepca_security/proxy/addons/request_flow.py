@@ -118,11 +118,6 @@ class RequestFlow:
         """Get another token after the service refused this one, and send the request again if possible."""
         await self._injection.replace(flow)
 
-    def websocket_message(self, flow: HTTPFlow) -> None:
-        """Keep only the last message, so that a long connection does not fill the memory."""
-        if flow.websocket is not None:
-            del flow.websocket.messages[:-1]
-
 
 def _code_of(flow: HTTPFlow) -> dict[str, str]:
     """Return the metadata for a request that mitmproxy has refused or answered."""

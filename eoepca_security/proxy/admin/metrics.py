@@ -16,9 +16,12 @@ _NO_ANSWER: Final = "none"
 
 
 class Metrics:
-    """The metrics of one proxy since it started. `in_flight` returns the number of running requests."""
+    """The metrics of one proxy since it started.
 
-    def __init__(self, in_flight: Callable[[], int]) -> None:
+    `in_flight` returns the number of running requests, and `held` the bytes of bodies that are held.
+    """
+
+    def __init__(self, in_flight: Callable[[], int], held: Callable[[], int]) -> None:
         self.started_at = time.time()
         self._registry = CollectorRegistry()
         self._requests = Counter(
@@ -46,6 +49,12 @@ class Metrics:
         )
         gauge = Gauge("oidc_proxy_requests_in_flight", "Requests in progress.", registry=self._registry)
         gauge.set_function(in_flight)
+        gauge = Gauge(
+            "oidc_proxy_held_bytes",
+            "Bytes of bodies that are held, to be sent again if the service refuses the token.",
+            registry=self._registry,
+        )
+        gauge.set_function(held)
 
         self._ended = cache(self._counter)
 

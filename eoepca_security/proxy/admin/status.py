@@ -81,6 +81,7 @@ class State:
     recent_errors: tuple[RecentError, ...]
     counts: Mapping[str, Mapping[str, int]]
     in_flight: int
+    held_bytes: int
     browser_address: str | None = None
 
 
@@ -132,6 +133,7 @@ def status(state: State) -> dict[str, Any]:
         "last_refresh": _refresh(state.last_refresh) if state.last_refresh is not None else None,
         **state.counts,
         "requests_in_flight": state.in_flight,
+        "held_bytes": state.held_bytes,
         "recent_errors": [
             {"at": round(one.at, 3), "code": one.code, "detail": told(one.detail, one.remedy), "count": one.count}
             for one in state.recent_errors

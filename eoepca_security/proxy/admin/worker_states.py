@@ -132,6 +132,7 @@ class Workers:
                 recent_errors=(),
                 counts={},
                 in_flight=0,
+                held_bytes=0,
             )
         )
 
@@ -206,5 +207,6 @@ def merged_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "recent_errors": list(reversed(errors.values()))[:MAX_RECENT],
         "uptime_seconds": max(state["uptime_seconds"] for state in states),
         "requests_in_flight": sum(state["requests_in_flight"] for state in states),
+        "held_bytes": sum(state["held_bytes"] for state in states),
         "processes": len(states),
     }

@@ -193,6 +193,7 @@ def read_settings(
         forward_as=reader.choice(FORWARD_AS, FORWARD_AS_CHOICES),
         workers=reader.workers(),
         client_timeout=reader.client_timeout(),
+        held_bytes=reader.held_bytes(),
         inject_hosts=inject_hosts,
         warnings=tuple(reader.warnings),
         exposed=tuple(reader.exposed),

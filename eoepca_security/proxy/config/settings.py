@@ -17,6 +17,9 @@ MAX_WORKERS: Final = 64
 MAX_CLIENT_TIMEOUT: Final = 86_400
 """The maximum number of seconds for which a client may keep the proxy waiting: a day."""
 
+HELD_BYTES: Final = 64 * 1024 * 1024
+"""How many bytes of bodies a process holds at a time, unless set."""
+
 T = TypeVar("T")
 
 
@@ -90,6 +93,7 @@ class Settings:
     cookies: str = "pass"
     workers: int = 1
     client_timeout: int = 60
+    held_bytes: int = HELD_BYTES
     inject_hosts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     exposed: tuple[str, ...] = ()

@@ -43,6 +43,7 @@ from eoepca_security.proxy.config.variables import (
     CLIENT_SECRET,
     CLIENT_TIMEOUT,
     ENDPOINT,
+    HELD_BYTES,
     HOST,
     ISSUER,
     ISSUER_NAME,
@@ -428,6 +429,16 @@ class Reader:
         if not re.fullmatch(r"[0-9]{1,5}", value) or not 1 <= int(value) <= MAX_CLIENT_TIMEOUT:
             self.problem(CLIENT_TIMEOUT, f"{value!r} is not a valid number of seconds: use 1 to {MAX_CLIENT_TIMEOUT}")
             return int(CLIENT_TIMEOUT.default)
+        return int(value)
+
+    def held_bytes(self) -> int:
+        """Return how many bytes of bodies a process may hold."""
+        value = self.text(HELD_BYTES) or HELD_BYTES.default
+        if not re.fullmatch(r"[0-9]{1,15}", value):
+            self.problem(
+                HELD_BYTES, f"{value!r} is not a valid number of bytes: use one like {HELD_BYTES.default}, or 0"
+            )
+            return int(HELD_BYTES.default)
         return int(value)
 
     def endpoint(self) -> str:

@@ -235,6 +235,14 @@ CLIENT_TIMEOUT: Final = Variable(
     "a client that waits for the service. Raise this if your programs pause for longer in the middle of a download.",
     default="60",
 )
+HELD_BYTES: Final = Variable(
+    "PROXY_HELD_BYTES",
+    "held_bytes",
+    "How many bytes of bodies the proxy may hold at a time, to send them again if the service refuses the token.",
+    "What does not fit streams and is sent only once. Workers share this equally. The proxy needs up to twice as much "
+    "memory for it.",
+    default="67108864",
+)
 INJECT_HOSTS: Final = Variable(
     "PROXY_INJECT_HOSTS",
     "inject_hosts",
@@ -275,6 +283,7 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
             COOKIES,
             WORKERS,
             CLIENT_TIMEOUT,
+            HELD_BYTES,
             INJECT_HOSTS,
         ),
         "Danger": (ALLOW_HTTP,),

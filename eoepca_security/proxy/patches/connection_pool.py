@@ -17,8 +17,9 @@ from mitmproxy.connection import Client, Connection, ConnectionState, Server
 from mitmproxy.proxy.commands import OpenConnection, StartHook
 from mitmproxy.proxy.events import Event
 from mitmproxy.proxy.layer import CommandGenerator, Layer
-from mitmproxy.proxy.layers.http import GetHttpConnection, GetHttpConnectionCompleted, HttpLayer
+from mitmproxy.proxy.layers.http import GetHttpConnection, GetHttpConnectionCompleted, HttpLayer, HttpStream
 from mitmproxy.proxy.layers.http._http1 import Http1Client
+from mitmproxy.proxy.layers.http._http2 import Http2Client, Http2Connection
 from mitmproxy.proxy.mode_servers import ProxyConnectionHandler
 from mitmproxy.proxy.server import ConnectionIO
 from mitmproxy.proxy.server_hooks import ClientDisconnectedHook, ServerConnectionHookData, ServerDisconnectedHook
@@ -37,6 +38,10 @@ MAX_AGE: Final = 300.0
 
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds that a connection to the service may take to be made, TLS included; the system waits for two minutes."""
+
+MAX_QUEUED: Final = 64 * 1024
+"""Bytes that may wait for an exchange whose hook or connection is not ready, or for an HTTP/2 peer that reads nothing;
+then the proxy does not read on."""
 
 MAX_CONNECTIONS: Final = 100
 """Most connections to the service that one HTTP/2 client has at a time; mitmproxy's five are used up by five event
@@ -147,6 +152,7 @@ class _PoolingHandler(ProxyConnectionHandler):
         super().__init__(*arguments)  # type: ignore[no-untyped-call]
         self.max_conns = collections.defaultdict(lambda: asyncio.Semaphore(MAX_CONNECTIONS))
         self._opened_at: dict[Server, float] = {}
+        self._moved: asyncio.Event | None = None
         _handlers[self.client] = self
 
     async def handle_hook(self, hook: StartHook) -> None:
@@ -168,6 +174,35 @@ class _PoolingHandler(ProxyConnectionHandler):
             await super().open_connection(command)
         finally:
             watch.cancel()
+
+    async def server_event(self, event: Event) -> None:
+        """Handle an event, and let those who wait for a change look again."""
+        await super().server_event(event)
+        if self._moved is not None:
+            self._moved.set()
+
+    async def drain_writers(self) -> None:
+        """Wait as long as nobody takes what has been read: for the writers, as mitmproxy does, and for the layers."""
+        await super().drain_writers()  # type: ignore[no-untyped-call]
+        if self.http_layer is None:
+            self.http_layer = next((each for each in self.layer.context.layers if isinstance(each, HttpLayer)), None)
+        while self.http_layer is not None and self._is_ahead(self.http_layer):
+            if self._moved is None or self._moved.is_set():
+                self._moved = asyncio.Event()
+            await self._moved.wait()
+
+    def _is_ahead(self, http: HttpLayer) -> bool:
+        """Tell whether what this task reads has nowhere to go at the moment."""
+        task = asyncio.current_task()
+        reads_client = self.transports[self.client].handler is task if self.client in self.transports else False
+        for stream in http.streams.values():
+            server = stream.context.server
+            if not reads_client and (server not in self.transports or self.transports[server].handler is not task):
+                continue
+            receiver = server if reads_client else self.client
+            if http_stream.queued(stream) > MAX_QUEUED or _unsent(http.connections.get(receiver), stream) > MAX_QUEUED:
+                return True
+        return False
 
     async def on_timeout(self) -> None:
         """Where nothing has come for long, tell those who wait for the service; end the rest, as mitmproxy does.
@@ -264,6 +299,15 @@ def _is_clean(server: Server, layer: Layer, io: ConnectionIO) -> bool:
         and not io.writer.is_closing()
         and io.writer.transport.get_write_buffer_size() == 0
     )
+
+
+def _unsent(layer: Layer | None, stream: HttpStream) -> int:
+    """Return how many bytes of a stream an HTTP/2 connection keeps until its peer reads on."""
+    http = layer.context.layers[-1] if layer is not None else None
+    if not isinstance(http, Http2Connection):
+        return 0
+    stream_id = http.our_stream_id.get(stream.stream_id, 0) if isinstance(http, Http2Client) else stream.stream_id
+    return sum(len(data) for data, _ in http.h2_conn.stream_buffers.get(stream_id, ()))
 
 
 class _Nothing(Layer):

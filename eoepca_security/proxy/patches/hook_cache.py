@@ -4,6 +4,8 @@ A request runs through a dozen hooks, and mitmproxy looks for each of them on ea
 the search is done once and its result kept until the add-ons change.
 """
 
+import contextlib
+import ctypes
 import gc
 import inspect
 from collections.abc import Callable, Iterator
@@ -148,6 +150,13 @@ def settle_memory() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(5000, 20, 20)
+
+
+def collect() -> None:
+    """Collect garbage now, and give the system back what is free, as the GNU C library does only at the heap's end."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries do not have it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 _UPDATE = UpdateHook([])

@@ -16,6 +16,7 @@ from mitmproxy.net.http.http1 import expected_http_body_size
 from mitmproxy.net.http.status_codes import NO_RESPONSE
 from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy.commands import CloseConnection, RequestWakeup, StartHook
+from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.events import DataReceived, Event, Wakeup
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers import websocket
@@ -30,17 +31,21 @@ from mitmproxy.proxy.layers.http._events import (
     ResponseHeaders,
     ResponseProtocolError,
 )
-from mitmproxy.proxy.layers.http._hooks import HttpResponseHeadersHook
+from mitmproxy.proxy.layers.http._hooks import HttpRequestHeadersHook, HttpResponseHeadersHook
+from mitmproxy.proxy.layers.websocket import WebsocketConnection
+from wsproto.events import BytesMessage, TextMessage
+from wsproto.frame_protocol import Opcode
 
+from eoepca_security.proxy.config.settings import HELD_BYTES
 from eoepca_security.proxy.patches import client_timeout, messages, seams
-from eoepca_security.proxy.policy.buffering import MAX_HELD
+from eoepca_security.proxy.patches.hook_cache import collect
+from eoepca_security.proxy.policy.buffering import MAX_HELD, MAX_WHOLE, Budget, Share
 from eoepca_security.proxy.policy.headers import check_answer, has_no_content, is_websocket
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_error
 
-MAX_MESSAGE: Final = 16 * 1024 * 1024
-"""Longest message of a WebSocket, in bytes, which is held until it is complete; each of its frames counts for some."""
+_FRAME: Final = 64  # bytes that a frame of a WebSocket message takes beside its content
 
-_FRAME: Final = 64
+_SLICE: Final = 4096  # bytes of compressed messages that are unpacked at a time
 
 _POLICY: Final = 1008  # RFC 6455 §7.4.1: no code fits better
 
@@ -54,8 +59,15 @@ request is not sent again."""
 
 _MULTIPLEXED: Final = (b"h2", b"h3")
 
+_GARBAGE: Final = 16 * 1024 * 1024
+"""Bytes of long bodies that may wait to be collected: streams refer to themselves, and the collector runs by numbers of
+objects, however large they are."""
+
 # RFC 9110 §9.2.2: doing these twice is no different from doing them once.
 _IDEMPOTENT: Final = frozenset({b"GET", b"HEAD", b"OPTIONS", b"TRACE", b"PUT", b"DELETE"})
+
+budget: Final = Budget(HELD_BYTES)
+"""What this process holds of bodies."""
 
 late: WeakSet[Connection] = WeakSet()
 """Connections that were ended because nothing came from the service for too long."""
@@ -63,6 +75,8 @@ late: WeakSet[Connection] = WeakSet()
 _misframed: WeakSet[Request] = WeakSet()
 
 _used: WeakSet[Connection] = WeakSet()
+
+_garbage = 0
 
 
 def install() -> None:
@@ -79,6 +93,12 @@ def is_misframed(request: Request) -> bool:
 def may_be_quiet(stream: HttpStream) -> bool:
     """Tell whether the service has begun its answer, which may be a stream of events, or has opened a WebSocket."""
     return bool(stream.server_state == stream.state_stream_response_body or stream._handle_event == stream.passthrough)
+
+
+def queued(stream: HttpStream) -> int:
+    """Return how many bytes have come for a stream that waits: for a hook, or for a connection."""
+    layers = (stream, stream.child_layer) if stream.child_layer is not None else (stream,)
+    return sum(len(getattr(event, "data", b"")) for layer in layers for event in layer._paused_event_queue)
 
 
 def _check(request: Request, answer: Response, *, ends: bool) -> None:
@@ -127,6 +147,10 @@ class Stream(HttpStream):
     _has_begun = False
     _ends_with_head = False
     _hold_timer: RequestWakeup | None = None
+
+    def __init__(self, context: Context, stream_id: int) -> None:
+        super().__init__(context, stream_id)
+        self._share = Share(budget)
 
     def _handle_event(self, event: Event) -> CommandGenerator[None]:
         # No generator itself: there are a dozen events for each request.
@@ -180,9 +204,23 @@ class Stream(HttpStream):
         request = event.request
         if event.end_stream and (request.is_http2 or request.is_http3) and _names_content(request):
             _misframed.add(request)
-        yield from super().state_wait_for_request_headers(event)
+        commands = super().state_wait_for_request_headers(event)
+        yield from commands if event.end_stream else self._held_or_streamed(commands)
         if self._is_in(self.state_consume_request_body) and not event.end_stream and self.flow.response is not None:
             yield from self._answer()
+
+    def _held_or_streamed(self, commands: CommandGenerator[None]) -> CommandGenerator[None]:
+        """Stream a body that would be held, where the process holds enough already."""
+        reply: Any = None
+        while True:
+            try:
+                command = commands.send(reply)
+            except StopIteration:
+                return
+            reply = yield command
+            request, is_unanswered = self.flow.request, self.flow.response is None and self.flow.error is None
+            if isinstance(command, HttpRequestHeadersHook) and is_unanswered and not request.stream:
+                request.stream = not self._share.resize(int(request.headers.get("Content-Length", "0")))
 
     def start_request_stream(self) -> CommandGenerator[None]:
         """Begin to stream the request; what follows an answer to it is discarded."""
@@ -226,17 +264,19 @@ class Stream(HttpStream):
         response = self.flow.response
         if response is None:
             raise RuntimeError("there is no answer")
-        if isinstance(event, ResponseData) and len(self.response_body_buf) + len(event.data) > MAX_HELD:
-            yield from self._stop_holding()
-            yield from self.state_stream_response_body(event)
-            return
+        if isinstance(event, ResponseData):
+            is_long = len(self.response_body_buf) + len(event.data) > MAX_HELD
+            if is_long or not self._share.resize(self._share.size + len(event.data)):
+                yield from self._stop_holding()
+                yield from self.state_stream_response_body(event)
+                return
         if isinstance(event, ResponseEndOfMessage) and self._is_refusal():
             response.data.content = bytes(self.response_body_buf)
             yield TokenRefusedHook(self.flow)
             if (yield from self.check_killed(True)):
                 return  # the client has gone meanwhile, so nothing is sent again for it
             if self.flow.response is None:
-                self.response_body_buf.clear()
+                self._forget_answer()
                 self.server_state = self.state_wait_for_response_headers
                 yield from self._send_again()
                 return
@@ -247,11 +287,37 @@ class Stream(HttpStream):
         if self.flow.response is None:
             raise RuntimeError("there is no answer")
         held = bytes(self.response_body_buf)
-        self.response_body_buf.clear()
+        self._forget_answer()
         self.flow.response.stream = True
         yield from self.start_response_stream()
         if held:
             yield from self.state_stream_response_body(ResponseData(self.stream_id, held))
+
+    def _forget_answer(self) -> None:
+        self._share.resize(self._share.size - len(self.response_body_buf))
+        self.response_body_buf.clear()
+
+    def _let_go(self) -> None:
+        """Give back what the stream holds."""
+        global _garbage  # noqa: PLW0603  there is one for each process, as of the patches
+        if self._share.size > MAX_WHOLE:
+            _garbage += self._share.size
+        self._share.resize(0)
+        if _garbage > _GARBAGE:
+            _garbage = 0
+            collect()
+
+    def flow_done(self) -> CommandGenerator[None]:
+        """End the exchange."""
+        yield from super().flow_done()
+        self._let_go()
+
+    def check_killed(self, emit_error_hook: bool) -> CommandGenerator[bool]:
+        """Tell whether the exchange has been killed, and end it."""
+        is_killed = yield from super().check_killed(emit_error_hook)
+        if is_killed:
+            self._let_go()
+        return is_killed
 
     def _is_refusal(self) -> bool:
         """Tell whether the token was refused, once for each request."""
@@ -295,6 +361,7 @@ class Stream(HttpStream):
         has_begun = self.server_state in (self.state_stream_response_body, self.state_errored)
         if not isinstance(event, ResponseProtocolError) or has_begun:
             yield from super().handle_protocol_error(event)
+            self._let_go()
         elif self.server_state in (self.state_done, self.state_blamed):
             return  # the client has its answer
         elif self._may_repeat() and self.flow.response is None and event.message == "server closed connection":
@@ -353,6 +420,7 @@ class Stream(HttpStream):
         elif self._is_in(self.state_discard_request_body):
             self.flow.live = False
             self._has_ended = True
+            self._let_go()
             yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
 
     def _may_repeat(self) -> bool:
@@ -383,25 +451,77 @@ class Stream(HttpStream):
 
 
 class _WebSocket(websocket.WebsocketLayer):
+    """A WebSocket that holds no long messages: these pass in parts, as they come, and hooks do not see them."""
+
     _timer: RequestWakeup | None = None
     _moved_at = 0.0
+
+    def __init__(self, context: Context, flow: HTTPFlow) -> None:
+        super().__init__(context, flow)
+        self._share = Share(budget)
+        self._in_parts: set[WebsocketConnection] = set()
 
     def relay_messages(self, event: Event) -> CommandGenerator[None]:
         if isinstance(event, Wakeup):
             yield from self._wake(event)
             return
-        if isinstance(event, DataReceived) and event.connection is self.context.client:
-            self._moved_at = time.monotonic()
-        yield from super().relay_messages(event)
-        for side in (self.server_ws, self.client_ws):
-            held = sum(map(len, side.frame_buf)) + len(side.frame_buf) * _FRAME
-            if held > MAX_MESSAGE and self._handle_event != self.done:
-                # As if the sender had ended the conversation (RFC 6455 §7.4.1).
-                side._events.append(wsproto.events.CloseConnection(1009, "the message is too long"))
-                yield from super().relay_messages(DataReceived(side.conn, b""))
+        if isinstance(event, DataReceived):
+            if event.connection is self.context.client:
+                self._moved_at = time.monotonic()
+            # Compressed, a message may be a thousand times as long.
+            size = _SLICE if self.client_ws._proto.extensions else len(event.data)
+            for start in range(0, len(event.data), max(1, size)):
+                yield from self._relay_some(DataReceived(event.connection, event.data[start : start + size]))
+        else:
+            yield from self._relay_some(event)
         if self._timer is None and self._is_in_message():
             self._timer = RequestWakeup(client_timeout.limit())
             yield self._timer
+
+    def _relay_some(self, event: Event) -> CommandGenerator[None]:
+        if self._handle_event == self.done:
+            return
+        yield from self._relay(event)
+        if self._handle_event == self.done:
+            self._share.resize(0)
+            return
+        for side, other in ((self.server_ws, self.client_ws), (self.client_ws, self.server_ws)):
+            is_long = side in self._in_parts or _size(side) > MAX_WHOLE
+            if is_long or not self._share.resize(_size(self.server_ws) + _size(self.client_ws)):
+                yield from self._pass_on(side, other)
+        self._share.resize(_size(self.server_ws) + _size(self.client_ws))
+
+    def _relay(self, event: Event) -> CommandGenerator[None]:
+        """Relay complete messages as mitmproxy does, but keep none, and do not take the end of a long one for one."""
+        commands = super().relay_messages(event)
+        reply: Any = None
+        while True:
+            try:
+                command = commands.send(reply)
+            except StopIteration:
+                return
+            reply = None
+            if not isinstance(command, websocket.WebsocketMessageHook) or self.flow.websocket is None:
+                reply = yield command
+                continue
+            messages = self.flow.websocket.messages
+            side = self.client_ws if messages[-1].from_client else self.server_ws
+            if side in self._in_parts:
+                self._in_parts.remove(side)
+            else:
+                yield command
+            messages.clear()
+
+    def _pass_on(self, side: WebsocketConnection, other: WebsocketConnection) -> CommandGenerator[None]:
+        """Send what has come of a message without waiting for the rest."""
+        content = b"".join(side.frame_buf)
+        side.frame_buf = [b""]
+        if not content:
+            return
+        self._in_parts.add(side)
+        is_text = side._proto._message_decoder.opcode is Opcode.TEXT
+        part = TextMessage(content.decode(), False, False) if is_text else BytesMessage(content, False, False)
+        yield other.send2(part)
 
     def done(self, _: Event) -> CommandGenerator[None]:
         """Take no notice of what still comes; mitmproxy's own expects no timers."""
@@ -428,3 +548,8 @@ class _WebSocket(websocket.WebsocketLayer):
             return False
         frames, message = self.client_ws._proto._frame_decoder, self.client_ws._proto._message_decoder
         return bool(frames.header or len(frames.buffer) or message.opcode is not None)
+
+
+def _size(side: WebsocketConnection) -> int:
+    """Return how many bytes are held of a message that is not complete."""
+    return sum(map(len, side.frame_buf)) + (len(side.frame_buf) - 1) * _FRAME

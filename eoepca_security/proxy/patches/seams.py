@@ -136,10 +136,13 @@ patches/http_stream.py
         start_response_stream(self) < HttpStream.state_wait_for_response_headers
         state_consume_response_body(self, event) < HttpStream.state_wait_for_response_headers
         send_response(self, already_streamed=False) < HttpStream.state_consume_response_body
+        __init__(self, context, stream_id)
         make_server_connection(self) < HttpStream.state_consume_request_body HttpStream.start_request_stream
         handle_protocol_error(self, event) < HttpStream._handle_event HttpStream.make_server_connection
         check_invalid(self, request) < HttpStream.state_wait_for_response_headers
-        check_killed(self, emit_error_hook); flow_done(self); state_done(self, _); state_errored(self, _)
+        check_killed(self, emit_error_hook) < HttpStream.state_wait_for_request_headers
+        flow_done(self) < HttpStream.send_response
+        state_done(self, _); state_errored(self, _)
         state_consume_request_body(self, event); state_stream_request_body(self, event)
         state_stream_response_body(self, event)
         passthrough(self, event) < HttpStream.flow_done
@@ -153,7 +156,7 @@ patches/http_stream.py
         RequestProtocolError(stream_id, message, code) | (stream_id, message, code=400)
     mitmproxy.proxy.layers.http._events:RequestProtocolError code
     mitmproxy.proxy.layers.http._events:ResponseProtocolError code
-    mitmproxy.proxy.layers.http._hooks HttpResponseHeadersHook(flow)
+    mitmproxy.proxy.layers.http._hooks HttpRequestHeadersHook(flow); HttpResponseHeadersHook(flow)
     mitmproxy.proxy.commands RequestWakeup(delay)
     mitmproxy.proxy.events Wakeup(command)
     mitmproxy.net.http.status_codes NO_RESPONSE
@@ -163,21 +166,30 @@ patches/http_stream.py
         relay_messages(self, event) < WebsocketLayer.start
         done(self, _) < WebsocketLayer.relay_messages
         _handle_event client_ws server_ws < WebsocketLayer.start
-    mitmproxy.proxy.layers.websocket:WebsocketConnection _events conn frame_buf
+        __init__(self, context, flow)
+    mitmproxy.proxy.layers.websocket WebsocketMessageHook(flow) < WebsocketLayer.relay_messages
+    mitmproxy.proxy.layers.websocket:WebsocketConnection
+        send2(self, event)
+        _events conn frame_buf
     wsproto.connection:Connection _proto
-    wsproto.frame_protocol:FrameProtocol _frame_decoder _message_decoder
+    wsproto.frame_protocol:FrameProtocol _frame_decoder _message_decoder extensions
     wsproto.frame_protocol:FrameDecoder buffer header
     wsproto.frame_protocol:MessageDecoder opcode
-    wsproto.events CloseConnection(code, reason=None)
+    wsproto.events
+        CloseConnection(code, reason=None)
+        BytesMessage(data, frame_finished=True, message_finished=True)
+        TextMessage(data, frame_finished=True, message_finished=True)
 patches/connection_pool.py
     mitmproxy.proxy.mode_servers ProxyConnectionHandler(master, r, w, options, mode) < ServerInstance.handle_stream
     mitmproxy.proxy.mode_servers:ProxyConnectionHandler
         handle_hook(self, hook) < mitmproxy.proxy.server:ConnectionHandler.hook_task
         open_connection(self, command) < mitmproxy.proxy.server:ConnectionHandler.server_event
         on_timeout(self) < mitmproxy.proxy.server:ConnectionHandler.__init__
+        server_event(self, event) < mitmproxy.proxy.server:ConnectionHandler.handle_connection
+        drain_writers(self) < mitmproxy.proxy.server:ConnectionHandler.handle_connection
         max_conns < mitmproxy.proxy.server:ConnectionHandler.open_connection
         __init__(self, master, r, w, options, mode); handle_connection(self, connection)
-        client master timeout_watchdog transports
+        client layer master timeout_watchdog transports
     mitmproxy.proxy.server:TimeoutWatchdog disarm(self); register_activity(self); watch(self)
     mitmproxy.proxy.server ConnectionIO(handler=None, reader=None, writer=None)
     mitmproxy.proxy.server_hooks
@@ -190,7 +202,11 @@ patches/connection_pool.py
     mitmproxy.proxy.layers.http GetHttpConnectionCompleted(command, reply)
     mitmproxy.proxy.layer:Layer
         _handle_event(self, event) < Layer.handle_event
-        context
+        context _paused_event_queue
+    mitmproxy.proxy.layers.http._http2:Http2Connection h2_conn
+    mitmproxy.proxy.layers.http._http2:Http2Client our_stream_id
+    mitmproxy.proxy.layers.http._http_h2:BufferedH2Connection stream_buffers
+    mitmproxy.proxy.layers.http._http_h2 SendH2Data(data, end_stream)
     mitmproxy.proxy.context:Context
         fork(self)
         layers

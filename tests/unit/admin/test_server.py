@@ -25,7 +25,7 @@ SETTINGS = Settings("https://issuer.example", Client("c"), admin=Address("127.0.
 class Proxy:
     def __init__(self) -> None:
         self.failure: TokenError | None = None
-        self.metrics = Metrics(lambda: 3)
+        self.metrics = Metrics(lambda: 3, lambda: 3)
         self.ended = 0
 
     async def ready(self) -> Unready | None:

@@ -27,7 +27,7 @@ class Process:
 
     def __init__(self, name: str, ends_at: float) -> None:
         self.failure: Unready | None = None
-        self.metrics = Metrics(lambda: 2)
+        self.metrics = Metrics(lambda: 2, lambda: 2)
         self.metrics.token_ends(ends_at)
         self.state = replace(
             STATE,
@@ -174,7 +174,7 @@ async def test_the_counts_of_a_process_that_is_gone_stay(lines: list[Channel], m
 
 
 def test_families_survive_json() -> None:
-    metrics = Metrics(lambda: 1)
+    metrics = Metrics(lambda: 1, lambda: 1)
     metrics.request_ended(404)
     metrics.refreshed(None, 0.2)
     families = from_json(json.loads(json.dumps(to_json(metrics.families()))))

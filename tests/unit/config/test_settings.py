@@ -603,6 +603,15 @@ def test_lists_of_hosts_and_origins() -> None:
     assert "PROXY_INJECT_HOSTS is not used" in warning
 
 
+def test_how_much_a_process_holds() -> None:
+    held = [read_settings(GOOD | given).held_bytes for given in ({}, {"PROXY_HELD_BYTES": " 0 "})]
+    assert held == [64 * 2**20, 0]
+    for wrong in ("-1", "64MiB", "1e6", "٣", "1" * 16):
+        (problem,) = problems(GOOD | {"PROXY_HELD_BYTES": wrong})
+        assert problem.startswith("PROXY_HELD_BYTES: ")
+        assert "number of bytes: use one like 67108864, or 0" in problem
+
+
 def test_the_time_that_a_client_has() -> None:
     times = [read_settings(GOOD | given).client_timeout for given in ({}, {"PROXY_CLIENT_TIMEOUT": " 300 "})]
     assert times == [60, 300]
