@@ -126,11 +126,12 @@ class Pod:
     def _run(self, container: Mapping[str, Any]) -> None:
         assert container.keys() <= _CONTAINER
         pod, own = self._spec["securityContext"], container["securityContext"]
-        user = {name: own.get(name, pod[name]) for name in ("runAsUser", "runAsGroup")}
-        assert {**own, **user} == {
+        user = {name: own[name] for name in ("runAsUser", "runAsGroup")}
+        assert {**own, "runAsNonRoot": True} == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
+            "runAsNonRoot": True,
             **user,
         }
         command, arguments = container.get("command", []), container.get("args", [])

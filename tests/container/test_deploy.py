@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -32,31 +33,65 @@ FOLDER = ROOT / "deploy" / "kubernetes"
 MANIFESTS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "kustomization.yaml")
 SECRET = "client-secret-of-the-cluster"
 
-# The first with native sidecars, and a newer one. The other Job is for those before.
+# The first with native sidecars, and a newer one.
 VERSIONS = ("1.29", "1.37")
-OLD_VERSIONS = ("1.25", *VERSIONS)
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
     return list(yaml.safe_load_all(path.read_text()))
 
 
-def pod_of(file: str) -> dict[str, Any]:
-    (found,) = (each for each in documents(FOLDER / file) if each["kind"] in ("Job", "Deployment"))
-    template = found["spec"]["template"]["spec"]
+def pod_in(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the pod template of a Deployment or a CronJob."""
+    spec = document["spec"]["jobTemplate"]["spec"] if document["kind"] == "CronJob" else document["spec"]
+    template = spec["template"]
     assert isinstance(template, dict)
     return template
 
 
-def containers(image: str = "mitmproxy-oidc") -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Return the containers with an image in all manifests, each with its pod."""
+def templates() -> Iterator[Mapping[str, Any]]:
     for path in MANIFESTS:
         for document in documents(path):
-            if document["kind"] in ("Job", "Deployment"):
-                pod = document["spec"]["template"]["spec"]
-                for container in [*pod.get("initContainers", ()), *pod["containers"]]:
-                    if container["image"] == image:
-                        yield container, pod
+            if document["kind"] in ("CronJob", "Deployment"):
+                yield pod_in(document)
+
+
+def pod_of(file: str) -> Mapping[str, Any]:
+    (found,) = (each for each in documents(FOLDER / file) if each["kind"] in ("CronJob", "Deployment"))
+    spec = pod_in(found)["spec"]
+    assert isinstance(spec, dict)
+    return spec
+
+
+def containers(image: str = "mitmproxy-oidc") -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Return the containers with an image in all manifests, each with its pod."""
+    for template in templates():
+        pod = template["spec"]
+        for container in [*pod.get("initContainers", ()), *pod["containers"]]:
+            if container["image"] == image:
+                yield container, pod
+
+
+def settings() -> dict[str, str]:
+    """Return the settings in the kustomization."""
+    (kustomization,) = documents(FOLDER / "kustomization.yaml")
+    (given,) = kustomization["configMapGenerator"]
+    return dict(literal.split("=", 1) for literal in given["literals"])
+
+
+def rendered(folder: Path, *changes: tuple[str, str]) -> list[dict[str, Any]]:
+    """Return what `kubectl apply -k` would apply, after changes to the kustomization."""
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed")
+    there = folder / "kubernetes"
+    shutil.copytree(FOLDER, there, dirs_exist_ok=True)
+    (there / "client-secret").write_text(SECRET)
+    for old, new in changes:
+        text = (there / "kustomization.yaml").read_text()
+        assert old in text
+        (there / "kustomization.yaml").write_text(text.replace(old, new))
+    built = subprocess.run(["kubectl", "kustomize", there], capture_output=True, text=True, timeout=60, check=True)
+    return list(yaml.safe_load_all(built.stdout))
 
 
 # --- as they stand there -----------------------------------------------------------------------------------------
@@ -64,57 +99,75 @@ def containers(image: str = "mitmproxy-oidc") -> Iterator[tuple[Mapping[str, Any
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_the_manifests_are_valid(path: Path) -> None:
-    for version in OLD_VERSIONS if path.name == "job-quitquitquit.yaml" else VERSIONS:
+    for version in VERSIONS:
         for document in documents(path):
             assert validator.validate(document, version, strict=True) == version
 
 
 def test_a_field_that_is_misspelt_is_found() -> None:
-    (job,) = documents(FOLDER / "job.yaml")
+    (job,) = documents(FOLDER / "cronjob.yaml")
     spoilt = copy.deepcopy(job)
-    spoilt["spec"]["template"]["spec"]["initContainers"][0]["restartpolicy"] = "Always"
+    pod_in(spoilt)["spec"]["initContainers"][0]["restartpolicy"] = "Always"
     with pytest.raises(validator.ValidationError):
         validator.validate(spoilt, VERSIONS[0], strict=True)
-    # And a native sidecar is none before.
-    with pytest.raises(validator.ValidationError):
-        validator.validate(job, OLD_VERSIONS[0], strict=True)
 
 
-def test_the_kustomization_has_what_it_names() -> None:
+def test_what_is_rendered_is_valid_and_the_image_and_the_secret_stand_in_one_place(tmp_path: Path) -> None:
+    found = rendered(tmp_path, ("registry.example/mitmproxy-oidc", "my.registry/proxy"), ("3.0.0", "1.2.3"))
     (kustomization,) = documents(FOLDER / "kustomization.yaml")
-    named = [document for name in kustomization["resources"] for document in documents(FOLDER / name)]
-    assert {each["kind"] for each in named} == {
-        "ConfigMap", "PersistentVolumeClaim", "Deployment", "Service", "NetworkPolicy",
-    }  # fmt: skip
-    if shutil.which("kubectl"):
-        built = subprocess.run(["kubectl", "kustomize", FOLDER], capture_output=True, text=True, timeout=60, check=True)
-        assert len(list(yaml.safe_load_all(built.stdout))) == len(named)
+    assert set(kustomization["resources"]) == {path.name for path in MANIFESTS}
+    text = yaml.safe_dump_all(found)
+    for document in found:
+        assert validator.validate(document, VERSIONS[0], strict=True) == VERSIONS[0]
+    assert text.count("image: my.registry/proxy:1.2.3") == 3
+    (secret,) = (each["metadata"]["name"] for each in found if each["kind"] == "Secret")
+    assert text.count(f"secretName: {secret}") == 3
+
+
+def test_changed_settings_and_secrets_replace_the_pods(tmp_path: Path) -> None:
+    def deployment(*changes: tuple[str, str]) -> str:
+        (one,) = (each for each in rendered(tmp_path, *changes) if each["kind"] == "Deployment")
+        return str(yaml.safe_dump(pod_in(one)))
+
+    before = deployment()
+    assert deployment() == before
+    assert deployment(("my-client", "other-client")) != before
+
+
+def test_what_is_applied_can_be_applied_again() -> None:
+    """A Job's template cannot be changed, so there is none, only CronJobs that make some."""
+    kinds = {document["kind"] for path in MANIFESTS for document in documents(path)}
+    assert kinds == {"CronJob", "Deployment", "NetworkPolicy", "PersistentVolumeClaim", "Service"}
+    (login,) = documents(FOLDER / "login.yaml")
+    assert login["spec"]["suspend"] is True
 
 
 def test_what_they_set_is_a_setting_and_where_they_look_is_where_it_is(image: str) -> None:
     known = {variable.env for variable in VARIABLES} | {f"{each.env}_FILE" for each in VARIABLES if each.secret}
     config = inspect(image)["Config"]
-    (settings,) = documents(FOLDER / "settings.yaml")
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["proxy"]
-    assert {*settings["data"], *compose["environment"]} <= known
+    assert {*settings(), *compose["environment"]} <= known
     assert compose["volumes"] == [f"session:{config['WorkingDir']}"]
     text = (ROOT / "docs" / "containers.md").read_text()
     assert set(re.findall(r"\b(?:OPEN_ID|PROXY|TLS|REMOTE)_[A-Z_]+\b", text)) <= known
     assert "\n".join(readme_lines()) in text
-    assert set(re.findall(r"^\| `(.*?)`", text, re.MULTILINE)) == {each.name for each in FOLDER.iterdir()}
+    assert set(re.findall(r"^\| `(.*?)`", text, re.MULTILINE)) == {each.name for each in FOLDER.glob("*.yaml")}
+    folder, _, key = settings()["OPEN_ID_CONNECT_CLIENT_SECRET_FILE"].rpartition("/")
+    (kustomization,) = documents(FOLDER / "kustomization.yaml")
+    assert kustomization["secretGenerator"] == [{"name": "oidc-proxy", "files": [key]}]
+    assert f"/{FOLDER.relative_to(ROOT)}/{key}" in (ROOT / ".gitignore").read_text().splitlines()
     found = list(containers())
-    assert len(found) == 4
+    assert len(found) == 3
     for container, pod in found:
-        assert {variable["name"] for variable in container["env"]} <= known
-        assert f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}" == config["User"]
+        own = container["securityContext"]
+        assert {variable["name"] for variable in container.get("env", ())} <= known
+        assert f"{own['runAsUser']}:{own['runAsGroup']}" == config["User"]
+        assert not pod["securityContext"].keys() & {"runAsUser", "runAsGroup", "runAsNonRoot"}  # those of the tool
         mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
         assert config["WorkingDir"] in mounts
-        for variable in container["env"]:
-            if variable["name"].endswith("_FILE"):
-                folder, _, key = variable["value"].rpartition("/")
-                assert mounts[folder]["readOnly"]
-                assert f"--from-file={key}" in (FOLDER / "settings.yaml").read_text()
+        assert mounts[folder]["readOnly"]
         if container.get("args") != ["login"]:
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
             # The drain, a second for the connections and one for the disk.
             assert pod["terminationGracePeriodSeconds"] > DRAIN_TIMEOUT + 2
         assert pod["enableServiceLinks"] is False
@@ -125,19 +178,21 @@ def test_a_tool_beside_the_proxy_is_another_user_without_capabilities() -> None:
     compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]["tool"]
     assert (compose["cap_drop"], compose["security_opt"]) == (["ALL"], ["no-new-privileges:true"])
     tools = list(containers(BASE))
-    assert len(tools) == 2
+    assert len(tools) == 1
     for container, pod in tools:
-        own = container["securityContext"]
+        own, (proxy,) = container["securityContext"], pod["initContainers"]
         assert own["capabilities"] == {"drop": ["ALL"]}
         assert compose["user"] == f"{own['runAsUser']}:{own['runAsGroup']}"
-        assert own["runAsUser"] != pod["securityContext"]["runAsUser"]
-        assert own["runAsGroup"] != pod["securityContext"]["runAsGroup"]
+        assert own["runAsUser"] != proxy["securityContext"]["runAsUser"]
+        assert own["runAsGroup"] != proxy["securityContext"]["runAsGroup"]
 
 
 def test_the_network_policy_lets_in_clients_of_the_proxy_only() -> None:
     deployment, service, policy = documents(FOLDER / "deployment.yaml")
     labels = deployment["spec"]["template"]["metadata"]["labels"]
-    assert policy["spec"]["podSelector"]["matchLabels"] == labels == service["spec"]["selector"]
+    selector = deployment["spec"]["selector"]["matchLabels"]
+    assert policy["spec"]["podSelector"]["matchLabels"] == selector == service["spec"]["selector"]
+    assert selector.items() <= labels.items()
     assert policy["spec"]["policyTypes"] == ["Ingress"]
     (rule,) = policy["spec"]["ingress"]
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
@@ -149,25 +204,40 @@ def test_the_network_policy_lets_in_clients_of_the_proxy_only() -> None:
     assert environment["PROXY_ALLOWED_HOSTS"] == service["metadata"]["name"]
 
 
+def test_the_egress_policy_is_for_all_pods_with_a_proxy_and_allows_names_and_two_ports() -> None:
+    (policy,) = documents(FOLDER / "egress.yaml")
+    chosen = policy["spec"]["podSelector"]["matchLabels"]
+    assert all(chosen.items() <= template["metadata"]["labels"].items() for template in templates())
+    assert policy["spec"]["policyTypes"] == ["Egress"]
+    names, outside_ = policy["spec"]["egress"]
+    assert {port["port"] for port in names["ports"]} == {53}
+    given = settings()
+    urls = [urlsplit(given[name]) for name in ("OPEN_ID_CONNECT_URL", "REMOTE_PROTECTED_DOMAIN")]
+    ports = {url.port or 443 for url in urls}
+    assert {port["port"] for port in outside_["ports"]} == ports
+
+
 # --- run ---------------------------------------------------------------------------------------------------------
 
 
 def cluster(image: str, there: Outside, **claims: str) -> Cluster:
-    (settings,) = documents(FOLDER / "settings.yaml")
-    environment = there.environment()
-    assert settings["data"].keys() <= environment.keys()
+    given = settings()
+    environment = there.environment() | {name: value for name, value in given.items() if name.endswith("_FILE")}
+    assert given.keys() <= environment.keys()
     return Cluster(
         images={"mitmproxy-oidc": image, BASE: BASE},
-        settings={name: environment[name] for name in (*settings["data"], "TLS_CA_FILE")},
+        settings={name: environment[name] for name in (*given, "TLS_CA_FILE")},
         secrets={"client-secret": SECRET},
         claims=claims,
         extra=there.trust,
     )
 
 
-def test_the_job_with_a_sidecar(image: str, tmp_path: Path) -> None:
-    with outside(tmp_path, client_secret=SECRET) as there, Pod(pod_of("job.yaml"), cluster(image, there)) as pod:
+def test_the_cron_job_with_a_sidecar(image: str, tmp_path: Path) -> None:
+    with outside(tmp_path, client_secret=SECRET) as there, Pod(pod_of("cronjob.yaml"), cluster(image, there)) as pod:
         assert pod.exit_code("tool") == 0, pod.logs("tool")
+        assert pod.passes("proxy", "readinessProbe")
+        assert pod.passes("proxy", "livenessProbe")
         assert '"path": "/"' in pod.logs("tool")
         assert [seen.authorized for seen in there.seen] == [True]
         for port in (8080, 8081):
@@ -175,15 +245,6 @@ def test_the_job_with_a_sidecar(image: str, tmp_path: Path) -> None:
                 httpx.get(f"http://{pod.address}:{port}/", trust_env=False, timeout=10)
         assert pod.stop("proxy") == 0
         assert there.issuer.requests[0].form["grant_type"] == "client_credentials"
-
-
-def test_the_job_that_ends_its_proxy(image: str, tmp_path: Path) -> None:
-    with outside(tmp_path, client_secret=SECRET) as there:
-        there.issuer.behaviour.delay = 1
-        with Pod(pod_of("job-quitquitquit.yaml"), cluster(image, there)) as pod:
-            assert pod.exit_code("tool") == 0, pod.logs("tool")
-            assert pod.exit_code("proxy") == 0
-            assert [seen.authorized for seen in there.seen] == [True]
 
 
 def test_the_login_and_the_deployment_after_it(image: str, tmp_path: Path) -> None:
