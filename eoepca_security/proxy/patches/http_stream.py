@@ -40,7 +40,7 @@ from eoepca_security.proxy.config.settings import HELD_BYTES
 from eoepca_security.proxy.patches import client_timeout, messages, seams
 from eoepca_security.proxy.patches.hook_cache import collect
 from eoepca_security.proxy.policy.buffering import MAX_HELD, MAX_WHOLE, Budget, Share
-from eoepca_security.proxy.policy.headers import check_answer, has_no_content, is_websocket
+from eoepca_security.proxy.policy.headers import check_answer, has_no_content, is_websocket, value_of
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_error
 
 _FRAME: Final = 64  # bytes that a frame of a WebSocket message takes beside its content
@@ -220,7 +220,8 @@ class Stream(HttpStream):
             reply = yield command
             request, is_unanswered = self.flow.request, self.flow.response is None and self.flow.error is None
             if isinstance(command, HttpRequestHeadersHook) and is_unanswered and not request.stream:
-                request.stream = not self._share.resize(int(request.headers.get("Content-Length", "0")))
+                length = value_of(request.data.headers.fields, b"content-length") or b""
+                request.stream = not self._share.resize(int(length) if length.isdigit() else 0)
 
     def start_request_stream(self) -> CommandGenerator[None]:
         """Begin to stream the request; what follows an answer to it is discarded."""
