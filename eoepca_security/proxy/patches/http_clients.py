@@ -504,7 +504,7 @@ class _H2Connection(BufferedH2Connection):
         super().__init__(config)
         self.to_read: dict[int, float] = {}
 
-    def send_data(self, stream_id: int, data: bytes, end_stream: bool = False, pad_length: None = None) -> None:
+    def send_data(self, stream_id: int, data: Any, end_stream: bool = False, pad_length: None = None) -> None:
         super().send_data(stream_id, data, end_stream, pad_length)
         if stream_id in self.stream_buffers:
             self.to_read.setdefault(stream_id, time.monotonic())
