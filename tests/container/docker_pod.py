@@ -127,7 +127,7 @@ class Pod:
         assert container.keys() <= _CONTAINER
         pod, own = self._spec["securityContext"], container["securityContext"]
         user = {name: own[name] for name in ("runAsUser", "runAsGroup")}
-        assert {**own, "runAsNonRoot": True} == {
+        assert own == {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},

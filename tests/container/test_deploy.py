@@ -113,12 +113,14 @@ def test_a_field_that_is_misspelt_is_found() -> None:
 
 
 def test_what_is_rendered_is_valid_and_the_image_and_the_secret_stand_in_one_place(tmp_path: Path) -> None:
-    found = rendered(tmp_path, ("registry.example/mitmproxy-oidc", "my.registry/proxy"), ("3.0.0", "1.2.3"))
-    (kustomization,) = documents(FOLDER / "kustomization.yaml")
-    assert set(kustomization["resources"]) == {path.name for path in MANIFESTS}
+    own = ("registry.example/mitmproxy-oidc", "my.registry/proxy"), ("3.0.0", "1.2.3")
+    found = rendered(tmp_path, *own, ("  # - ", "  - "))
+    names = {document["metadata"]["name"] for path in MANIFESTS for document in documents(path)}
+    assert names <= {document["metadata"]["name"] for document in found}
     text = yaml.safe_dump_all(found)
-    for document in found:
-        assert validator.validate(document, VERSIONS[0], strict=True) == VERSIONS[0]
+    for version in VERSIONS:
+        for document in found:
+            assert validator.validate(document, version, strict=True) == version
     assert text.count("image: my.registry/proxy:1.2.3") == 3
     (secret,) = (each["metadata"]["name"] for each in found if each["kind"] == "Secret")
     assert text.count(f"secretName: {secret}") == 3
@@ -132,6 +134,7 @@ def test_changed_settings_and_secrets_replace_the_pods(tmp_path: Path) -> None:
     before = deployment()
     assert deployment() == before
     assert deployment(("my-client", "other-client")) != before
+    assert deployment(("[client-secret]", "[client-secret=kustomization.yaml]")) != before
 
 
 def test_what_is_applied_can_be_applied_again() -> None:
@@ -181,6 +184,7 @@ def test_a_tool_beside_the_proxy_is_another_user_without_capabilities() -> None:
     assert len(tools) == 1
     for container, pod in tools:
         own, (proxy,) = container["securityContext"], pod["initContainers"]
+        assert own["runAsNonRoot"] is True
         assert own["capabilities"] == {"drop": ["ALL"]}
         assert compose["user"] == f"{own['runAsUser']}:{own['runAsGroup']}"
         assert own["runAsUser"] != proxy["securityContext"]["runAsUser"]
