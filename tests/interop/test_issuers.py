@@ -112,7 +112,11 @@ def test_login_by_device(user: User, issuer: Issuer) -> None:
     assert "Logged in as " in said
     assert user.refresh_token() not in said
     assert issuer.user_of(user.token()) == USERNAME
-    assert {name: step["status"] for name, step in user.checks().items() if step["status"] != "ok"} == {}
+    # Keycloak's answers have no date, so there is no clock to compare.
+    assert {name: step["status"] for name, step in user.checks().items() if step["status"] != "ok"} in (
+        {},
+        {"clock": "skipped"},
+    )
 
 
 def test_login_by_browser(user: User, issuer: Issuer) -> None:
@@ -120,7 +124,11 @@ def test_login_by_browser(user: User, issuer: Issuer) -> None:
     assert "Logged in as " in said
     assert user.refresh_token() not in said
     assert issuer.user_of(user.token()) == USERNAME
-    assert {name: step["status"] for name, step in user.checks().items() if step["status"] != "ok"} == {}
+    # Keycloak's answers have no date, so there is no clock to compare.
+    assert {name: step["status"] for name, step in user.checks().items() if step["status"] != "ok"} in (
+        {},
+        {"clock": "skipped"},
+    )
 
 
 def test_refresh(member: User, service: Service) -> None:
