@@ -29,8 +29,8 @@ class Issuer:
     besides, `device_options` what `login` by device does, and `clients` the settings of clients that act for
     themselves, by client authentication method. `audience` is that of access tokens, None where they are opaque.
     `marks_id_tokens` says whether more than the audience tells ID tokens from access tokens. `pace` is how many seconds
-    it needs between two tokens of a user, `refusal` the proxy's code for its refusals. `lacks` says why a scenario, by
-    its name, is not for this issuer.
+    it needs between two tokens of a user, `refusal` the proxy's code for its refusals. `lifetime` is that of its access
+    tokens, in seconds. `lacks` says why a scenario, by its name, is not for this issuer.
 
     `user_of` returns whose token it is, None where the issuer does not know it. `person` opens a page and does what it
     asks for; returns the last page's text. `revoke` ends all of the user's sessions, as an administrator does.
@@ -44,6 +44,7 @@ class Issuer:
     rotate_keys: Callable[[], None]
     audience: str | None = None
     pace: float = 0.0
+    lifetime: float = LIFETIME
     refusal: str = "credentials_rejected"
     marks_id_tokens: bool = True
     login_options: tuple[str, ...] = ()

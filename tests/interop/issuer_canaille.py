@@ -15,7 +15,7 @@ from typing import Any
 import jwt
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 
-from tests.interop.issuer import AUDIENCE, LIFETIME, PASSWORD, USERNAME, Endpoints, Issuer, answers
+from tests.interop.issuer import AUDIENCE, PASSWORD, USERNAME, Endpoints, Issuer, answers
 from tests.interop.issuer_person import visit
 from tests.interop.kc_process import running
 from tests.support.network import free_port
@@ -25,6 +25,8 @@ VERSION = next(line for line in REQUIREMENTS.read_text().splitlines() if line.st
 INSTALL_SECONDS = 300.0
 COMMAND_SECONDS = 60.0
 START_SECONDS = 60.0
+# Its refresh tokens live no longer than its access tokens, and it restarts for a new key.
+LIFETIME = 40
 SECRET = "test-only-client-secret-of-some-length"
 CLIENT_ID = "eoepca-login"
 CREATED = "2026-01-01T00:00:00+00:00"
@@ -131,6 +133,7 @@ def confidential(folder: Path) -> Iterator[Issuer]:
             audience=AUDIENCE,
             # Two tokens of one second are the same to the letter, which its database refuses: it answers 500 then.
             pace=1.0,
+            lifetime=LIFETIME,
             login_options=("--port", str(redirect_port)),
             clients={"client_secret_basic": machine_settings},
             lacks={"test_login_by_device": "it has no device authorization grant"},
