@@ -173,6 +173,8 @@ class TokenResponse:
     refresh_expires_in: float | None = None
     """The refresh token's lifetime (Keycloak). None when it does not expire, as in offline sessions."""
     id_token: str | None = field(default=None, repr=False)
+    scope: str | None = None
+    """What was granted, or None when it was not given: then it is what was asked for."""
 
 
 def read_metadata(
@@ -319,6 +321,7 @@ def read_token_response(
             refresh_token=refresh_token,
             refresh_expires_in=read_seconds(answer.get("refresh_expires_in")),
             id_token=read_text(answer.get("id_token")),
+            scope=read_text(answer.get("scope"), "[!-~]+( [!-~]+)*"),
         )
     except TokenInvalid as error:
         error.refresh_token = refresh_token

@@ -11,8 +11,8 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +21,10 @@ from filelock import FileLock, Timeout
 from eoepca_security.errors import IssuerUnavailable, StoreError
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.urls import WELL_KNOWN, discovery_url
-from eoepca_security.session.session import Stored
+from eoepca_security.session.session import Stored, StoredToken
 
 VERSION: Final = 1
-MAX_FILE: Final = 256 * 1024
+MAX_FILE: Final = 1024 * 1024
 """The longest file that is read, in bytes."""
 
 _ROOM: Final = 16 * 1024
@@ -44,6 +44,8 @@ _TYPES: Final[dict[str, Any]] = {
     "session_ends_at": float | None,
     "id_token": str | None,
     "rejected": bool,
+    "scope": str | None,
+    "for_services": dict,
 }
 
 logger = logging.getLogger(__name__)
@@ -152,8 +154,9 @@ class TokenStore:
 
     def write(self, session: Stored) -> None:
         """Replace the session atomically, and return when it is on disk; raises StoreError."""
-        members = {"version": VERSION, "serial": self._serial + 1, **self._owner, **asdict(session)}
-        data = json.dumps(members).encode().ljust(_ROOM)
+        data = self._serialized(session)
+        if len(data) > MAX_FILE:
+            data = self._serialized(replace(session, for_services={}))  # which can be fetched again
         if len(data) > MAX_FILE:
             raise StoreError(f"{self._file} cannot be written (the tokens are too long)")
         try:
@@ -166,7 +169,11 @@ class TokenStore:
             raise StoreError(f"{self._file} cannot be written ({error.strerror})") from None
         # Reserve space for the next version, in case the disk is full by then.
         with contextlib.suppress(OSError, StoreError):
-            self._fill(self._next, bytes(_ROOM))
+            self._fill(self._next, bytes(len(data)))
+
+    def _serialized(self, session: Stored) -> bytes:
+        members = {"version": VERSION, "serial": self._serial + 1, **self._owner, **asdict(session)}
+        return json.dumps(members).encode().ljust(_ROOM)
 
     def _fill(self, path: Path, data: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -247,12 +254,24 @@ class TokenStore:
             raise StoreError(f"{self._file} is from another version of this program: use that, or remove the file")
         if {name: members.get(name) for name in self._owner} != self._owner:
             raise StoreError(f"{self._file} belongs to another issuer or client: remove it")
-        members.setdefault("rejected", False)  # which older versions do not write
+        # Older versions do not write these.
+        members = {"rejected": False, "for_services": {}} | members
         values: dict[str, Any] = {name: members.get(name) for name in _TYPES}
         if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or "" in values.values():
             raise StoreError(f"{self._file} is damaged: remove it")
+        try:
+            values["for_services"] = {key: _token(token) for key, token in values["for_services"].items()}
+        except (KeyError, TypeError):
+            raise StoreError(f"{self._file} is damaged: remove it") from None
         serial = members.get("serial")
         return Stored(**values), serial if isinstance(serial, int) else 0
+
+
+def _token(members: Mapping[str, Any]) -> StoredToken:
+    value, obtained_at, ends_at = members["value"], members["obtained_at"], members["ends_at"]
+    if not (isinstance(value, str) and isinstance(obtained_at, float) and isinstance(ends_at, float)):
+        raise TypeError("a member has another type")
+    return StoredToken(value, obtained_at, ends_at)
 
 
 def _check_file(path: Path, status: os.stat_result) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
@@ -59,12 +59,22 @@ class AccessToken:
 
 
 @dataclass(frozen=True)
+class StoredToken:
+    """An access token that is for one service only, and its times in epoch seconds."""
+
+    value: str = field(repr=False)
+    obtained_at: float
+    ends_at: float
+
+
+@dataclass(frozen=True)
 class Stored:
     """The stored part of a session. Times are in epoch seconds.
 
     `access_token` is None when the newest refresh token came without a usable one. `session_ends_at` is when the
     refresh token expires unless it is used, or None when the issuer did not say. `rejected` is true when the issuer has
-    rejected the refresh token, and a login has taken over.
+    rejected the refresh token, and a login has taken over. `scope` is what the issuer granted to the session.
+    `for_services` are further access tokens, by the key of the `Purpose` that each is for.
     """
 
     refresh_token: str = field(repr=False)
@@ -74,6 +84,29 @@ class Stored:
     session_ends_at: float | None = None
     id_token: str | None = field(default=None, repr=False)
     rejected: bool = False
+    scope: str | None = None
+    for_services: Mapping[str, StoredToken] = field(default_factory=dict, hash=False)
+
+    def token(self, purpose: "Purpose | None" = None) -> AccessToken | None:
+        """Return the session's own access token or that for `purpose`, or None; it may have expired."""
+        if purpose is not None:
+            kept = self.for_services.get(purpose.key)
+            return AccessToken(kept.value, kept.obtained_at, kept.ends_at) if kept is not None else None
+        if self.access_token is None:
+            return None
+        return AccessToken(self.access_token, self.obtained_at, self.ends_at, self.id_token)
+
+
+@dataclass(frozen=True)
+class Purpose:
+    """A kind of access token that a session's refresh token can get, for one service only.
+
+    `key` tells it from all others, in the store, too. `request` returns a token response for a refresh token, or for
+    the client itself when called with None, and for the scope of the session (None if unknown); it may block.
+    """
+
+    key: str
+    request: Callable[[str | None, str | None], TokenResponse] = field(repr=False)
 
 
 class Store(Protocol):
@@ -151,11 +184,13 @@ class RefreshSession:
         """Whether the issuer has replaced the refresh token that this session started with."""
         self.ends_at: float | None = None
         """When the session ends unless it is renewed, in epoch seconds, or None when the issuer did not say."""
+        self.scope: str | None = None
+        """What the issuer granted to the session (RFC 6749 §5.1), or None if it did not say."""
         self.login_took_over = False
         """Whether the last token is from the login, because the issuer has rejected the refresh token."""
 
-    def renew(self, stale: str | None) -> AccessToken:
-        """Return an access token newer than `stale`; blocks.
+    def renew(self, stale: str | None, purpose: Purpose | None = None) -> AccessToken:
+        """Return an access token newer than `stale`, the session's own or one for `purpose`; blocks.
 
         If another process has already stored one, returns that without asking the issuer. With `stale=None`, always
         asks the issuer. Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
@@ -165,7 +200,7 @@ class RefreshSession:
                 self._login_seen_at = self._logins.changed_at()
             store = self._store
             if store is None:
-                return self._request()
+                return self._request(purpose)
             lock_error = None
             try:
                 held.enter_context(store.locked())
@@ -176,10 +211,10 @@ class RefreshSession:
             except StoreError as error:
                 self._warn(lock_error or error)
                 # Do not overwrite what could not be read.
-                return self._request_in_memory(store)
+                return self._request_in_memory(store, purpose)
             if lock_error is not None:
                 self._warn(lock_error)
-            return self._renew_from(store, stored, stale)
+            return self._renew_from(store, stored, stale, purpose)
 
     def continue_with(
         self, request_token: Callable[[str | None], TokenResponse], store: Store | None, logins: Store | None = None
@@ -222,24 +257,28 @@ class RefreshSession:
                     if store.changed_at() == self._seen_at:
                         self._save(store, unsaved)
 
-    def _renew_from(self, store: Store, stored: Stored | None, stale: str | None) -> AccessToken:
+    def _renew_from(
+        self, store: Store, stored: Stored | None, stale: str | None, purpose: Purpose | None
+    ) -> AccessToken:
         changed_at = store.changed_at()
         if self._has_given_up(stored, changed_at) and self._finds_login():
             self._seen_at, self._is_ahead, self._unsaved = changed_at, False, None
-            return self._take_login(stored, stale)
+            return self._take_login(stored, stale, purpose)
         self.login_took_over = False
         # A session that could not be saved is newer than the stored one, unless another process has written since.
         if stored is not None and not (self._is_ahead and changed_at == self._seen_at):
             self._refresh_token, self.ends_at = stored.refresh_token, stored.session_ends_at
+            self.scope = stored.scope or self.scope
             self._seen_at, self._is_ahead, self._unsaved = changed_at, False, None
-            if stale is not None and stored.access_token not in (None, stale) and self._is_young(stored):
-                return AccessToken(stored.access_token, stored.obtained_at, stored.ends_at, stored.id_token)
+            token = stored.token(purpose)
+            if stale is not None and not stored.rejected and token is not None and self._is_other(token, stale):
+                return token
         try:
-            return self._request_and_save(store)
+            return self._request_and_save(store, self._unsaved or stored, purpose)
         except CredentialsRejected as error:
             if error.issuer_error not in SESSION_ERRORS or not self._finds_login():
                 raise
-            token = self._take_login(stored, stale)
+            token = self._take_login(stored, stale, purpose)
             self._give_up(store, stored)
             return token
 
@@ -253,13 +292,13 @@ class RefreshSession:
             return found is not None and found.refresh_token not in (self._given, self._refresh_token)
         return False
 
-    def _take_login(self, stored: Stored | None, stale: str | None) -> AccessToken:
+    def _take_login(self, stored: Stored | None, stale: str | None, purpose: Purpose | None) -> AccessToken:
         """Return an access token of the login; raises CredentialsRejected if that is another user's."""
         login, logins = self._login, self._logins
         if login is None or logins is None:
             raise RuntimeError("there is no login")
         try:
-            token = login.renew(stale or "")
+            token = login.renew(stale or "", purpose)
         finally:
             self._login_seen_at = logins.changed_at()
         before = (stored.access_token, stored.id_token) if stored is not None else ()
@@ -283,32 +322,51 @@ class RefreshSession:
         """Note that a login has taken over, for other processes and later starts: they do not send the token again."""
         kept = stored or Stored(str(self._refresh_token))
         with contextlib.suppress(StoreError):
-            store.write(replace(kept, refresh_token=str(self._refresh_token), rejected=True))
+            store.write(replace(kept, refresh_token=str(self._refresh_token), rejected=True, for_services={}))
         self._gave_up_at = self._seen_at = store.changed_at()
         self._is_ahead, self._unsaved = False, None
 
-    def _request_in_memory(self, store: Store) -> AccessToken:
+    def _request_in_memory(self, store: Store, purpose: Purpose | None) -> AccessToken:
         before = self._refresh_token
         try:
-            return self._request()
+            return self._request(purpose)
         finally:
             if self._refresh_token != before:
                 self._seen_at, self._is_ahead = store.changed_at(), True
 
-    def _request_and_save(self, store: Store) -> AccessToken:
+    def _request_and_save(self, store: Store, previous: Stored | None, purpose: Purpose | None) -> AccessToken:
         before, token = self._refresh_token, None
         try:
-            token = self._request()
+            token = self._request(purpose)
             return token
         finally:
             # Save even after an unusable answer: the previous refresh token may be used up.
             if self._refresh_token is not None and (token is not None or self._refresh_token != before):
-                self._save(store, _stored(self._refresh_token, token, self.ends_at))
+                self._save(store, self._successor(self._refresh_token, previous, token, purpose))
 
-    def _request(self) -> AccessToken:
+    def _successor(
+        self, refresh_token: str, previous: Stored | None, token: AccessToken | None, purpose: Purpose | None
+    ) -> Stored:
+        """Return the session to store after a refresh, with the tokens for other purposes that are still valid."""
+        now, tokens = self._now(), previous.for_services if previous is not None else {}
+        tokens = {key: kept for key, kept in tokens.items() if now < kept.ends_at}
+        if purpose is not None and token is not None:
+            tokens[purpose.key] = StoredToken(token.value, token.obtained_at, token.ends_at)
+        own = token if purpose is None else previous.token() if previous is not None else None
+        kept = Stored(refresh_token, session_ends_at=self.ends_at, scope=self.scope, for_services=tokens)
+        if own is None:
+            return kept
+        return replace(
+            kept, access_token=own.value, obtained_at=own.obtained_at, ends_at=own.ends_at, id_token=own.id_token
+        )
+
+    def _request(self, purpose: Purpose | None) -> AccessToken:
         sent_at = self._now()
         try:
-            response = self._request_token(self._refresh_token)
+            if purpose is None:
+                response = self._request_token(self._refresh_token)
+            else:
+                response = purpose.request(self._refresh_token, self.scope)
         except TokenInvalid as error:
             self._adopt(error.refresh_token)
             raise
@@ -329,6 +387,8 @@ class RefreshSession:
         received_at = self._now()
         self._answer_was_lost = False
         self._adopt(response.refresh_token)
+        if purpose is None:
+            self.scope = response.scope or self.scope
         lifetime = response.refresh_expires_in
         self.ends_at = received_at + lifetime if lifetime is not None else None
         ends_at = token_end(response, sent_at=sent_at, received_at=received_at)
@@ -351,12 +411,13 @@ class RefreshSession:
             self._warned.clear()
         self._seen_at = store.changed_at()
 
-    def _is_young(self, stored: Stored) -> bool:
+    def _is_other(self, token: AccessToken, stale: str) -> bool:
+        """Return whether a stored token is another one, and young enough to be used."""
         now = self._now()
         return (
-            not stored.rejected
-            and stored.obtained_at <= now + 1
-            and now < stored.ends_at - 0.25 * (stored.ends_at - stored.obtained_at)
+            token.value != stale
+            and token.obtained_at <= now + 1
+            and now < token.ends_at - 0.25 * (token.ends_at - token.obtained_at)
         )
 
     def _warn(self, error: StoreError) -> None:
@@ -375,12 +436,6 @@ def _subject(*tokens: str | None) -> str | None:
     """Return the user in the first token that names one. Not verified: the tokens are the issuer's, or our own."""
     subjects = (unverified_claims(token or "").get("sub") for token in tokens)
     return next((subject for subject in subjects if isinstance(subject, str)), None)
-
-
-def _stored(refresh_token: str, token: AccessToken | None, session_ends_at: float | None) -> Stored:
-    if token is None:
-        return Stored(refresh_token, session_ends_at=session_ends_at)
-    return Stored(refresh_token, token.value, token.obtained_at, token.ends_at, session_ends_at, token.id_token)
 
 
 def number(value: Any) -> float | None:

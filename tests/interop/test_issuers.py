@@ -192,7 +192,7 @@ async def test_key_rotation(member: User, issuer: Issuer, service: Service) -> N
     if issuer.audience is not None:
         assert (await get(app, bearer(old))).status_code == 200
     proxy = member.serves()
-    # With a token that has just come, for the proxy not to refresh while an issuer restarts, which may cost the session.
+    # With a token that has just come, so that the proxy does not refresh while an issuer restarts.
     kept = member.kept()
     eventually(lambda: _is_served(member, proxy) and member.kept() != kept, 2 * issuer.lifetime)
     issuer.rotate_keys()

@@ -218,7 +218,7 @@ def token(call: Call) -> int:
     """Print a new access token, and nothing else, to standard output."""
     _refuse(call, "token")
     # The error that main() prints is enough.
-    logging.getLogger("eoepca_security.session.source").setLevel(logging.ERROR)
+    logging.getLogger("eoepca_security.session.token_cycle").setLevel(logging.ERROR)
     # A script may show what it reads from standard error, and `serve` warns about the same files.
     settings = _settings(call, need_upstream=False, show_exposed=False)
     if settings.refresh_token is not None or settings.grant != "refresh_token":

@@ -13,7 +13,8 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.session.source import FORCED_INTERVAL, TokenSource
+from eoepca_security.session.source import TokenSource
+from eoepca_security.session.token_cycle import FORCED_INTERVAL
 from tests.support.clock import Clock
 from tests.support.issuer import Issuer
 from tests.support.waiting import settled

@@ -283,13 +283,13 @@ async def test_a_change_at_run_time_that_is_wrong_is_refused_and_undone(context:
     context.options.update(websocket=False)
     assert addon.state.source is source  # with its rotated refresh token
     assert source is not None
-    source._session._adopt("rotated")
+    source.session._adopt("rotated")
     context.options.update(oidc_scope="openid")
     assert addon.state.source is not source
     assert addon.state.source is not None
-    assert addon.state.source._session._refresh_token == "rotated"
+    assert addon.state.source.session._refresh_token == "rotated"
     context.options.update(refresh_token="another-login")
-    assert addon.state.source._session._refresh_token == "another-login"
+    assert addon.state.source.session._refresh_token == "another-login"
 
 
 # --- what the status tells of the service ------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def _clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(variable.env, raising=False)
         monkeypatch.delenv(f"{variable.env}_FILE", raising=False)
     # `token` changes its level, for the rest of its process.
-    logger = logging.getLogger("eoepca_security.session.source")
+    logger = logging.getLogger("eoepca_security.session.token_cycle")
     level = logger.level
     yield
     logger.setLevel(level)

@@ -16,7 +16,7 @@ from eoepca_security.issuer.provider import KEYS_LIFETIME, METADATA_LIFETIME, RE
 from eoepca_security.issuer.transport import Answer, HttpTransport
 from eoepca_security.oauth.protocol import Client, ProviderMetadata
 from eoepca_security.session.file_store import LOCK_TIMEOUT
-from eoepca_security.session.source import _GIVE_UP
+from eoepca_security.session.token_cycle import _GIVE_UP
 from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler
 from tests.support.clock import Clock

@@ -15,7 +15,8 @@ import pytest
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenError, TokenInvalid
 from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
 from eoepca_security.session.session import AccessToken, Stored
-from eoepca_security.session.source import FORCED_INTERVAL, TokenSource, refresh_time
+from eoepca_security.session.source import TokenSource
+from eoepca_security.session.token_cycle import FORCED_INTERVAL, refresh_time
 from tests.support.clock import START, Clock
 from tests.support.issuer import Issuer
 from tests.support.waiting import settled
@@ -133,12 +134,12 @@ async def test_waiting_does_not_block_the_event_loop(source: TokenSource, issuer
 
 
 async def test_nobody_waits_for_ever(source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eoepca_security.session.source.MAX_WAIT", 0.05)
+    monkeypatch.setattr("eoepca_security.session.token_cycle.MAX_WAIT", 0.05)
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable, match="in time"):
         await source.token()
     # Who comes when the wait is over does not wait again.
-    monkeypatch.setattr("eoepca_security.session.source.PATIENCE", 60.0)
+    monkeypatch.setattr("eoepca_security.session.token_cycle.PATIENCE", 60.0)
     with pytest.raises(IssuerUnavailable, match="in time"):
         await asyncio.wait_for(source.token(), 5)
     issuer.gate.set()
@@ -151,7 +152,7 @@ async def test_a_refused_token_costs_one_wait_and_not_two(
     source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = await source.token()
-    monkeypatch.setattr("eoepca_security.session.source.MAX_WAIT", 0.5)
+    monkeypatch.setattr("eoepca_security.session.token_cycle.MAX_WAIT", 0.5)
     issuer.gate.clear()
     monkeypatch.setattr(source, "_token", None)
     started = time.monotonic()
@@ -174,7 +175,7 @@ async def test_a_token_that_ends_while_it_is_checked_is_not_given(issuer: Issuer
 async def test_a_refresh_that_never_ends_is_given_up(
     source: TokenSource, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eoepca_security.session.source._GIVE_UP", 0.05)
+    monkeypatch.setattr("eoepca_security.session.token_cycle._GIVE_UP", 0.05)
     issuer.gate.clear()
     with pytest.raises(IssuerUnavailable, match="did not answer"):
         await source.token()
@@ -366,8 +367,8 @@ async def test_a_log_that_raises_costs_nothing(
     def emit(*_: object) -> None:
         raise UnicodeEncodeError("ascii", "\N{SNOWMAN}", 0, 1, "the terminal has no such letter")
 
-    monkeypatch.setattr("eoepca_security.session.source.logger.warning", emit)
-    monkeypatch.setattr("eoepca_security.session.source.PATIENCE", 0.0)
+    monkeypatch.setattr("eoepca_security.session.token_cycle.logger.warning", emit)
+    monkeypatch.setattr("eoepca_security.session.token_cycle.PATIENCE", 0.0)
     issuer.answers = [CredentialsRejected("no"), CredentialsRejected("no")]
     for _ in range(5):
         with pytest.raises(CredentialsRejected):
@@ -540,7 +541,7 @@ async def test_a_store_that_hangs_does_not_hold_up_a_refusal(
             assert not self.hangs or gate.wait(10)
             return 1
 
-    monkeypatch.setattr("eoepca_security.session.source.PATIENCE", 0.05)
+    monkeypatch.setattr("eoepca_security.session.token_cycle.PATIENCE", 0.05)
     store = Hanging()
     source = TokenSource(issuer, refresh_token="first", store=store, now=clock)
     issuer.answers = [CredentialsRejected("no") for _ in range(9)]
