@@ -36,7 +36,9 @@ from eoepca_security.oauth.protocol import (
     ProviderMetadata,
     TokenRequest,
     TokenResponse,
+    build_exchange_request,
     build_token_request,
+    read_exchange_response,
     read_metadata,
     read_token_response,
 )
@@ -118,22 +120,46 @@ class Provider:
         """Return the issuer's discovery document; raises IssuerUnavailable."""
         return self._metadata.get()
 
-    def request_token(self, refresh_token: str | None) -> TokenResponse:
+    def request_token(
+        self, refresh_token: str | None, *, scope: str | None = None, resource: str | None = None
+    ) -> TokenResponse:
         """Get an access token with `refresh_token`, or with the client's own credentials when it is None.
 
-        Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
+        `scope` takes the place of the provider's. `resource` is the URI of the service that the token is for
+        (RFC 8707). Raises IssuerUnavailable, CredentialsRejected or TokenInvalid.
         """
-        metadata = self._metadata.get(anew=self._in_doubt)
-        self._in_doubt = False
-        if not metadata.token_endpoint:
-            raise IssuerUnavailable(f"{self._discovery_url} has no token_endpoint", url=self._discovery_url)
         request = build_token_request(
-            self._client, metadata, now=self.now(), refresh_token=refresh_token, scope=self._scope
+            self._client,
+            self._token_metadata(),
+            now=self.now(),
+            refresh_token=refresh_token,
+            scope=self._scope if scope is None else scope,
+            resource=resource,
         )
-        answer = self._post(request)
-        # The endpoint may have moved, or the issuer may no longer support our client authentication.
-        self._in_doubt = answer.status in (401, 404, 405, 410)
+        answer = self._post_to_token_endpoint(request)
         return read_token_response(
+            answer.status, answer.body, retry_after=_retry_after(answer), secrets=self._secrets(request)
+        )
+
+    def exchange_token(
+        self, subject_token: str, *, audience: str | None = None, resource: str | None = None, scope: str | None = None
+    ) -> TokenResponse:
+        """Get an access token for another service in exchange for the user's access token (RFC 8693).
+
+        `audience` is the service's name at the issuer and `resource` its URI. The provider's own scope is not sent.
+        Raises the same errors as `request_token`.
+        """
+        request = build_exchange_request(
+            self._client,
+            self._token_metadata(),
+            now=self.now(),
+            subject_token=subject_token,
+            audience=audience,
+            resource=resource,
+            scope=scope,
+        )
+        answer = self._post_to_token_endpoint(request)
+        return read_exchange_response(
             answer.status, answer.body, retry_after=_retry_after(answer), secrets=self._secrets(request)
         )
 
@@ -222,6 +248,19 @@ class Provider:
         with contextlib.suppress(NoKeyFits):
             return (await self._keys.soon()).confirm(token)
         return (await self._keys.soon(anew=True)).confirm(token)
+
+    def _token_metadata(self) -> ProviderMetadata:
+        metadata = self._metadata.get(anew=self._in_doubt)
+        self._in_doubt = False
+        if not metadata.token_endpoint:
+            raise IssuerUnavailable(f"{self._discovery_url} has no token_endpoint", url=self._discovery_url)
+        return metadata
+
+    def _post_to_token_endpoint(self, request: TokenRequest) -> Answer:
+        answer = self._post(request)
+        # The endpoint may have moved, or the issuer may no longer support our client authentication.
+        self._in_doubt = answer.status in (401, 404, 405, 410)
+        return answer
 
     def _post(self, request: TokenRequest) -> Answer:
         return self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)

@@ -38,9 +38,15 @@ CLIENT_AUTH_METHODS: Final = (
 ASSERTION_AUDIENCES: Final = ("issuer", "token_endpoint")
 GRANTS: Final = ("refresh_token", "client_credentials")
 
+EXCHANGE_GRANT: Final = "urn:ietf:params:oauth:grant-type:token-exchange"
+ACCESS_TOKEN_TYPE: Final = "urn:ietf:params:oauth:token-type:access_token"  # noqa: S105  a name, not a secret
+JWT_TYPE: Final = "urn:ietf:params:oauth:token-type:jwt"
 
 ASSERTION_LIFETIME: Final = 60
 """How long a client assertion is valid, in seconds (RFC 7523 §3: it must expire)."""
+
+MAX_SCOPE: Final = 4000
+"""The longest scope that is kept from an answer, in characters."""
 
 MAX_LIFETIME: Final = 10 * 365 * 86_400.0
 """The longest accepted lifetime of a token in seconds: 10 years. Some issuers send numbers for "never expires" that
@@ -103,7 +109,11 @@ RESERVED_PARAMS: Final = frozenset(
         "password",
     }
 )
-"""Parameters that the protocol defines, so that `Client.params` must not have them."""
+"""Parameters that the protocol defines, so that `Client.params` must not have them.
+
+`audience` and `resource` are not among them: some issuers want one at every login. A request with a target of its own
+goes without those of `Client.params`.
+"""
 
 _PASSING_STATUSES: Final = (408, 425, 429)  # RFC 9110 §15.5.9, RFC 8470 §5.2, RFC 6585 §4
 _UNCLEAR_STATUSES: Final = (400, 401, 403)
@@ -158,7 +168,10 @@ class TokenRequest:
     @property
     def secrets(self) -> tuple[str, ...]:
         """The secrets in the request, as sent."""
-        names = ("refresh_token", "client_secret", "client_assertion", "code", "code_verifier", "device_code", "token")
+        names = (
+            *("refresh_token", "client_secret", "client_assertion", "code", "code_verifier", "device_code", "token"),
+            "subject_token",
+        )
         credentials = self.headers.get("Authorization", "").rpartition(" ")[2]
         return (credentials, *(self.form[name] for name in names if name in self.form))
 
@@ -174,7 +187,7 @@ class TokenResponse:
     """The refresh token's lifetime (Keycloak). None when it does not expire, as in offline sessions."""
     id_token: str | None = field(default=None, repr=False)
     scope: str | None = None
-    """What was granted, or None when it was not given: then it is what was asked for."""
+    """The token's scope, if the answer names it. Issuers may leave it out when it is the requested one."""
 
 
 def read_metadata(
@@ -263,17 +276,72 @@ def build_token_request(
     now: float,
     refresh_token: str | None = None,
     scope: str | None = None,
+    resource: str | None = None,
 ) -> TokenRequest:
     """Build a refresh request (RFC 6749 §6), or without a refresh token a client credentials request (RFC 6749 §4.4).
 
-    `now` is in epoch seconds. Raises the same errors as `choose_auth_method`.
+    `resource` is the URI of the service that the token is for (RFC 8707 §2.2). `now` is in epoch seconds. Raises the
+    same errors as `choose_auth_method`.
     """
     form = {"grant_type": "client_credentials"}
     if refresh_token is not None:
         form = {"grant_type": "refresh_token", "refresh_token": refresh_token}
     if scope is not None:
         form["scope"] = scope
-    return build_client_request(client, metadata, metadata.token_endpoint, {**client.params, **form}, now=now)
+    form |= _target(resource=resource)
+    return build_client_request(client, metadata, metadata.token_endpoint, {**_params(client, form), **form}, now=now)
+
+
+def build_exchange_request(
+    client: Client,
+    metadata: ProviderMetadata,
+    *,
+    now: float,
+    subject_token: str,
+    audience: str | None = None,
+    resource: str | None = None,
+    scope: str | None = None,
+) -> TokenRequest:
+    """Build a request for an access token of the same user for another service (RFC 8693 §2.1).
+
+    `subject_token` is the user's access token. `audience` is the service's name at the issuer, and `resource` its URI.
+    `offline_access` in `scope` is left out, because it would start a session. `now` is in epoch seconds. Raises the
+    same errors as `choose_auth_method`.
+    """
+    form = {
+        "grant_type": EXCHANGE_GRANT,
+        "subject_token": subject_token,
+        "subject_token_type": ACCESS_TOKEN_TYPE,
+        "requested_token_type": ACCESS_TOKEN_TYPE,
+        **_target(audience=audience, resource=resource),
+    }
+    if scopes := [name for name in (scope or "").split() if name != "offline_access"]:
+        form["scope"] = " ".join(scopes)
+    return build_client_request(client, metadata, metadata.token_endpoint, {**_params(client, form), **form}, now=now)
+
+
+def narrow_scope(scope: str, login_scope: str | None) -> str:
+    """Return the scope to ask for in a refresh that needs only `scope` (RFC 6749 §6).
+
+    It keeps what makes a session last: some issuers give no refresh token, or end an offline session, without it.
+    `login_scope` is the scope of the login, or None if it is not known.
+    """
+    kept = [name for name in ("openid", "offline_access") if name in (login_scope or "").split()]
+    return " ".join(dict.fromkeys([*scope.split(), *kept]))
+
+
+def _target(**target: str | None) -> dict[str, str]:
+    return {name: value for name, value in target.items() if value is not None}
+
+
+def _params(client: Client, form: Mapping[str, str]) -> dict[str, str]:
+    """Return the client's own parameters for a request with `form`.
+
+    If the request has a target, the client's is left out: the token would be for both (RFC 8693 §2.1, RFC 8707 §2).
+    """
+    targets = {"audience", "resource"}
+    left_out = targets if targets & form.keys() else set()
+    return {name: value for name, value in client.params.items() if name not in left_out}
 
 
 def build_client_request(
@@ -321,11 +389,32 @@ def read_token_response(
             refresh_token=refresh_token,
             refresh_expires_in=read_seconds(answer.get("refresh_expires_in")),
             id_token=read_text(answer.get("id_token")),
-            scope=read_text(answer.get("scope"), "[!-~]+( [!-~]+)*"),
+            scope=_scope(answer),
         )
     except TokenInvalid as error:
         error.refresh_token = refresh_token
         raise
+
+
+def read_exchange_response(
+    status: int, body: bytes, *, retry_after: float | None = None, secrets: Collection[str] = ()
+) -> TokenResponse:
+    """Read the answer to an exchange (RFC 8693 §2.2). Raises the same errors as `read_token_response`.
+
+    It must say that it is an access token. A refresh token that comes with it is not used: it would be a session
+    besides the login's, which nobody ends.
+    """
+    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets)
+    issued = answer.get("issued_token_type")
+    if issued not in (ACCESS_TOKEN_TYPE, JWT_TYPE):
+        shown = without_secrets(issued, secrets) or "unknown"
+        raise TokenInvalid(f"the exchange gave a token of type {shown}; only access tokens can be forwarded")
+    return TokenResponse(
+        access_token=_access_token(answer, secrets),
+        expires_in=read_seconds(answer.get("expires_in")),
+        id_token=read_text(answer.get("id_token")),
+        scope=_scope(answer),
+    )
 
 
 def read_answer(
@@ -382,6 +471,10 @@ def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str
         shown = without_secrets(token_type, secrets) or "unknown"
         raise TokenInvalid(f"the issuer gave a token of type {shown}; only Bearer can be forwarded")
     return access_token
+
+
+def _scope(answer: Mapping[str, object]) -> str | None:
+    return read_text(answer.get("scope"), f"[ -~]{{1,{MAX_SCOPE}}}")
 
 
 def read_text(value: object, pattern: str = "[!-~]+") -> str | None:

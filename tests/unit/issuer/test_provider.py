@@ -12,7 +12,14 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, SettingsError, TokenError, TokenInvalid
 from eoepca_security.issuer.ca_trust import trust
-from eoepca_security.issuer.provider import KEYS_LIFETIME, METADATA_LIFETIME, RETRY_INTERVAL, Provider
+from eoepca_security.issuer.provider import (
+    DISCOVERY_TIMEOUT,
+    KEYS_LIFETIME,
+    METADATA_LIFETIME,
+    RETRY_INTERVAL,
+    TOKEN_TIMEOUT,
+    Provider,
+)
 from eoepca_security.issuer.transport import Answer, HttpTransport
 from eoepca_security.oauth.protocol import Client, ProviderMetadata
 from eoepca_security.session.file_store import LOCK_TIMEOUT
@@ -459,6 +466,89 @@ def test_each_token_request_is_sent_once_even_when_it_fails(provider: Provider, 
     with pytest.raises(IssuerUnavailable):
         provider.request_token(REFRESH_TOKEN)
     assert [(url, form["refresh_token"]) for url, form, _ in transport.posts] == [(TOKEN, REFRESH_TOKEN)]
+
+
+@pytest.mark.parametrize(("asked", "sent"), [(None, "openid"), ("openid stac:read", "openid stac:read")])
+def test_a_token_for_one_service_is_asked_for_by_scope_and_resource(
+    transport: FakeTransport, asked: str | None, sent: str
+) -> None:
+    provider = Provider(ISSUER, Client("client"), transport, scope="openid")
+    transport.replies[TOKEN] = ok({"access_token": "a", "token_type": "Bearer"})
+
+    provider.request_token(REFRESH_TOKEN, scope=asked, resource="https://stac.example")
+    provider.request_token(REFRESH_TOKEN)
+
+    first, second = (form for _, form, _ in transport.posts)
+    assert (first["scope"], first["resource"]) == (sent, "https://stac.example")
+    assert (second["scope"], "resource" in second) == ("openid", False)
+
+
+EXCHANGED = {
+    "access_token": "exchanged",
+    "token_type": "Bearer",
+    "issued_token_type": "urn:ietf:params:oauth:token-type:access_token",
+    "expires_in": 60,
+}
+
+
+def test_an_access_token_is_exchanged_for_one_of_another_service(transport: FakeTransport) -> None:
+    provider = Provider(ISSUER, Client("client", SECRET), transport, scope="openid offline_access")
+    transport.replies[TOKEN] = ok(EXCHANGED)
+
+    response = provider.exchange_token("subject", audience="stac-api", resource="https://stac.example", scope="read")
+
+    assert (response.access_token, response.expires_in) == ("exchanged", 60)
+    ((url, form, headers),) = transport.posts
+    assert (url, "Authorization" in headers) == (TOKEN, True)
+    assert form["subject_token"] == "subject"
+    assert [form[name] for name in ("audience", "resource", "scope")] == ["stac-api", "https://stac.example", "read"]
+    # The login's scope is no business of an exchange.
+    provider.exchange_token("subject")
+    assert "scope" not in transport.posts[-1][1]
+    assert transport.timeouts == {DISCOVERY_TIMEOUT, TOKEN_TIMEOUT}
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (ok({"error": "access_denied"}, 403), CredentialsRejected),
+        (ok({"error": "invalid_target"}, 400), CredentialsRejected),
+        (ok({**EXCHANGED, "issued_token_type": "x"}), TokenInvalid),
+        (ok({}, 503, Retry_After="7"), IssuerUnavailable),
+        (down(), IssuerUnavailable),
+    ],
+)
+def test_an_exchange_fails_as_a_refresh_does(
+    provider: Provider, transport: FakeTransport, reply: Reply, error: type[TokenError]
+) -> None:
+    transport.replies[TOKEN] = reply
+
+    with pytest.raises(error) as caught:
+        provider.exchange_token("subject", audience="stac-api")
+    if isinstance(reply, Answer) and reply.status == 503:
+        assert getattr(caught.value, "retry_after", None) == 7
+
+
+def test_an_exchange_that_an_issuer_may_have_moved_asks_it_for_its_endpoint(
+    provider: Provider, transport: FakeTransport, clock: Clock
+) -> None:
+    transport.replies[TOKEN] = ok({}, 404)
+    with pytest.raises(IssuerUnavailable):
+        provider.exchange_token("subject")
+    clock.time += RETRY_INTERVAL
+    transport.replies[DISCOVERY] = discovery(token_endpoint=TOKEN + "2")
+    transport.replies[TOKEN + "2"] = ok(EXCHANGED)
+
+    assert provider.exchange_token("subject").access_token == "exchanged"
+
+
+def test_a_token_that_an_issuer_repeats_when_it_refuses_the_exchange_is_hidden(
+    provider: Provider, transport: FakeTransport
+) -> None:
+    transport.replies[TOKEN] = ok({"error": "invalid_request", "error_description": f"bad {REFRESH_TOKEN}"}, 400)
+
+    with pytest.raises(CredentialsRejected, match=r"bad …$"):
+        provider.exchange_token(REFRESH_TOKEN)
 
 
 @pytest.mark.parametrize("was_sent", [False, True])

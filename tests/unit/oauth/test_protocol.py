@@ -19,17 +19,23 @@ from cryptography.hazmat.primitives.serialization import (
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.oauth.protocol import (
+    ACCESS_TOKEN_TYPE,
     CLIENT_AUTH_METHODS,
+    EXCHANGE_GRANT,
     GRANTS,
+    JWT_TYPE,
     MAX_LIFETIME,
     Client,
     PrivateKey,
     ProviderMetadata,
     TokenRequest,
     TokenResponse,
+    build_exchange_request,
     build_token_request,
     choose_auth_method,
     load_private_key,
+    narrow_scope,
+    read_exchange_response,
     read_metadata,
     read_token_response,
 )
@@ -470,6 +476,34 @@ def test_a_token_request_carries_the_clients_own_parameters_but_never_in_place_o
     assert "api.example" not in repr(client)
 
 
+@pytest.mark.parametrize("refresh_token", ["r-1", None])
+def test_a_token_request_names_the_resource_that_it_is_for(refresh_token: str | None) -> None:
+    client = Client("client", params={"resource": "https://other.example", "audience": "other", "tenant": "t-1"})
+    for_service = functools.partial(build_token_request, client, METADATA, now=NOW, refresh_token=refresh_token)
+
+    asked = for_service(resource="https://stac.example").form
+    # The token would be for both.
+    assert (asked["resource"], "audience" in asked, asked["tenant"]) == ("https://stac.example", False, "t-1")
+    usual = for_service().form
+    assert (usual["resource"], usual["audience"]) == ("https://other.example", "other")
+
+
+@pytest.mark.parametrize(
+    ("scope", "login_scope", "narrow"),
+    [
+        ("stac:read", "openid offline_access stac:read stac:write", "stac:read openid offline_access"),
+        ("stac:read", "stac:read openid profile", "stac:read openid"),
+        ("b a b", "offline_access", "b a offline_access"),
+        ("offline_access a openid", "openid offline_access a", "offline_access a openid"),
+        ("stac:read", None, "stac:read"),
+        ("stac:read", "openid2 offline_access.x", "stac:read"),
+        ("", "openid", "openid"),
+    ],
+)
+def test_a_narrower_refresh_keeps_what_makes_the_session_last(scope: str, login_scope: str | None, narrow: str) -> None:
+    assert narrow_scope(scope, login_scope) == narrow
+
+
 @pytest.mark.parametrize("scope", [None, "openid profile"])
 def test_a_client_credentials_request_carries_scope_and_no_refresh_token(scope: str | None) -> None:
     request = build_token_request(WITH_SECRET, metadata("client_secret_post"), now=NOW, scope=scope)
@@ -624,6 +658,131 @@ def test_every_assertion_has_a_jti_of_its_own() -> None:
 
     assert len(seen) == 50
     assert min(map(len, seen)) >= 16
+
+
+# --- exchange -----------------------------------------------------------------------------------------------------
+
+EXCHANGE = {
+    "grant_type": "urn:ietf:params:oauth:grant-type:token-exchange",
+    "subject_token": "a.b.c",
+    "subject_token_type": "urn:ietf:params:oauth:token-type:access_token",
+    "requested_token_type": "urn:ietf:params:oauth:token-type:access_token",
+}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {},
+        {"audience": "stac-api"},
+        {"resource": "https://stac.example"},
+        {"audience": "stac-api", "resource": "https://stac.example", "scope": "stac:read"},
+    ],
+)
+def test_an_exchange_asks_for_an_access_token_for_a_service(target: dict[str, str]) -> None:
+    request = build_exchange_request(Client("client"), METADATA, now=NOW, subject_token="a.b.c", **target)
+
+    assert request.url == METADATA.token_endpoint
+    assert request.form == {**EXCHANGE, **target, "client_id": "client"}
+    assert EXCHANGE["grant_type"] == EXCHANGE_GRANT
+
+
+def test_the_client_authenticates_in_an_exchange_as_everywhere() -> None:
+    basic = metadata("client_secret_basic")
+    request = build_exchange_request(WITH_SECRET, basic, now=NOW, subject_token="a.b.c", audience="stac-api")
+
+    assert request.headers == build_token_request(WITH_SECRET, basic, now=NOW).headers != {}
+    assert request.form == {**EXCHANGE, "audience": "stac-api"}
+
+
+@pytest.mark.parametrize("target", ["audience", "resource"])
+def test_a_service_is_the_only_target_of_its_exchange(target: str) -> None:
+    client = Client("client", params={"audience": "other", "resource": "https://other.example", "tenant": "t-1"})
+    request = build_exchange_request(client, METADATA, now=NOW, subject_token="a.b.c", **{target: "urn:stac"})
+
+    asked = {name: request.form.get(name) for name in ("audience", "resource", "tenant")}
+    assert asked == {"audience": None, "resource": None, "tenant": "t-1", target: "urn:stac"}
+
+
+@pytest.mark.parametrize(
+    ("scope", "sent"),
+    [
+        ("offline_access", None),
+        ("openid offline_access stac:read", "openid stac:read"),
+        ("offline_access.not", "offline_access.not"),
+        ("", None),
+    ],
+)
+def test_an_exchange_starts_no_session(scope: str, sent: str | None) -> None:
+    request = build_exchange_request(Client("client"), METADATA, now=NOW, subject_token="a.b.c", scope=scope)
+
+    assert request.form.get("scope") == sent
+
+
+def test_the_exchanged_token_is_a_secret() -> None:
+    request = build_exchange_request(Client("client"), METADATA, now=NOW, subject_token=SECRET)
+
+    assert SECRET in request.secrets
+    assert SECRET not in repr(request)
+
+
+def exchange_body(**changes: Any) -> bytes:
+    return token_body(**{"issued_token_type": ACCESS_TOKEN_TYPE, **changes})
+
+
+@pytest.mark.parametrize("kind", [ACCESS_TOKEN_TYPE, JWT_TYPE])
+@pytest.mark.parametrize("token_type", ["Bearer", "bearer"])
+def test_an_exchange_gives_an_access_token_and_no_session(kind: str, token_type: str) -> None:
+    body = exchange_body(
+        issued_token_type=kind,
+        token_type=token_type,
+        expires_in="300",
+        refresh_token="r-2",
+        refresh_expires_in=600,
+        id_token="e30.e30.x",
+        scope="stac:read",
+    )
+
+    assert read_exchange_response(200, body) == TokenResponse(
+        "a.b.c", 300, None, None, id_token="e30.e30.x", scope="stac:read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"issued_token_type": ...}, "of type unknown"),
+        ({"issued_token_type": [ACCESS_TOKEN_TYPE]}, "of type unknown"),
+        ({"issued_token_type": "urn:ietf:params:oauth:token-type:refresh_token"}, r"type urn:\S*:refresh_token; only"),
+        ({"issued_token_type": f"my-{SECRET}"}, "of type my-…"),
+        ({"token_type": "N_A"}, "of type N_A; only Bearer"),
+        ({"token_type": "DPoP"}, "of type DPoP; only Bearer"),
+        ({"access_token": ...}, "without a usable access_token"),
+        ({"access_token": "a b"}, "without a usable access_token"),
+    ],
+)
+def test_another_kind_of_token_is_not_taken_from_an_exchange(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(TokenInvalid, match=said) as caught:
+        read_exchange_response(200, exchange_body(refresh_token="r-2", **changes), secrets=(SECRET,))
+
+    assert caught.value.refresh_token is None
+
+
+@pytest.mark.parametrize("code", ["unauthorized_client", "access_denied", "invalid_target", "invalid_request"])
+def test_a_refused_exchange_says_why(code: str) -> None:
+    with pytest.raises(CredentialsRejected) as caught:
+        read_exchange_response(
+            400, json.dumps({"error": code, "error_description": f"No {SECRET}"}).encode(), secrets=(SECRET,)
+        )
+
+    assert (caught.value.issuer_error, caught.value.description) == (code, "No …")
+
+
+def test_an_exchange_at_an_issuer_that_is_busy_can_be_tried_again() -> None:
+    with pytest.raises(IssuerUnavailable) as caught:
+        read_exchange_response(503, b"", retry_after=7)
+
+    assert caught.value.retry_after == 7
 
 
 # --- token response -----------------------------------------------------------------------------------------------
@@ -923,6 +1082,15 @@ def test_the_id_token_is_read_and_not_shown() -> None:
 @pytest.mark.parametrize("refresh_token", [..., None, "", 1, True, ["r-2"], {}, "line\nbreak", "\udc80"])
 def test_an_odd_refresh_token_counts_as_none(refresh_token: object) -> None:
     assert read_token_response(200, token_body(refresh_token=refresh_token)).refresh_token is None
+
+
+@pytest.mark.parametrize(
+    ("said", "scope"),
+    [("openid stac:read", "openid stac:read"), ("", None), (["openid"], None), ("a\nb", None), ("a" * 4001, None)],
+)
+def test_the_scope_of_the_token_is_read_where_it_is_named(said: object, scope: str | None) -> None:
+    assert read_token_response(200, token_body(scope=said)).scope == scope
+    assert read_token_response(200, token_body()).scope is None
 
 
 # --- what is shown ------------------------------------------------------------------------------------------------
