@@ -1,6 +1,7 @@
 """The checked settings, as one frozen `Settings`."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final, NamedTuple, TypeVar
 
@@ -53,6 +54,66 @@ class TerminationEndpoint:
         except ValueError:
             return False
         return self.host in (None, host.name) and self.port in (None, host.port or DEFAULT_PORTS[scheme])
+
+
+TOKEN_PLACE: Final = "{token}"  # noqa: S105  not a token
+"""Where `Service.format` has the token."""
+
+
+class Site(NamedTuple):
+    """Where a service is: scheme, host in lower case (an IPv6 address without brackets), and port."""
+
+    scheme: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Service:
+    """A protected service, and the token that it gets.
+
+    `upstream` is scheme, host and port, and `path` comes before the path of each request: empty, or like `/api`.
+    Clients reach it at `port`, at `NAME.localhost` and at `hosts`, which have no port.
+
+    `token` says how its tokens are made: `shared` are the session's, `scope` and `resource` are refreshes that ask for
+    less (RFC 6749 §6) or for a resource (RFC 8707), and `exchange` is an exchange (RFC 8693). `credential` says
+    which one goes into `header`, written as `format`.
+
+    `ca_file` has the CAs for this service; None means those of the proxy.
+    """
+
+    name: str
+    upstream: str
+    path: str = ""
+    port: int | None = None
+    hosts: tuple[str, ...] = ()
+    token: str = "shared"  # noqa: S105  not a token
+    audience: str | None = None
+    resource: str | None = None
+    scope: str | None = None
+    credential: str = "access_token"
+    header: str = "Authorization"
+    format: str = f"Bearer {TOKEN_PLACE}"
+    forward_as: str = "bearer"
+    forwarded: bool = False
+    ca_file: Path | None = None
+    tls_no_verify: bool = False
+
+    def header_value(self, token: str) -> str:
+        """Return what `header` has with this token."""
+        return self.format.replace(TOKEN_PLACE, token)
+
+    @cached_property
+    def site(self) -> Site:
+        """Where the service is, for comparison."""
+        scheme, _, authority = self.upstream.partition("://")
+        name, port = parse_host(authority)
+        return Site(scheme, name.strip("[]"), port or DEFAULT_PORTS[scheme])
+
+    @property
+    def own_name(self) -> str:
+        """The name that clients on this machine can always use (RFC 6761 §6.3)."""
+        return f"{self.name}.localhost"
 
 
 @dataclass(frozen=True)
