@@ -45,6 +45,7 @@ Cause = Literal[
     "no_device_login",
     "no_browser_login",
     "no_refresh_token",
+    "no_id_token",
     # The browser came back from an issuer that we did not send it to.
     "mix_up",
     # The token's times do not match this machine's clock.

@@ -9,7 +9,7 @@ from eoepca_security.errors import CredentialsRejected, TokenInvalid
 from eoepca_security.issuer.threads import in_thread
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.verify import unverified_claims
-from eoepca_security.session.session import AccessToken, Purpose, number, token_end
+from eoepca_security.session.session import AccessToken, Purpose, RefreshSession, number, token_end
 from eoepca_security.session.source import TokenSource
 from eoepca_security.session.token_cycle import TokenCycle
 
@@ -93,6 +93,12 @@ def refreshed_tokens(login: TokenSource, purpose: Purpose, **options: Any) -> To
         return await in_thread(lambda: login.session.renew(stale, purpose))
 
     return TokenCycle(renew, follows=login, after=login.tend, news=login.session.has_news, stale="", **options)
+
+
+def client_tokens(request: Callable[[], TokenResponse], **options: Any) -> TokenCycle:
+    """Return a source of tokens that `request` gets with the client's own credentials alone; it may block."""
+    session = RefreshSession(lambda _: request(), None)
+    return TokenCycle(lambda stale: in_thread(lambda: session.renew(stale)), **options)
 
 
 def _id_token(token: AccessToken) -> AccessToken | None:

@@ -51,7 +51,7 @@ class TokenCycle:
     tells, in a thread, whether there is a reason to try again after a rejection. `follows` is the cycle whose tokens
     `renew` uses: its errors are not this one's to log or to wait for. `now` returns epoch seconds. `observe` is called
     after each attempt with its error or None, and its duration in seconds. `describe` returns the log text for an
-    error, with its remedy. `name` names the tokens in the log. An instance belongs to one event loop.
+    error, with its remedy. `service` names whose tokens these are in the log. An instance belongs to one event loop.
     """
 
     def __init__(  # noqa: PLR0913  all but the first have a default
@@ -66,7 +66,7 @@ class TokenCycle:
         now: Callable[[], float] = time.time,
         observe: Callable[[TokenError | None, float], None] | None = None,
         describe: Callable[[TokenError], str] = str,
-        name: str = "access tokens",
+        service: str | None = None,
     ) -> None:
         self._renew = renew
         self._check = check or (lambda _token: None)
@@ -77,7 +77,7 @@ class TokenCycle:
         self._now = now
         self._observe = observe or (lambda _error, _seconds: None)
         self._describe = describe
-        self._name = name
+        self._whose = f" for {service}" if service is not None else ""
         self._token: AccessToken | None = None
         self._refresh_at = 0.0
         self._refresh: asyncio.Task[TokenError | None] | None = None
@@ -229,7 +229,7 @@ class TokenCycle:
             had_failed = self._error is not None
             self._error, self._failures, self._retry_at = None, 0, 0.0
             if had_failed:
-                log(f"{self._name} are available again")
+                log(f"access tokens{self._whose} are available again")
             return None
         finally:
             self._refresh = None
@@ -264,7 +264,7 @@ class TokenCycle:
             delay = max(delay, min(error.retry_after, _LONGEST_RETRY))
         self._error, self._failures, self._retry_at = error, min(self._failures + 1, 10), self._now() + delay
         if is_news:
-            log(f"no new access token ({error.code}): {self._describe(error)}", error)
+            log(f"no new access token{self._whose} ({error.code}): {self._describe(error)}", error)
 
 
 def refresh_time(token: AccessToken, *, latency: float) -> float:

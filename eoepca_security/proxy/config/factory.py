@@ -1,23 +1,35 @@
 """Builds what the settings describe: the provider, the store, the token source and a file with the CAs."""
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from eoepca_security.errors import CredentialsRejected, SettingsError, TokenError
 from eoepca_security.issuer.ca_trust import ca_bundle, trust
 from eoepca_security.issuer.provider import Provider
 from eoepca_security.issuer.transport import HttpTransport, Transport
-from eoepca_security.oauth.protocol import TokenResponse
+from eoepca_security.oauth.protocol import TokenResponse, narrow_scope
 from eoepca_security.oauth.verify import looks_like_jwt
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.services import default_service
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import CA_FILE
 from eoepca_security.session.file_store import TokenStore
+from eoepca_security.session.service_tokens import (
+    Sources,
+    client_tokens,
+    exchanged_tokens,
+    id_tokens,
+    refreshed_tokens,
+    shared_tokens,
+)
+from eoepca_security.session.session import Purpose
 from eoepca_security.session.source import TokenSource
+from eoepca_security.session.token_cycle import TokenCycle
 
 
 def ca_bundle_file(ca_file: Path) -> IO[bytes]:
@@ -68,45 +80,113 @@ def make_logins(settings: Settings) -> TokenStore | None:
     return make_store(replace(settings, refresh_token=None)) if settings.refresh_token is not None else None
 
 
-def make_source(
+@dataclass(frozen=True)
+class Hooks:
+    """What is called about the tokens of one service, or of the login.
+
+    `observe` and `describe` are the same as for TokenSource. `learn` is called with the provider and each new valid
+    access token, in the thread that fetched it.
+    """
+
+    observe: Callable[[TokenError | None, float], None] | None = None
+    describe: Callable[[TokenError], str] = str
+    learn: Callable[[Provider, str], object] | None = None
+
+
+def make_source(settings: Settings) -> TokenSource:
+    """Return the source of the login's own tokens. It does not ask the issuer yet."""
+    return make_sources(replace(settings, services=())).login
+
+
+def make_sources(
     settings: Settings,
     *,
     continues: TokenSource | None = None,
     joins: bool = False,
-    observe: Callable[[TokenError | None, float], None] | None = None,
-    describe: Callable[[TokenError], str] = str,
-    learn: Callable[[Provider, str], object] | None = None,
-) -> TokenSource:
-    """Return the token source that the settings describe. It does not ask the issuer yet.
+    hooks: Callable[[Service | None], Hooks] = lambda _service: Hooks(),
+) -> Sources:
+    """Return the token sources of the login and of each service. They do not ask the issuer yet.
 
-    `continues`, `joins`, `observe` and `describe` are the same as for TokenSource. `learn` is called with the provider
-    and each new valid access token, in the thread that fetched it.
+    `continues` and `joins` are the same as for TokenSource. `hooks` returns those of a service, or those of the login
+    for None. A service that gets the login's own tokens, and is alone, shares its source.
     """
     provider = make_provider(settings)
+    services = settings.services or (default_service("", audience=settings.audience, forward_as=settings.forward_as),)
+    narrows = any(service.token == "scope" for service in services)  # noqa: S105  the kind of token
+    alone = services[0] if len(services) == 1 and services[0].takes_login_token else None
+    login_hooks = hooks(alone)
 
     def request_token(refresh_token: str | None) -> TokenResponse:
-        if settings.grant == "refresh_token" and refresh_token is None:
-            raise CredentialsRejected("there is no session", cause="no_session")
-        return provider.request_token(refresh_token)
+        # After a refresh for less, some issuers give no more than that unless they are asked (RFC 6749 §6).
+        scope = login.session.scope if narrows else None
+        return provider.request_token(_session_token(settings, refresh_token), scope=settings.scope or scope)
 
-    def check(token: str) -> None:
-        check_audience(token)
-        if learn is not None:
-            learn(provider, token)
-
-    def check_audience(token: str) -> None:
-        if settings.audience is not None and looks_like_jwt(token):
-            provider.verify(token, settings.audience)
-
-    return TokenSource(
+    login = TokenSource(
         request_token,
         refresh_token=settings.refresh_token,
         access_token=settings.access_token,
         store=make_store(settings),
         logins=make_logins(settings),
-        check=check,
+        check=_check(provider, alone, login_hooks),
         continues=continues,
         joins=joins,
-        observe=observe,
-        describe=describe,
+        observe=login_hooks.observe,
+        describe=login_hooks.describe,
     )
+    if alone is not None:
+        return Sources(login, {alone.name: login})
+    cycles = {}
+    for service in services:
+        own = hooks(service)
+        options: dict[str, Any] = {
+            "check": _check(provider, service, own),
+            "observe": own.observe,
+            "describe": own.describe,
+            "service": service.name,
+        }
+        cycles[service.name] = _service_tokens(settings, provider, login, service, options)
+    return Sources(login, cycles)
+
+
+def _service_tokens(
+    settings: Settings, provider: Provider, login: TokenSource, service: Service, options: dict[str, Any]
+) -> TokenCycle:
+    if service.token == "exchange":  # noqa: S105  as above
+        return exchanged_tokens(
+            login,
+            partial(provider.exchange_token, audience=service.audience, resource=service.resource, scope=service.scope),
+            **options,
+        )
+    if service.token in ("scope", "resource"):
+
+        def request(refresh_token: str | None, login_scope: str | None) -> TokenResponse:
+            scope = narrow_scope(service.scope, settings.scope or login_scope) if service.scope is not None else None
+            return provider.request_token(
+                _session_token(settings, refresh_token), scope=scope, resource=service.resource
+            )
+
+        if settings.grant == "client_credentials":
+            return client_tokens(lambda: request(None, None), **options)
+        key = json.dumps([service.name, service.token, service.scope, service.resource])
+        return refreshed_tokens(login, Purpose(key, request), **options)
+    if service.credential == "id_token":
+        return id_tokens(login, **options)
+    return shared_tokens(login, **options)
+
+
+def _session_token(settings: Settings, refresh_token: str | None) -> str | None:
+    if settings.grant == "refresh_token" and refresh_token is None:
+        raise CredentialsRejected("there is no session", cause="no_session")
+    return refresh_token
+
+
+def _check(provider: Provider, service: Service | None, hooks: Hooks) -> Callable[[str], None]:
+    """Return what looks at each new token: it must be for the service, if the settings say what that takes."""
+
+    def check(token: str) -> None:
+        if service is not None and service.audience is not None and looks_like_jwt(token):
+            provider.verify(token, service.audience)
+        if hooks.learn is not None:
+            hooks.learn(provider, token)
+
+    return check
