@@ -95,10 +95,12 @@ def refreshed_tokens(login: TokenSource, purpose: Purpose, **options: Any) -> To
     return TokenCycle(renew, follows=login, after=login.tend, news=login.session.has_news, stale="", **options)
 
 
-def client_tokens(request: Callable[[], TokenResponse], **options: Any) -> TokenCycle:
+def client_tokens(
+    request: Callable[[], TokenResponse], *, now: Callable[[], float] = time.time, **options: Any
+) -> TokenCycle:
     """Return a source of tokens that `request` gets with the client's own credentials alone; it may block."""
-    session = RefreshSession(lambda _: request(), None)
-    return TokenCycle(lambda stale: in_thread(lambda: session.renew(stale)), **options)
+    session = RefreshSession(lambda _: request(), None, now=now)
+    return TokenCycle(lambda stale: in_thread(lambda: session.renew(stale)), now=now, **options)
 
 
 def _id_token(token: AccessToken) -> AccessToken | None:
