@@ -6,7 +6,7 @@ through the proxy again, because it has no token. Bodies are not changed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from eoepca_security.oauth.urls import DEFAULT_PORTS, parse_host
@@ -27,8 +27,11 @@ _FOR_READERS: Final = (b"access-control-expose-headers", b"timing-allow-origin")
 _OF_REQUESTS: Final = frozenset({b"origin", b"referer"})
 _OF_RESPONSES: Final = frozenset({b"location", b"content-location", b"refresh"})  # RFC 9110 §10.2.2, §8.7
 
+Rewrite = Callable[[bytes], bytes]
+"""Returns a URL as it should be instead."""
+
 _URL: Final = re.compile(rb"([A-Za-z]+:)?//([^/?#]*)")
-_REFRESH: Final = re.compile(rb"""\s*[0-9.]+\s*[;,]\s*(?:url\s*=\s*)?["']?""", re.IGNORECASE)
+_REFRESH: Final = re.compile(rb"""(\s*[0-9.]+\s*[;,]\s*(?:url\s*=\s*)?(["']?))(.*)""", re.IGNORECASE | re.DOTALL)
 
 _COOKIES: Final = frozenset({b"cookie", b"set-cookie"})
 
@@ -37,9 +40,17 @@ _ALWAYS_SECURE: Final = (b"__secure-", b"__host-", b"__http-", b"__host-http-")
 _NEEDS_SECURE: Final = (b"secure", b"partitioned", b"samesite=none")
 
 
-def naming_the_service(fields: Fields, proxy: str, service: str) -> Fields:
-    """Return a request's fields with `Origin` and `Referer` as if the page had come from the service."""
-    return _moved_in(fields, _OF_REQUESTS, proxy, service)
+def naming_the_service(fields: Fields, proxy: str, service: str, prefix: str = "") -> Fields:
+    """Return a request's fields with `Origin` and `Referer` as if the page had come from the service.
+
+    `prefix` is the path that the service has before the path of each request: empty, or like `/api`.
+    """
+
+    def rewritten(name: bytes, value: bytes) -> bytes:
+        # An origin has no path.
+        return _moved(value, proxy, service if name == b"origin" else service + prefix)
+
+    return _with_values(fields, _OF_REQUESTS, rewritten)
 
 
 def naming_the_proxy(fields: Fields, proxy: str, service: str) -> Fields:
@@ -47,7 +58,16 @@ def naming_the_proxy(fields: Fields, proxy: str, service: str) -> Fields:
 
     This includes the `http://` address of an https service: many services do not know about the TLS in front of them.
     """
-    return _moved_in(fields, _OF_RESPONSES, service, proxy, is_downgraded=True)
+    return with_locations(fields, lambda url: _moved(url, service, proxy, is_downgraded=True))
+
+
+def with_locations(fields: Fields, rewrite: Rewrite) -> Fields:
+    """Return a response's fields with `rewrite` applied to the URLs that the client should go to."""
+
+    def rewritten(name: bytes, value: bytes) -> bytes:
+        return _refresh(value, rewrite) if name == b"refresh" else rewrite(value)
+
+    return _with_values(fields, _OF_RESPONSES, rewritten)
 
 
 def without_cookies(fields: Fields) -> Fields:
@@ -55,24 +75,36 @@ def without_cookies(fields: Fields) -> Fields:
     return tuple(field for field in fields if field[0].lower() not in _COOKIES)
 
 
-def with_usable_cookies(fields: Fields, proxy: str) -> Fields:
+def with_usable_cookies(fields: Fields, proxy: str, prefix: str = "") -> Fields:
     """Return a response's fields with cookies that clients accept from `proxy` and send back to it.
 
     `Domain` names the service, so it is removed. So are `Secure` and what depends on it if the client uses http, unless
-    the cookie's name requires `Secure`: some browsers accept such cookies from localhost.
+    the cookie's name requires `Secure`: some browsers accept such cookies from localhost. `Path` loses the service's
+    `prefix`. A path outside of it, which the client cannot name, becomes `/`.
     """
     if not any(name.lower() == b"set-cookie" for name, _ in fields):
         return fields
     dropped = _NEEDS_SECURE if proxy.startswith("http://") else ()
-    return tuple((name, _usable(value, dropped) if name.lower() == b"set-cookie" else value) for name, value in fields)
+    return tuple(
+        (name, _usable(value, dropped, prefix.encode()) if name.lower() == b"set-cookie" else value)
+        for name, value in fields
+    )
 
 
-def _usable(cookie: bytes, dropped: tuple[bytes, ...]) -> bytes:
+def _usable(cookie: bytes, dropped: tuple[bytes, ...], prefix: bytes) -> bytes:
     pair, *attributes = cookie.split(b";")
     if pair.strip().lower().startswith(_ALWAYS_SECURE):
         dropped = ()
     kept = [a for a in attributes if (plain := re.sub(rb"\s", b"", a).lower()) not in dropped and not _is_domain(plain)]
-    return b";".join([pair, *kept])
+    return b";".join([pair, *(_without_prefix(attribute, prefix) for attribute in kept)])
+
+
+def _without_prefix(attribute: bytes, prefix: bytes) -> bytes:
+    name, _, value = attribute.partition(b"=")
+    path = value.strip()
+    if not prefix or name.strip().lower() != b"path" or not path.startswith(b"/"):
+        return attribute
+    return name + b"=" + (path.removeprefix(prefix) if path.startswith(prefix + b"/") else b"/")
 
 
 def _is_domain(attribute: bytes) -> bool:
@@ -87,33 +119,41 @@ def shared(fields: Fields, sharing: Mapping[str, str] | None) -> Fields:
     return (*passed, *added)
 
 
-def _moved_in(fields: Fields, names: frozenset[bytes], old: str, new: str, *, is_downgraded: bool = False) -> Fields:
+def _with_values(fields: Fields, names: frozenset[bytes], rewritten: Callable[[bytes, bytes], bytes]) -> Fields:
     # Most messages have none of them.
     if names.isdisjoint([name.lower() for name, _ in fields]):
         return fields
-    moved = []
-    for name, value in fields:
-        start = _REFRESH.match(value) if name.lower() == b"refresh" else None
-        begin = start.end() if start is not None else 0
-        is_meant = name.lower() in names
-        moved.append((name, value[:begin] + _moved(value[begin:], old, new, is_downgraded) if is_meant else value))
-    return tuple(moved)
+    return tuple(
+        (name, rewritten(lower, value) if (lower := name.lower()) in names else value) for name, value in fields
+    )
 
 
-def _moved(value: bytes, old: str, new: str, is_downgraded: bool) -> bytes:
+def _refresh(value: bytes, rewrite: Rewrite) -> bytes:
+    match = _REFRESH.fullmatch(value)
+    if match is None:
+        return value
+    begin, quote, rest = match.groups()
+    url, end_quote, end = rest.partition(quote) if quote else (rest, b"", b"")
+    return begin + rewrite(url) + end_quote + end
+
+
+def _moved(value: bytes, old: str, new: str, *, is_downgraded: bool = False) -> bytes:
     match = _URL.match(value)
     if match is None:
         return value
     scheme = (match[1] or b"").decode("latin-1").lower().rstrip(":")
     try:
-        is_old = _is_same(scheme, match[2].decode("latin-1"), old, is_downgraded)
+        is_old = is_of_origin(scheme, match[2].decode("latin-1"), old, is_downgraded=is_downgraded)
     except ValueError:
         return value
     return new.encode() + value[match.end() :] if is_old else value
 
 
-def _is_same(scheme: str, authority: str, origin: str, is_downgraded: bool) -> bool:
-    """Tell whether a URL, whose scheme may be missing, is of `origin`; raises ValueError for one that is none."""
+def is_of_origin(scheme: str, authority: str, origin: str, *, is_downgraded: bool = False) -> bool:
+    """Tell whether a URL, whose scheme may be missing, is of `origin`; raises ValueError for one that is none.
+
+    With `is_downgraded`, the `http://` address of an https origin is too.
+    """
     own_scheme, _, own_authority = origin.partition("://")
     host, own = parse_host(authority), parse_host(own_authority)
     port, own_port = host.port or DEFAULT_PORTS.get(scheme or own_scheme), own.port or DEFAULT_PORTS.get(own_scheme)

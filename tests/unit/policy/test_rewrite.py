@@ -6,6 +6,7 @@ from eoepca_security.proxy.policy.rewrite import (
     naming_the_proxy,
     naming_the_service,
     shared,
+    with_locations,
     with_usable_cookies,
     without_cookies,
 )
@@ -110,6 +111,30 @@ def test_cookies_fit_the_address_that_the_client_uses(proxy: str, cookie: str, e
     assert with_usable_cookies(fields, proxy) == ((b"set-cookie", expected.encode()), (b"X", b"Secure"))
 
 
+@pytest.mark.parametrize(
+    ("cookie", "expected"),
+    [
+        ("a=b; Path=/api/x", "a=b; Path=/x"),
+        ("a=b;PATH = /api/x/ ; HttpOnly", "a=b;PATH =/x/; HttpOnly"),
+        ("a=b; Path=/api/; path=/api", "a=b; Path=/; path=/"),
+        ("a=b; Path=/api//evil", "a=b; Path=//evil"),
+        ("a=b; Path=/", "a=b; Path=/"),
+        ("__Host-a=b; Path=/; Secure", "__Host-a=b; Path=/; Secure"),
+        ("a=b; Path=/apis/x", "a=b; Path=/"),
+        ("a=b; Path=/other", "a=b; Path=/"),
+        # Clients take the folder of the page for these (RFC 6265 §5.1.4), which they see without the prefix.
+        ("a=b", "a=b"),
+        ("a=b; Path", "a=b; Path"),
+        ("a=b; Path=api", "a=b; Path=api"),
+        ("Path=/api/x; X-Path=/api/x", "Path=/api/x; X-Path=/api/x"),
+    ],
+)
+def test_paths_of_cookies_are_those_that_the_client_uses(cookie: str, expected: str) -> None:
+    assert with_usable_cookies(((b"Set-Cookie", cookie.encode()),), PROXY, "/api") == (
+        (b"Set-Cookie", expected.encode()),
+    )
+
+
 def test_cookies_are_dropped() -> None:
     kept = ((b"Accept", b"a=b"), (b"X-Cookie", b"a=b"))
     cookies = ((b"cookie", b"a=b"), (b"Cookie", b"c=d"), (b"SET-COOKIE", b"e=f"))
@@ -123,6 +148,40 @@ def test_a_page_of_the_proxy_is_one_of_the_service() -> None:
         (b"origin", SERVICE.encode()),
         (b"Referer", f"{SERVICE}/lab?x=http://localhost:8080/".encode()),
     )
+
+
+def test_a_page_of_the_proxy_has_the_services_prefix() -> None:
+    fields = ((b"Origin", PROXY.encode()), (b"referer", f"{PROXY}/x?y".encode()), (b"Referer", PROXY.encode()))
+    assert naming_the_service(fields, PROXY, SERVICE, "/api") == (
+        (b"Origin", SERVICE.encode()),
+        (b"referer", f"{SERVICE}/api/x?y".encode()),
+        (b"Referer", f"{SERVICE}/api".encode()),
+    )
+
+
+def test_all_locations_can_be_rewritten() -> None:
+    fields = (
+        (b"LOCATION", b"/a"),
+        (b"Content-Location", b""),
+        (b"Link", b"/a"),
+        (b"refresh", b"5"),
+        (b"refresh", b"5;"),
+        (b"Refresh", b"0; URL = /a"),
+        (b"Refresh", b"0;url='/a'; b"),
+        (b"Refresh", b'0;"/a'),
+        (b"Refresh", b"/a"),
+    )
+    assert [value for _, value in with_locations(fields, lambda url: b"<" + url + b">")] == [
+        b"</a>",
+        b"<>",
+        b"/a",
+        b"5",
+        b"5;<>",
+        b"0; URL = </a>",
+        b"0;url='</a>'; b",
+        b'0;"</a>',
+        b"/a",
+    ]
 
 
 @pytest.mark.parametrize("origin", ["null", "https://app.example", "http://localhost:3000", "https://localhost:8080"])
