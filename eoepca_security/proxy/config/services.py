@@ -30,8 +30,8 @@ _KEYS: Final = (
 )
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # a DNS label (RFC 1123 §2.1)
-# The `pchar` of RFC 3986 §3.3 without % and ;, which servers read in different ways.
-_PATH: Final = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,=:@-]+)*")
+# The `pchar` of RFC 3986 §3.3 without % and ; and dots at the end, which servers read in different ways.
+_PATH: Final = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,=:@-]+(?<!\.))*")
 _SCOPE: Final = re.compile(r"[!#-\[\]-~]+( [!#-\[\]-~]+)*")  # RFC 6749 §3.3
 _ABSOLUTE_URI: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[A-Za-z0-9._~:/?@!$&'()*+,;=%\[\]-]+")  # RFC 3986 §4.3
 _FIELD_NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 §5.1
@@ -241,10 +241,10 @@ class _Table:
             self._problem("url", "contains a user name or password: remove the part before the @")
         elif "?" in url or "#" in url:
             self._problem("url", "has a ? or # part: remove it")
-        elif _PATH.fullmatch(path) is None or {".", ".."} & set(path.split("/")):
+        elif _PATH.fullmatch(path) is None:
             self._problem(
                 "url",
-                "has a path that servers could read in different ways: use one like /api, without //, ., .., ; or %",
+                "has a path that servers could read in different ways: use one like /api, without //, ;, % and ./",
             )
         else:
             return f"{parts.scheme}://{host}", path
