@@ -28,7 +28,9 @@ def answer(flow: HTTPFlow, where: Destination, state: State) -> Response | None:
             return _refuse(flow, refusal)
     if state.guard.preflight(request.method, request.headers.get_all) is not None:
         return Response.make(204)
-    return _termination(flow, where, state)
+    if (ending := _termination(flow, where, state)) is not None:
+        return ending
+    return _refuse(flow, where.refusal) if where.refusal is not None else None
 
 
 def _refuse(flow: HTTPFlow, refusal: Refusal) -> Response:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,15 +11,16 @@ from mitmproxy.addonmanager import Loader
 from mitmproxy.exceptions import OptionsError
 from mitmproxy.proxy.mode_specs import ProxyMode
 
-from eoepca_security.errors import SettingsError
+from eoepca_security.errors import SettingsError, TokenError
 from eoepca_security.issuer.threads import DaemonThreads
 from eoepca_security.oauth.urls import ANY_LOCALHOST, EVERYWHERE, LOOPBACK_NAMES
 from eoepca_security.proxy.addons import mitmproxy_options
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.command import this_command
-from eoepca_security.proxy.config.factory import ca_bundle_file
+from eoepca_security.proxy.config.factory import Hooks, ca_bundle_file
 from eoepca_security.proxy.config.loading import settings_in
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.services import DEFAULT, services_of
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import OPTIONS
 from eoepca_security.proxy.patches import (
     certificate_authority,
@@ -30,6 +32,8 @@ from eoepca_security.proxy.patches import (
 from eoepca_security.proxy.patches.hook_cache import cache_hooks
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.apisix import ApisixHeaders
+from eoepca_security.proxy.policy.routing import Routes
+from eoepca_security.session.service_tokens import Sources
 from eoepca_security.session.source import TokenSource
 
 OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
@@ -50,7 +54,8 @@ def hand_over(settings: Settings, source: TokenSource) -> None:
 class Configuration:
     """Declares the options, and creates the settings, the guard and the token source from their values.
 
-    `settings` come from the launcher, or are None. `make_source` and `observe` are the same as in `config.factory`.
+    `settings` come from the launcher, or are None. `make_sources` is that of `config.factory`. `observe` is told
+    of each attempt to get a token: for which service (None is the login), its error or None, and its seconds.
     """
 
     def __init__(
@@ -59,13 +64,13 @@ class Configuration:
         settings: Settings | None,
         *,
         joins: bool,
-        make_source: Callable[..., TokenSource],
-        observe: Callable[..., None],
+        make_sources: Callable[..., Sources],
+        observe: Callable[[Service | None, TokenError | None, float], None],
     ) -> None:
         self._state = state
         self._given = settings
         self._joins = joins
-        self._make_source = make_source
+        self._make_sources = make_sources
         self._observe = observe
         self._settings_problems: list[str] | None = None
 
@@ -94,7 +99,11 @@ class Configuration:
         state.problems = problems
         if state.settings is not None:
             hosts = state.settings.allowed_hosts or (*LOOPBACK_NAMES, ANY_LOCALHOST, *_own_hosts())
-            state.guard = Guard(hosts, state.settings.allowed_origins)
+            if state.routes is None:
+                state.guard = Guard(hosts, state.settings.allowed_origins)
+            else:
+                names = state.routes.names
+                state.guard = Guard((*hosts, *names), state.settings.allowed_origins, names=names)
 
     def _read_settings(self) -> list[str]:
         """Apply the settings, or return a line for each error in them."""
@@ -119,18 +128,24 @@ class Configuration:
         state.settings = settings
         client_timeout.set_limit(settings.client_timeout)
         http_stream.budget.limit = settings.held_bytes // settings.workers
-        state.apisix = ApisixHeaders(state.describe) if settings.forward_as == "apisix" else None
-        state.source = self._make_source(
-            settings,
-            continues=before if is_same_login else None,
-            joins=self._joins,
-            observe=self._observe,
-            describe=state.describe,
-            learn=state.apisix.learn if state.apisix is not None else None,
+        services = services_of(settings)
+        state.routes = Routes(settings.services) if settings.services else None
+        state.default = next((service for service in services if service.name == DEFAULT), None)
+        state.apisix = {
+            service.name: ApisixHeaders(state.describe) for service in services if service.forward_as == "apisix"
+        }
+        state.sources = self._make_sources(
+            settings, continues=before if is_same_login else None, joins=self._joins, hooks=self._hooks
         )
         if before is not None:
             before.retire()
         return []
+
+    def _hooks(self, service: Service | None) -> Hooks:
+        apisix = self._state.apisix.get(service.name) if service is not None else None
+        return Hooks(
+            partial(self._observe, service), self._state.describe, apisix.learn if apisix is not None else None
+        )
 
     def _trust_upstream(self, settings: Settings) -> None:
         """Set for mitmdump -s what the launcher sets with mitmproxy's arguments."""

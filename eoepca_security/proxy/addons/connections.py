@@ -39,7 +39,7 @@ class Connections:
         """Verify the certificate for the host that gets the token, not for a host in the client's own TLS handshake."""
         server, address = data.server, data.server.address
         is_reverse = isinstance(data.client.proxy_mode, ReverseMode)
-        if address is not None and (is_reverse or may_inject(self._state.settings, "https", *address[:2])):
+        if address is not None and (is_reverse or self._gets_a_token(*address[:2])):
             server.sni = address[0]
 
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
@@ -56,8 +56,16 @@ class Connections:
         context, address = data.context, data.context.server.address
         if data.layer is not None or address is None or not isinstance(context.client.proxy_mode, RegularMode):
             return
-        if not any(may_inject(self._state.settings, scheme, *address[:2]) for scheme in ("http", "https")):
+        if not self._gets_a_token(*address[:2]):
             data.layer = TCPLayer(context, ignore=True)
+
+    def _gets_a_token(self, host: str, port: int) -> bool:
+        """Return whether requests to this address may get a token in forward mode."""
+        settings, routes = self._state.settings, self._state.routes
+        return any(
+            may_inject(settings, scheme, host, port) or (routes is not None and routes.has_site(scheme, host, port))
+            for scheme in ("http", "https")
+        )
 
 
 def _streams(client: Client, connection: Connection) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:

@@ -6,6 +6,7 @@ from mitmproxy.http import HTTPFlow, Request
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
 from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.clearance import Clearance, clear, clearance
@@ -13,6 +14,7 @@ from eoepca_security.proxy.policy.destination import Destination, Target
 from eoepca_security.proxy.policy.headers import PLACEHOLDER, is_websocket
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
 from eoepca_security.session.session import AccessToken
+from eoepca_security.session.token_cycle import TokenCycle
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
 
@@ -22,14 +24,29 @@ class Injection:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._last = Clearance(Target("", "", 0))
+        self._last: dict[str, Clearance] = {}
 
     async def authorize(self, flow: HTTPFlow, where: Destination) -> None:
         """Clear the request for its destination, or set a response that says why it cannot be sent."""
+        await self._authorize(flow, where.target, where.service, where.called, is_served=where.is_served)
+
+    async def renew(self, flow: HTTPFlow) -> None:
+        """Do the same for a request that was cleared before, if its token is not the current one."""
+        sent = clearance(flow.request)
+        if sent is None or not sent.headers:
+            return
+        source = self._state.tokens_of(sent.service)
+        token = source.at_hand if source is not None else None
+        if token is None or token.value != sent.token:
+            await self._authorize(flow, sent.target, sent.service, sent.called, is_served=True)
+
+    async def _authorize(
+        self, flow: HTTPFlow, target: Target, service: Service | None, called: Service | None, *, is_served: bool
+    ) -> None:
         flow.response = flow.response or messages.last_resort()
-        source = self._state.source
+        source = self._state.tokens_of(service)
         try:
-            token = await self._token(where)
+            token = await self._token(source, is_served=is_served)
         except TokenError as error:
             flow.metadata[CODE] = error.code
             if source is None or error is not source.error:  # the refresh already reported its own error
@@ -41,47 +58,52 @@ class Injection:
                 retry_after=source.retry_after() if source is not None else 1.0,
             )
             return
-        self._clear(flow.request, where.target, token)
+        self._clear(flow.request, target, service, called, token)
         flow.response = None
-
-    def is_current(self, request: Request) -> bool:
-        """Return whether the request has the current token."""
-        source, sent = self._state.source, clearance(request)
-        token = source.at_hand if source is not None else None
-        return token is not None and sent is not None and sent.headers.get("Authorization") == f"Bearer {token.value}"
 
     async def replace(self, flow: HTTPFlow) -> None:
         """Get another token after the service refused this one; clear the flow's response to send the request again.
 
         It also gets a token if this request cannot be sent again: the next request will use it.
         """
-        source, sent = self._state.source, clearance(flow.request)
+        sent = clearance(flow.request)
+        source = self._state.tokens_of(sent.service) if sent is not None else None
         if source is None or sent is None or not sent.headers or flow.is_replay is not None:
             return
         try:
-            token = await source.replace(sent.headers["Authorization"].removeprefix("Bearer "))
+            token = await source.replace(sent.token)
             if token is not None and _may_be_repeated(flow):
-                self._clear(flow.request, sent.target, token)
+                self._clear(flow.request, sent.target, sent.service, sent.called, token)
                 flow.response = None
         except TokenError as error:
             logger.info("the service refused the token, and no other is available: %s", error)
         except Exception as error:  # noqa: BLE001  the client still gets the service's own answer
             logger.warning("a refused request was not sent again because of an unexpected %s", type(error).__name__)
 
-    def _clear(self, request: Request, target: Target, token: AccessToken) -> None:
-        apisix = self._state.apisix
-        new = Clearance(target, {"Authorization": f"Bearer {token.value}"} | (apisix.of(token) if apisix else {}))
+    def _clear(
+        self,
+        request: Request,
+        target: Target,
+        service: Service | None,
+        called: Service | None,
+        token: AccessToken,
+    ) -> None:
+        if service is None:
+            raise RuntimeError("a token is for a service")
+        apisix = self._state.apisix.get(service.name)
+        headers = {service.header: service.header_value(token.value)} | (apisix.of(token) if apisix else {})
+        new = Clearance(target, headers, service, token.value, called)
         # Usually nothing changed; the last clearance has its cached properties.
-        if new != self._last:
-            self._last = new
-        clear(request, self._last)
-        request.headers["Authorization"] = PLACEHOLDER
+        if new != (last := self._last.get(service.name)):
+            last = self._last[service.name] = new
+        clear(request, last)
+        request.headers.pop("Authorization", None)
+        request.headers[service.header] = PLACEHOLDER
 
-    async def _token(self, where: Destination) -> AccessToken:
-        source = self._state.source
+    async def _token(self, source: TokenCycle | None, *, is_served: bool) -> AccessToken:
         if source is None or self._state.settings is None:
             raise IssuerUnavailable("the proxy is not configured", cause="not_configured")
-        if not where.is_served:
+        if not is_served:
             raise IssuerUnavailable("the proxy does not support this mode", cause="not_configured")
         try:
             return await source.token()

@@ -157,8 +157,8 @@ class Lifecycle:
             logger.warning("%s", exposure(listener, settings))
 
     async def _end(self, master: Master | None) -> None:
-        source = self._state.source
-        finishing = asyncio.ensure_future(source.finish()) if source is not None else None
+        sources = self._state.sources
+        finishing = asyncio.ensure_future(sources.finish()) if sources is not None else None
         server = master.addons.get("proxyserver") if master is not None else None
         hurried = False
         if isinstance(server, Proxyserver):

@@ -23,6 +23,7 @@ from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.page import duration, lines
 from eoepca_security.proxy.admin.recent_errors import RecentErrors
 from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, Unready
+from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.patches import http_stream
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.clearance import clearance
@@ -80,8 +81,8 @@ class Monitoring:
         if not self._state.is_ending:
             self._state.in_flight.discard(flow)
 
-    def refreshed(self, error: TokenError | None, seconds: float) -> None:
-        """Record a refresh: its error or None, and its duration in seconds."""
+    def refreshed(self, service: Service | None, error: TokenError | None, seconds: float) -> None:
+        """Record an attempt to get a token for a service, or the login if None: its error or None, and its seconds."""
         self._metrics.refreshed(error, seconds)
         source = self._state.source
         token = source.at_hand if source is not None else None

@@ -22,9 +22,9 @@ from eoepca_security.proxy.addons.monitoring import Monitoring
 from eoepca_security.proxy.addons.request_flow import RequestFlow
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.admin.status import AdminSource
-from eoepca_security.proxy.config.factory import make_source
+from eoepca_security.proxy.config.factory import make_sources
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.session.source import TokenSource
+from eoepca_security.session.service_tokens import Sources
 
 
 class OIDCAuthProxy:
@@ -33,7 +33,7 @@ class OIDCAuthProxy:
     `settings` come from the launcher; without them, they come from the add-on's options, the environment and `.env`.
     `on_started` is called once with the proxy's URL and the error of the first token request, or None. With `joins`, it
     continues the session of other processes without asking the issuer first. `end` is called when a client stops the
-    proxy; the default is mitmproxy's shutdown. `make_source` replaces the function in `config.factory`.
+    proxy; the default is mitmproxy's shutdown. `make_sources` replaces the function in `config.factory`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class OIDCAuthProxy:
         *,
         joins: bool = False,
         end: Callable[[], None] | None = None,
-        make_source: Callable[..., TokenSource] = make_source,
+        make_sources: Callable[..., Sources] = make_sources,
     ) -> None:
         self.state = State(end or _shut_down)
         self.monitoring = Monitoring(self.state)
@@ -57,7 +57,7 @@ class OIDCAuthProxy:
         # The order matters: count a request as it arrives, and decide about it before anything else handles it.
         self.addons = (
             Configuration(
-                self.state, settings, joins=joins, make_source=make_source, observe=self.monitoring.refreshed
+                self.state, settings, joins=joins, make_sources=make_sources, observe=self.monitoring.refreshed
             ),
             self.monitoring,
             self.request_flow,

@@ -11,12 +11,18 @@ from eoepca_security.proxy.addons import admission
 from eoepca_security.proxy.addons.destinations import destination_of
 from eoepca_security.proxy.addons.injection import Injection
 from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.policy.apisix import without_gateway_headers
 from eoepca_security.proxy.policy.buffering import streams_request, streams_response
 from eoepca_security.proxy.policy.clearance import Clearance, clear, clearance
 from eoepca_security.proxy.policy.destination import Destination
-from eoepca_security.proxy.policy.headers import with_connection_close, with_hidden_credentials, without_hop_by_hop
+from eoepca_security.proxy.policy.headers import (
+    Fields,
+    with_connection_close,
+    with_hidden_credentials,
+    without_hop_by_hop,
+)
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, ERROR_HEADER, without_quotes
 from eoepca_security.proxy.policy.rewrite import (
     ORIGIN,
@@ -24,6 +30,7 @@ from eoepca_security.proxy.policy.rewrite import (
     naming_the_proxy,
     naming_the_service,
     shared,
+    with_locations,
     with_usable_cookies,
     without_cookies,
 )
@@ -54,7 +61,7 @@ class RequestFlow:
         # Fail closed: nothing leaves without a token. Requests are answered, never killed: when mitmproxy 12 kills a
         # request whose body is still arriving, it leaves the connection open, and the client hangs.
         flow.response = messages.last_resort()
-        where = destination_of(flow, self._state.settings)
+        where = destination_of(flow, self._state)
         if where.is_elsewhere:
             clear(flow.request, Clearance(where.target))
             flow.response = None
@@ -72,13 +79,15 @@ class RequestFlow:
         fields = without_hop_by_hop(request.data)
         if self._drops_cookies():
             fields = without_cookies(fields)
-        if self._state.apisix is not None:
+        if self._state.apisix:
             fields = without_gateway_headers(fields)
-        if where.is_reverse:
+        if where.called is not None:
             scheme = "https" if flow.client_conn.tls else "http"
             # A replay keeps the origin of its first run.
             proxy = flow.metadata.setdefault(ORIGIN, f"{scheme}://{request.host_header}")
-            fields = naming_the_service(fields, proxy, where.target.origin)
+            fields = naming_the_service(fields, proxy, where.target.origin, where.called.path)
+            request.scheme, request.host, request.port = where.target.scheme, where.target.host, where.target.port
+            request.path = where.path
         request.headers.fields = fields
         request.host_header = where.target.authority
         if not (request.is_http2 or request.is_http3):
@@ -88,10 +97,8 @@ class RequestFlow:
     async def request(self, flow: HTTPFlow) -> None:
         """Authorize a buffered request again: the token may have expired while its body arrived."""
         is_ours = flow.error is None and flow.response is None and flow.request.raw_content is not None
-        if is_ours and not self._injection.is_current(flow.request):
-            where = destination_of(flow, self._state.settings)
-            if not where.is_elsewhere:
-                await self._injection.authorize(flow, where)
+        if is_ours:
+            await self._injection.renew(flow)
 
     def responseheaders(self, flow: HTTPFlow) -> None:
         """Restrict who may read the answer, rewrite locations, and close kept connections when the proxy stops."""
@@ -105,11 +112,29 @@ class RequestFlow:
             return
         fields = shared(response.headers.fields, flow.metadata.get(SHARING))
         if sent is not None and (proxy := flow.metadata.get(ORIGIN)) is not None:
-            fields = with_usable_cookies(naming_the_proxy(fields, proxy, sent.target.origin), proxy)
+            fields = with_usable_cookies(self._locations(flow, fields, sent, proxy), proxy, _prefix(sent))
         if self._state.is_ending and not (flow.request.is_http2 or flow.request.is_http3):
             fields = with_connection_close(fields)
         response.headers.fields = fields
         response.stream = streams_response(response.status_code, fields)
+
+    def _locations(self, flow: HTTPFlow, fields: Fields, sent: Clearance, proxy: str) -> Fields:
+        """Return an answer's fields with locations that lead the client to the proxy again."""
+        routes, called, service = self._state.routes, sent.called, sent.service
+        if routes is None or called is None or service is None:
+            return naming_the_proxy(fields, proxy, sent.target.origin)
+        own_port, path = flow.client_conn.sockname[1], flow.request.path
+        shared_port = self._state.settings.port if self._state.settings is not None else 0
+
+        def way_in(wanted: Service) -> str | None:
+            if wanted is called:
+                return proxy
+            return routes.way_in(wanted, called=called, proxy=proxy, own_port=own_port, shared_port=shared_port)
+
+        def location(url: bytes) -> bytes:
+            return routes.location(url, called=called, came_from=service, path=path, way_in=way_in)
+
+        return with_locations(fields, location)
 
     def _drops_cookies(self) -> bool:
         return self._state.settings is not None and self._state.settings.cookies == "drop"
@@ -126,6 +151,11 @@ def _code_of(flow: HTTPFlow) -> dict[str, str]:
         return {} if was_killed else {CODE: "bad_request", DETAIL: printable(without_quotes(flow.error.msg))}
     code = flow.response.headers.get(ERROR_HEADER) if flow.response is not None else None
     return {CODE: code} if code else {}
+
+
+def _prefix(sent: Clearance) -> str:
+    """Return the path that the service has before the path of each request of the client."""
+    return sent.called.path if sent.called is not None else ""
 
 
 def _hide_credentials(flow: HTTPFlow) -> None:

@@ -7,31 +7,47 @@ from weakref import WeakSet
 from mitmproxy.http import HTTPFlow
 
 from eoepca_security.errors import TokenError
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.apisix import ApisixHeaders
 from eoepca_security.proxy.policy.remedies import failure_remedy, runs_in_container, told
+from eoepca_security.proxy.policy.routing import Routes
+from eoepca_security.session.service_tokens import Sources
 from eoepca_security.session.source import TokenSource
+from eoepca_security.session.token_cycle import TokenCycle
 
 
 @dataclass(eq=False)
 class State:
     """The state of one proxy.
 
-    The configuration sets `settings`, `source`, `guard` and `apisix` from the options, and `problems` to one line for
-    each error in them. `source` is None while the settings are wrong. `end_all` stops the proxy with all its processes.
+    The configuration sets `settings`, `sources`, `guard`, `routes`, `default` and `apisix` from the options, and
+    `problems` to one line for each error in them. `sources` is None while the settings are wrong. `routes` lead to the
+    services; it is None where mitmproxy's mode alone says what `default`, the only service, is. `apisix` has the
+    headers of the services that want them, by name. `end_all` stops the proxy with all its processes.
     """
 
     end_all: Callable[[], None]
     settings: Settings | None = None
-    source: TokenSource | None = None
+    sources: Sources | None = None
     guard: Guard = field(default_factory=lambda: Guard(()))
-    apisix: ApisixHeaders | None = None
+    routes: Routes | None = None
+    default: Service | None = None
+    apisix: dict[str, ApisixHeaders] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     in_container: bool = field(default_factory=runs_in_container)
     is_running: bool = False
     is_ending: bool = False
     in_flight: WeakSet[HTTPFlow] = field(default_factory=WeakSet)
+
+    @property
+    def source(self) -> TokenSource | None:
+        """The token source of the login, or None while the settings are wrong."""
+        return self.sources.login if self.sources is not None else None
+
+    def tokens_of(self, service: Service | None) -> TokenCycle | None:
+        """Return the token source of a service, or None while the settings are wrong."""
+        return self.sources.services.get(service.name) if self.sources is not None and service is not None else None
 
     @property
     def is_serving(self) -> bool:

@@ -15,7 +15,7 @@ from eoepca_security.issuer.provider import Provider
 from eoepca_security.issuer.transport import HttpTransport, Transport
 from eoepca_security.oauth.protocol import TokenResponse, narrow_scope
 from eoepca_security.oauth.verify import looks_like_jwt
-from eoepca_security.proxy.config.services import default_service
+from eoepca_security.proxy.config.services import services_of
 from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import CA_FILE
 from eoepca_security.session.file_store import TokenStore
@@ -111,7 +111,7 @@ def make_sources(
     for None. A service that gets the login's own tokens, and is alone, shares its source.
     """
     provider = make_provider(settings)
-    services = settings.services or (default_service("", audience=settings.audience, forward_as=settings.forward_as),)
+    services = services_of(settings)
     narrows = any(service.token == "scope" for service in services)  # noqa: S105  the kind of token
     alone = services[0] if len(services) == 1 and services[0].takes_login_token else None
     login_hooks = hooks(alone)

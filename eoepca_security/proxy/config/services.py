@@ -10,7 +10,7 @@ from eoepca_security.errors import SettingsError
 from eoepca_security.issuer.ca_trust import usable_cas
 from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES, is_loopback, parse_host, split_url
-from eoepca_security.proxy.config.settings import NO_VERIFY, TOKEN_PLACE, Address, Service, Site
+from eoepca_security.proxy.config.settings import NO_VERIFY, TOKEN_PLACE, Address, Service, Settings, Site
 from eoepca_security.proxy.config.validation import _meant, _reason, _shown
 from eoepca_security.proxy.config.variables import FORWARD_AS_CHOICES, UPSTREAM
 
@@ -73,6 +73,11 @@ def default_service(
     `audience` is only checked by the session, whose tokens this service gets.
     """
     return Service(DEFAULT, upstream, audience=audience, forward_as=forward_as, tls_no_verify=tls_no_verify)
+
+
+def services_of(settings: Settings) -> tuple[Service, ...]:
+    """Return all services. Without any in the settings, there is one whose address mitmproxy's mode says."""
+    return settings.services or (default_service("", audience=settings.audience, forward_as=settings.forward_as),)
 
 
 def read_services(

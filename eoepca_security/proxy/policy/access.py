@@ -19,6 +19,7 @@ PROBE_HOST: Final = "check.invalid"
 
 _PREFLIGHT_LIFETIME: Final = "600"
 _LOCALHOST_NAME: Final = re.compile(r"[a-z0-9_-]+\.localhost")
+_MAX_LISTED: Final = 100
 _SHARED: Final = {"Cross-Origin-Resource-Policy": "cross-origin"}
 
 Values = Callable[[str], Sequence[str]]
@@ -37,18 +38,26 @@ class Guard:
     """The access rules of one listener.
 
     `hosts` are the names that clients may use, with or without a port; `*.localhost` allows every name with one label
-    before it, and `*` every name. `origins` are the foreign
+    before it, and `*` every name. `names` are those that a refusal suggests. `origins` are the foreign
     web origins that may use it. `ip_addresses` also allows any IP address as the host: DNS cannot redirect an address,
     but browsers do not say which site sent a plain GET to it.
     """
 
-    def __init__(self, hosts: Iterable[str], origins: Iterable[str] = (), *, ip_addresses: bool = False) -> None:
+    def __init__(
+        self,
+        hosts: Iterable[str],
+        origins: Iterable[str] = (),
+        *,
+        ip_addresses: bool = False,
+        names: Sequence[str] = ("localhost",),
+    ) -> None:
         hosts = frozenset(hosts)
         self._any_host = "*" in hosts
         self._any_localhost = ANY_LOCALHOST in hosts
         self._hosts = frozenset(parse_host(host) for host in hosts - {"*", ANY_LOCALHOST})
         self._origins = frozenset(parse_origin(origin) for origin in origins)
         self._ip_addresses = ip_addresses
+        self._names = names
 
     def refusal(self, scheme: str, hosts: Sequence[str], values: Values) -> Refusal | None:
         """Return why a request must be refused, or None.
@@ -65,8 +74,8 @@ class Guard:
         if not self.allows(host):
             return Refusal(
                 "host_not_allowed",
-                f"{printable(str(host), 100)} is not an allowed name of this proxy: use localhost, or add it to "
-                "PROXY_ALLOWED_HOSTS",
+                f"{printable(str(host), 100)} is not an allowed name of this proxy: use {listed(self._names)}, or add "
+                "it to PROXY_ALLOWED_HOSTS",
             )
         return self.cross_site(origin_of(scheme, host), values)
 
@@ -137,6 +146,13 @@ class Guard:
             referers = values("Referer")
             sender = _parse("/".join(referers[0].split("/", 3)[:3])) if len(referers) == 1 else None
         return sender in self._origins
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the names for a message: all of them, unless there are very many."""
+    shown = ", ".join(names[:_MAX_LISTED])
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return shown if len(names) == 1 else f"one of {shown}{more}"
 
 
 def _parse(origin: str) -> str | None:

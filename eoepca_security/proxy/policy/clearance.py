@@ -5,15 +5,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
+from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.policy.destination import Target
 
 
 @dataclass(frozen=True)
 class Clearance:
-    """Permission for a request to leave for `target`. `headers` replace its own headers of the same names."""
+    """Permission for a request to leave for `target`.
+
+    `headers` replace its own headers of the same names, and its credentials. They have the `token` of `service`; all
+    three are missing for what goes elsewhere. `called` is the service whose name the client used, or None in forward
+    mode.
+    """
 
     target: Target
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    service: Service | None = None
+    token: str = field(default="", repr=False)
+    called: Service | None = None
 
     @cached_property
     def fields(self) -> tuple[tuple[bytes, bytes], ...]:
@@ -22,8 +31,8 @@ class Clearance:
 
     @cached_property
     def names(self) -> frozenset[bytes]:
-        """The header names, in lower case."""
-        return frozenset(name.lower() for name, _ in self.fields)
+        """The names of headers that the request must not have of its own, in lower case."""
+        return frozenset({b"authorization", *(name.lower() for name, _ in self.fields)})
 
 
 _cleared: WeakKeyDictionary[object, Clearance] = WeakKeyDictionary()

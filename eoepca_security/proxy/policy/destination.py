@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from eoepca_security.oauth.urls import DEFAULT_PORTS, Host, is_loopback, parse_host
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.settings import Service, Settings
+from eoepca_security.proxy.policy.access import Refusal
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,24 @@ class Target:
 class Destination:
     """Where a request goes.
 
-    `is_reverse`: to the one service behind the proxy; otherwise (forward mode) to the host that the client names.
-    `is_elsewhere`: in forward mode, to a host that gets no token. `is_served`: the add-on supports the request's mode.
+    `path` is what to ask for there, with the query. `is_reverse`: to a service behind the proxy; otherwise (forward
+    mode) to the host that the client names. `service` gets the request; it is None in forward mode for a host that gets
+    no token, and where `refusal` says why the request goes nowhere. `called` is the service whose name the client used,
+    or None in forward mode. `is_served`: the add-on supports the request's mode.
     """
 
     target: Target
+    path: str
     is_reverse: bool
-    is_elsewhere: bool
     is_served: bool
+    service: Service | None = None
+    called: Service | None = None
+    refusal: Refusal | None = None
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it goes, in forward mode, to a host that gets no token."""
+        return self.is_served and not self.is_reverse and self.service is None and self.refusal is None
 
 
 def may_inject(settings: Settings | None, scheme: str, host: str, port: int) -> bool:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Final
 from urllib.parse import unquote
 
-from eoepca_security.oauth.urls import DEFAULT_PORTS, Host, parse_host
+from eoepca_security.oauth.urls import DEFAULT_PORTS, LOOPBACK_NAMES, Host, parse_host
 from eoepca_security.proxy.config.services import DEFAULT
 from eoepca_security.proxy.config.settings import Service, Site
 from eoepca_security.proxy.policy.rewrite import is_of_origin
@@ -90,6 +90,10 @@ class Routes:
         """
         return self._serving(Site(scheme, host.lower(), port), path)
 
+    def has_site(self, scheme: str, host: str, port: int) -> bool:
+        """Return whether there is a service at this address. An IPv6 address in `host` has no brackets."""
+        return Site(scheme, host.lower(), port) in self._by_site
+
     def location(
         self, url: bytes, *, called: Service, came_from: Service, path: str, way_in: Callable[[Service], str | None]
     ) -> bytes:
@@ -123,6 +127,28 @@ class Routes:
         # Stay relative where that is possible: `//` would begin the name of a host.
         is_relative = not authority and service is called and not inside.startswith(("//", "/\\"))
         return f"{'' if is_relative else origin}{inside}{rest}".encode("latin-1")
+
+    def way_in(self, wanted: Service, *, called: Service, proxy: str, own_port: int, shared_port: int) -> str | None:
+        """Return the proxy's origin for a service, for a client that calls another one; None if it may have no way.
+
+        `proxy` is the origin that the client uses now, `own_port` the port where the proxy accepted that, and
+        `shared_port` the one that all services share.
+        """
+        scheme, _, authority = proxy.partition("://")
+        name, port = parse_host(authority)
+        # Where something forwards the port, the proxy does not know what its other ports are called.
+        is_mapped = (port or DEFAULT_PORTS[scheme]) != own_port
+        is_local = name in LOOPBACK_NAMES or name.endswith(".localhost")
+        if called.port == own_port:
+            if is_mapped or (wanted.port is None and not is_local):
+                return None
+            own_name = Host(wanted.own_name, shared_port)
+            return f"{scheme}://{own_name if wanted.port is None else Host(name, wanted.port)}"
+        if is_local:
+            return f"{scheme}://{Host(wanted.own_name, port)}"
+        if name in called.hosts and wanted.hosts:
+            return f"{scheme}://{Host(wanted.hosts[0], port)}"
+        return f"{scheme}://{name}:{wanted.port}" if wanted.port is not None and not is_mapped else None
 
     @cached_property
     def _by_name(self) -> Mapping[str, Service]:

@@ -15,7 +15,7 @@ from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.factory import ca_bundle_file
 from eoepca_security.proxy.config.port_check import USE_LOCAL, cannot_listen
 from eoepca_security.proxy.config.settings import Address, Settings
-from eoepca_security.proxy.config.variables import ADMIN, HOST, PORT, TOKEN_STORE, WORKERS
+from eoepca_security.proxy.config.variables import ADMIN, HOST, PORT, SERVICES, TOKEN_STORE, WORKERS
 from eoepca_security.proxy.patches import certificate_authority
 from eoepca_security.proxy.runtime.private_folder import PrivateFolder
 
@@ -62,6 +62,11 @@ def taken_address(settings: Settings) -> str | None:
     Raises SettingsError for an address that is not on this machine.
     """
     wanted = [(Address(settings.host, settings.port), HOST, PORT, f"another port with {PORT.flag}")]
+    wanted += [
+        (Address(settings.host, service.port), HOST, SERVICES, f"another port for {service.name}")
+        for service in settings.services
+        if service.port is not None
+    ]
     if settings.admin is not None and settings.admin_is_set:
         wanted.append((settings.admin, ADMIN, ADMIN, f"another address with {ADMIN.flag}, or off"))
     for address, host, port, other in wanted:

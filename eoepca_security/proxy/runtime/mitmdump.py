@@ -4,7 +4,7 @@ import argparse
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,11 +32,13 @@ OnStarted = Callable[[DumpMaster, str, TokenError | None], None]
 class Worker:
     """What each of several processes gets: the sockets to listen on, and the channel for questions about its state.
 
+    `listeners` are by port.
+
     `lifeline` is a file descriptor that reaches its end when the supervisor is gone. `end` stops all processes. Only
     one worker, on its first start, `leads`: it logs the start, and stops the proxy if the credentials are rejected.
     """
 
-    listeners: Sequence[socket.socket]
+    listeners: Mapping[int, Sequence[socket.socket]]
     line: Channel
     lifeline: int
     end: Callable[[], None]
@@ -74,7 +76,7 @@ def _run(
             chain.insert(chain.index(self.addons.get("scriptloader")) + 1, chain.pop())
             connection_pool.install(connection_pool.Pool())
             if worker is not None:
-                share_listeners((bind_host(settings.host), settings.port), worker.listeners)
+                share_listeners(bind_host(settings.host), worker.listeners)
                 answer(worker.line, addon.admin_source())
                 self.event_loop.add_reader(worker.lifeline, self._orphaned, worker.lifeline)
 
@@ -96,7 +98,7 @@ def _run(
                 on_started(self, listener, error)
 
     own = [
-        *("--mode", f"reverse:{settings.upstream}"),
+        *(word for mode in _modes(settings) for word in ("--mode", mode)),
         *("--listen-host", bind_host(settings.host), "--listen-port", str(settings.port)),
         *(["--ssl-insecure"] if settings.tls_no_verify else []),
     ]
@@ -108,6 +110,15 @@ def _run(
     except KeyboardInterrupt:
         return 0
     return exit_code
+
+
+def _modes(settings: Settings) -> list[str]:
+    """Return mitmproxy's modes: one for the port that all services share, and one for each port of a service's own.
+
+    Where a request really goes is decided for each request.
+    """
+    own = [f"reverse:{service.upstream}@{service.port}" for service in settings.services if service.port is not None]
+    return [f"reverse:{settings.services[0].upstream}", *own]
 
 
 def _ignore_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

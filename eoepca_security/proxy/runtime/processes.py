@@ -35,10 +35,12 @@ def run_workers(
 
         from eoepca_security.proxy.admin.server import Admin  # noqa: PLC0415  before forking
 
-    listeners = bind_sockets(settings.port, bind_host(settings.host))
+    first = bind_sockets(settings.port, bind_host(settings.host))
     supervisor = os.getpid()
     # Resolve port 0 once, so that all processes report the same port.
-    settings = replace(settings, port=listeners[0].getsockname()[1])
+    settings = replace(settings, port=first[0].getsockname()[1])
+    ports = [service.port for service in settings.services if service.port is not None]
+    listeners = {settings.port: first} | {port: bind_sockets(port, bind_host(settings.host)) for port in ports}
     lines = [Channel.make() for _ in range(settings.workers)]
 
     def end_all() -> None:
@@ -46,8 +48,9 @@ def run_workers(
             os.kill(supervisor, QUIT)
 
     def close_listeners() -> None:
-        for listener in listeners:
-            listener.close()
+        for sockets in listeners.values():
+            for listener in sockets:
+                listener.close()
 
     def work(number: int, is_first: bool, lifeline: int) -> int:
         worker = Worker(listeners, lines[number], lifeline, end_all, leads=is_first and number == 0)

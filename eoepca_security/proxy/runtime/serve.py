@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.config.variables import UPSTREAM
+from eoepca_security.proxy.config.variables import SERVICES, UPSTREAM
 from eoepca_security.proxy.runtime.environment import (
     shared_session,
     taken_address,
@@ -29,8 +29,8 @@ def run(
     several workers. `log_format` is one of `logs.FORMATS`. If the credentials are rejected at the start, the exit code
     is 1. Raises SettingsError.
     """
-    if settings.upstream is None:
-        raise SettingsError(f"{UPSTREAM.env}: is required")
+    if not settings.services:
+        raise SettingsError(f"{UPSTREAM.env}: is required, or {SERVICES.env}")
     if message := taken_address(settings):
         print_error(message, log_format)
         return 1

@@ -34,7 +34,7 @@ async def outcome(endpoint: TerminationEndpoint | None, flow: HTTPFlow) -> tuple
     ended = []
     with taddons.context() as context:
         settings = replace(SETTINGS, termination_endpoint=endpoint)
-        addon = OIDCAuthProxy(settings, make_source=lambda *_, **__: None)  # type: ignore[arg-type]
+        addon = OIDCAuthProxy(settings, make_sources=lambda *_, **__: None)  # type: ignore[arg-type]
         context.master.addons.add(addon)
         context.options.update(mode=[MODE])
         addon.state.end_all = lambda: ended.append(True)

@@ -13,6 +13,7 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.session.service_tokens import Sources
 from eoepca_security.session.source import TokenSource
 from eoepca_security.session.token_cycle import FORCED_INTERVAL
 from tests.support.clock import Clock
@@ -38,11 +39,12 @@ def issuer() -> Issuer:
 
 @pytest.fixture
 def addon(context: Any, issuer: Issuer, clock: Clock) -> OIDCAuthProxy:
-    def make_source(_: Settings, *, observe: Any, **__: Any) -> TokenSource:
-        return TokenSource(issuer, refresh_token="first", now=clock, observe=observe)
+    def make_sources(_: Settings, *, hooks: Any, **__: Any) -> Sources:
+        source = TokenSource(issuer, refresh_token="first", now=clock, observe=hooks(None).observe)
+        return Sources(source, {"default": source})
 
     settings = Settings("https://issuer.example", Client("c"), refresh_token="the-refresh-token")
-    addon = OIDCAuthProxy(settings, make_source=make_source)
+    addon = OIDCAuthProxy(settings, make_sources=make_sources)
     context.master.addons.add(addon)
     context.options.update(mode=["reverse:https://service.example"])
     return addon

@@ -11,6 +11,7 @@ from eoepca_security.oauth.protocol import Client, TokenResponse
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.admin.page import page
 from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.session.service_tokens import Sources
 from eoepca_security.session.source import TokenSource
 from tests.support.clock import START, Clock
 from tests.support.issuer import Issuer
@@ -49,10 +50,11 @@ async def test_an_idle_proxy_is_ready_for_the_probe_the_status_and_the_page(cont
         CredentialsRejected("no"),
     ]
 
-    def make_source(_: Settings, *, observe: Any, **__: Any) -> TokenSource:
-        return TokenSource(issuer, refresh_token="first", now=clock, observe=observe)
+    def make_sources(_: Settings, *, hooks: Any, **__: Any) -> Sources:
+        source = TokenSource(issuer, refresh_token="first", now=clock, observe=hooks(None).observe)
+        return Sources(source, {"default": source})
 
-    addon = OIDCAuthProxy(Settings("https://issuer.example", Client("c")), make_source=make_source)
+    addon = OIDCAuthProxy(Settings("https://issuer.example", Client("c")), make_sources=make_sources)
     context.master.addons.add(addon)
     context.options.update(mode=["reverse:https://service.example"])
     assert await told(addon) == (False, "starting", ">Starting</strong>")

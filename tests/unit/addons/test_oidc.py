@@ -21,6 +21,7 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.addresses import browser_address, exposure
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.command import Command
+from eoepca_security.proxy.config.services import default_service
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
 from eoepca_security.proxy.patches.http_clients import outgoing
@@ -30,10 +31,14 @@ from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.clearance import Clearance
 from eoepca_security.proxy.policy.destination import Target
 from eoepca_security.proxy.policy.problem_details import DETAIL
+from eoepca_security.session.service_tokens import Sources
 from eoepca_security.session.session import AccessToken
 
 SERVICE = Target("https", "service.example", 443)
 SETTINGS = Settings(issuer_url="https://issuer.example", client=Client("client"), refresh_token="r")
+
+
+DEFAULT_SERVICE = default_service("https://service.example")
 
 
 class StubSource:
@@ -68,7 +73,7 @@ async def context() -> Any:
 
 
 def addon_with(source: StubSource | None, context: Any) -> OIDCAuthProxy:
-    addon = OIDCAuthProxy(SETTINGS, make_source=lambda *_, **__: source)  # type: ignore[arg-type]
+    addon = OIDCAuthProxy(SETTINGS, make_sources=lambda *_, **__: source and Sources(source, {"default": source}))  # type: ignore[arg-type, dict-item]
     context.master.addons.add(addon)
     context.options.update(mode=["reverse:https://service.example"])
     return addon
@@ -195,10 +200,12 @@ async def test_a_request_that_is_being_decided_about_has_an_answer_already(conte
 async def test_a_held_back_request_gets_the_token_of_the_moment_it_is_sent(context: Any) -> None:
     flow = flow_for()
     addon = addon_with(StubSource(), context)
-    clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}))
+    clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}, DEFAULT_SERVICE, "older"))
     await addon.request_flow.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer the-token"
-    clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}))
+    clearance.clear(
+        flow.request, Clearance(SERVICE, {"Authorization": "Bearer sent already"}, DEFAULT_SERVICE, "sent already")
+    )
     flow.request.data.content = None  # streamed
     await addon.request_flow.request(flow)
     assert sent(flow).headers["Authorization"] == "Bearer sent already"

@@ -281,7 +281,7 @@ async def test_the_logins_error_is_logged_once_and_ends_for_all_at_once(
         shared_tokens(login, now=clock),
         exchanged_tokens(login, lambda subject: TokenResponse(f"for-{subject}", 60), now=clock),
     ]
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, "eoepca_security.session.token_cycle"):
         for service in services:
             with pytest.raises(IssuerUnavailable, match="away"):
                 await service.token()
