@@ -11,6 +11,7 @@ from dotenv.parser import parse_stream
 from eoepca_security.errors import SettingsError
 from eoepca_security.oauth.protocol import GRANTS
 from eoepca_security.proxy.config.command import Command
+from eoepca_security.proxy.config.services import default_service, read_services
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
 from eoepca_security.proxy.config.validation import Reader, _reason, readable_by_all
 from eoepca_security.proxy.config.variables import (
@@ -31,6 +32,7 @@ from eoepca_security.proxy.config.variables import (
     REFRESH_TOKEN,
     SCOPE,
     SERVE_FLAGS,
+    SERVICES,
     TLS_NO_VERIFY,
     UPSTREAM,
     VARIABLES,
@@ -158,7 +160,8 @@ def read_settings(
     if tls_no_verify:
         reader.warnings.append(NO_VERIFY.format(TLS_NO_VERIFY.env))
     host, port = reader.host(), reader.port()
-    upstream = reader.upstream(host, port) if need_upstream else None
+    services_file = reader.services_file()
+    upstream = reader.upstream(host, port, is_required=services_file is None) if need_upstream else None
     admin, admin_is_set = reader.admin(is_on=need_upstream)
     if admin_is_set and admin is not None and admin.port and (admin.host, admin.port) == (host, port):
         reader.problem(ADMIN, f"{admin} is the address of the proxy itself: choose another port")
@@ -180,6 +183,7 @@ def read_settings(
         ca_file=ca_file,
         token_store=token_store,
         upstream=upstream,
+        services_file=services_file,
         endpoint=reader.endpoint(),
         tls_no_verify=tls_no_verify,
         host=host,
@@ -195,15 +199,51 @@ def read_settings(
         client_timeout=reader.client_timeout(),
         held_bytes=reader.held_bytes(),
         inject_hosts=inject_hosts,
-        warnings=tuple(reader.warnings),
         exposed=tuple(reader.exposed),
         command=command,
         flags=frozenset(flag for flag, value in flags.items() if value),
     )
+    settings = _with_services(settings, reader)
     if reader.problems:
         # A misspelled name may be why a setting is missing.
         raise SettingsError(*unknown, *reader.problems, is_missing=reader.is_missing)
-    return settings
+    return replace(settings, warnings=tuple(reader.warnings))
+
+
+def _with_services(settings: Settings, reader: Reader) -> Settings:
+    """Return the settings with the services. Adds problems and warnings to the reader's."""
+    default = None
+    if settings.upstream is not None:
+        default = default_service(
+            settings.upstream,
+            audience=settings.audience,
+            forward_as=settings.forward_as,
+            tls_no_verify=settings.tls_no_verify,
+        )
+    if settings.services_file is None:
+        return replace(settings, services=(default,) if default is not None else ())
+    try:
+        services, warnings = read_services(
+            settings.services_file,
+            host=settings.host,
+            port=settings.port,
+            admin=settings.admin,
+            default=default,
+            source=reader.name(SERVICES),
+        )
+    except SettingsError as error:
+        reader.problems += error.problems
+        return settings
+    if settings.grant == "client_credentials":
+        for service in services:
+            if service.credential == "id_token":
+                reader.problem(
+                    SERVICES,
+                    f"[service.{service.name}] credential: id_token needs a login, which {GRANT.env}={settings.grant} "
+                    "is not",
+                )
+    reader.warnings += warnings
+    return replace(settings, services=services)
 
 
 def _with_options(command: Command, flags: Mapping[str, str], reader: Reader) -> Command:

@@ -130,6 +130,8 @@ class Settings:
     `admin` is None when the admin listener is off. `admin_is_set` is true when the user set it, so that the proxy must
     not start without it. An empty `allowed_hosts` allows the names of loopback and the listening address.
 
+    `services` are those in `services_file`, and before them the one at `upstream`, if there is one.
+
     `exposed` are warnings about files with secrets that all users can read. `command` calls this program with these
     settings, for messages. `flags` are the options that set some of them.
     """
@@ -146,6 +148,8 @@ class Settings:
     ca_file: Path | None = None
     token_store: Path | None = None
     upstream: str | None = None
+    services_file: Path | None = None
+    services: tuple[Service, ...] = ()
     endpoint: str = "/"
     tls_no_verify: bool = False
     host: str = "127.0.0.1"
@@ -161,7 +165,6 @@ class Settings:
     client_timeout: int = 60
     held_bytes: int = HELD_BYTES
     inject_hosts: tuple[str, ...] = ()
-    services: tuple[Service, ...] = ()
     warnings: tuple[str, ...] = ()
     exposed: tuple[str, ...] = ()
     command: Command = field(default_factory=Command)

@@ -49,6 +49,7 @@ from eoepca_security.proxy.config.variables import (
     ISSUER_NAME,
     PARAMS,
     PORT,
+    SERVICES,
     TERMINATION_ENDPOINT,
     TOKEN_STORE,
     UPSTREAM,
@@ -390,26 +391,34 @@ class Reader:
             return None
         return TerminationEndpoint(parts.path, None if parts.hostname in EVERYWHERE else host, port, any_method=True)
 
-    def upstream(self, host: str, port: int) -> str:
-        url = self.required(UPSTREAM, "set it to the protected service, e.g. https://service.example:9200")
+    def services_file(self) -> Path | None:
+        path = self.text(SERVICES)
+        return Path(path) if path else None
+
+    def upstream(self, host: str, port: int, *, is_required: bool) -> str | None:
+        hint = f"set it to the protected service, e.g. https://service.example:9200, or use {SERVICES.env} for several"
+        url = self.required(UPSTREAM, hint) if is_required else self.text(UPSTREAM)
         if not url:
-            return url
+            return None
         try:
             parts = split_url(url)
+            parse_host(parts.netloc.rpartition("@")[2])
         except ValueError:
             self.problem(UPSTREAM, "is not a valid URL: it must look like https://service.example:9200")
-            return url
+            return None
         if parts.username is not None or parts.path.strip("/") or parts.query or parts.fragment:
             self.problem(
                 UPSTREAM, "must be only scheme, host and port: requests have their own path, so put the rest into those"
             )
-        elif (
+            return None
+        if (
             is_loopback(parts.hostname)
             and (parts.port or DEFAULT_PORTS[parts.scheme]) == port
             and (is_loopback(host) or host in EVERYWHERE)
         ):
             self.problem(UPSTREAM, f"is the address of the proxy itself: change it or {self.name(PORT)}")
-        elif parts.scheme == "http" and not is_loopback(parts.hostname):
+            return None
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
             name, service = self.name(UPSTREAM), parts.hostname
             self.warnings.append(f"{name} is plain http: anyone on the network path to {service} can read the token")
         return f"{parts.scheme}://{parts.netloc.lower()}"

@@ -132,9 +132,16 @@ UPSTREAM: Final = Variable(
     "REMOTE_PROTECTED_DOMAIN",
     None,
     "Scheme, host and port of the protected service, without a path, e.g. https://service.example:9200",
-    "(mitmdump -s: use `--mode reverse:` instead.)",
+    "(Not required with PROXY_SERVICES. mitmdump -s: use `--mode reverse:` instead.)",
     required=True,
     flag="--upstream",
+)
+SERVICES: Final = Variable(
+    "PROXY_SERVICES",
+    "services",
+    "TOML file with several protected services behind one login, each with a token of its own.",
+    "It has a table `[service.NAME]` for each, with at least a `url`. The service in REMOTE_PROTECTED_DOMAIN, if that "
+    "is set, is `default`.",
 )
 ENDPOINT: Final = Variable(
     "REMOTE_PROTECTED_ENDPOINT",
@@ -271,7 +278,7 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
             PARAMS,
         ),
         "The session": (REFRESH_TOKEN, ACCESS_TOKEN, GRANT, TOKEN_STORE, AUDIENCE, SCOPE),
-        "The protected service": (UPSTREAM, ENDPOINT, TLS_NO_VERIFY, CA_FILE),
+        "The protected service": (UPSTREAM, SERVICES, ENDPOINT, TLS_NO_VERIFY, CA_FILE),
         "The proxy": (
             HOST,
             PORT,

@@ -14,7 +14,7 @@ from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.factory import make_store
 from eoepca_security.proxy.config.loading import read_dotenv, read_settings, settings_in
-from eoepca_security.proxy.config.settings import TerminationEndpoint
+from eoepca_security.proxy.config.settings import Service, TerminationEndpoint
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored
@@ -135,6 +135,10 @@ def test_secrets_do_not_show() -> None:
         ({"REMOTE_PROTECTED_DOMAIN": "https://service.example:99999"}, "REMOTE_PROTECTED_DOMAIN", "not a valid URL"),
         ({"REMOTE_PROTECTED_DOMAIN": "https://a b"}, "REMOTE_PROTECTED_DOMAIN", "not a valid URL"),
         ({"REMOTE_PROTECTED_DOMAIN": "http://localhost:8080"}, "REMOTE_PROTECTED_DOMAIN", "itself"),
+        ({"REMOTE_PROTECTED_DOMAIN": "https://[1:2]"}, "REMOTE_PROTECTED_DOMAIN", "not a valid URL"),
+        ({"PROXY_SERVICES": "a\nb"}, "PROXY_SERVICES", "line break"),
+        ({"PROXY_SERVICES": "/nowhere/services.toml"}, "PROXY_SERVICES", "No such file"),
+        ({"PROXY_SERVICES": "/nowhere", "REMOTE_PROTECTED_DOMAIN": ""}, "PROXY_SERVICES", "No such file"),
         ({"PROXY_HOST": "not an address"}, "PROXY_HOST", "127.0.0.1"),
         ({"PROXY_HOST": "300.1.1.1"}, "PROXY_HOST", "not a valid address"),
         ({"PROXY_ADMIN": "8081"}, "PROXY_ADMIN", "host:port"),
@@ -262,6 +266,58 @@ def test_the_upstream_is_not_asked_for_where_it_is_not_needed() -> None:
 )
 def test_the_upstream_is_kept_as_scheme_host_and_port(url: str, upstream: str) -> None:
     assert read_settings(GOOD | {"REMOTE_PROTECTED_DOMAIN": url}).upstream == upstream
+
+
+def test_the_upstream_is_the_default_service() -> None:
+    settings = read_settings(
+        GOOD | {"OPEN_ID_CONNECT_AUDIENCE": "a", "PROXY_FORWARD_AS": "apisix", "TLS_NO_VERIFY": "true"}
+    )
+    (service,) = settings.services
+    assert service == Service(
+        "default", "https://service.example:9200", audience="a", forward_as="apisix", tls_no_verify=True
+    )
+    assert settings.services_file is None
+    assert read_settings(GOOD, need_upstream=False).services == ()
+
+
+def test_a_file_has_further_services(tmp_path: Path) -> None:
+    file = tmp_path / "services.toml"
+    file.write_text('[service.stac]\nurl = "http://stac"\nport = 8090')
+    settings = read_settings(GOOD | {"PROXY_SERVICES": str(file)})
+    assert settings.services_file == file
+    assert [service.name for service in settings.services] == ["default", "stac"]
+    assert settings.services[1] == Service("stac", "http://stac", port=8090)
+    (warning,) = settings.warnings
+    assert warning.startswith("PROXY_SERVICES: [service.stac] url is plain http")
+    assert read_settings(GOOD, options={"services": str(file)}) == settings
+    for changed in ({"PROXY_PORT": "8090"}, {"PROXY_ADMIN": "localhost:8090"}):
+        (line,) = problems(GOOD | {"PROXY_SERVICES": str(file)} | changed)
+        assert line.startswith("PROXY_SERVICES: [service.stac] port: 8090 is the port of the ")
+
+
+def test_the_upstream_or_a_file_of_services_is_enough(tmp_path: Path) -> None:
+    file = tmp_path / "services.toml"
+    file.write_text('[service.stac]\nurl = "https://stac.example"')
+    settings = read_settings(GOOD | {"PROXY_SERVICES": str(file), "REMOTE_PROTECTED_DOMAIN": ""})
+    assert settings.upstream is None
+    assert [service.name for service in settings.services] == ["stac"]
+    (line,) = problems(GOOD | {"REMOTE_PROTECTED_DOMAIN": ""})
+    assert "PROXY_SERVICES" in line
+    file.write_text('[service.default]\nurl = "https://stac.example"')
+    (line,) = problems(GOOD | {"PROXY_SERVICES": str(file)})
+    assert "REMOTE_PROTECTED_DOMAIN" in line
+    assert problems(GOOD | {"PROXY_SERVICES": str(file), "PROXY_PORT": "x", "REMOTE_PROTECTED_DOMAIN": "x"})[1:] == (
+        "REMOTE_PROTECTED_DOMAIN: is not a valid URL: it must look like https://service.example:9200",
+    )
+
+
+def test_an_id_token_needs_a_login(tmp_path: Path) -> None:
+    file = tmp_path / "services.toml"
+    file.write_text('[service.stac]\nurl = "https://stac.example"\ncredential = "id_token"')
+    own = {"OPEN_ID_CONNECT_GRANT": "client_credentials", "OPEN_ID_CONNECT_CLIENT_SECRET": "s"}
+    (line,) = problems(GOOD | own | {"PROXY_SERVICES": str(file)})
+    assert line.startswith("PROXY_SERVICES: [service.stac] credential: id_token needs a login")
+    assert read_settings(GOOD | {"PROXY_SERVICES": str(file)}).services
 
 
 # --- sources -----------------------------------------------------------------------------------------------------
