@@ -187,7 +187,8 @@ class TokenResponse:
     """The refresh token's lifetime (Keycloak). None when it does not expire, as in offline sessions."""
     id_token: str | None = field(default=None, repr=False)
     scope: str | None = None
-    """The token's scope, if the answer names it. Issuers may leave it out when it is the requested one."""
+    """The scope that the answer names, or None. A JWT's own claim says more: in offline sessions, Keycloak always names
+    the login's here."""
 
 
 def read_metadata(

@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl, unquote_plus, urlsplit
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from eoepca_security.oauth.protocol import PrivateKey
+from eoepca_security.oauth.protocol import ACCESS_TOKEN_TYPE, EXCHANGE_GRANT, PrivateKey
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.testing.local_server import Handler, LocalServer
 from eoepca_security.testing.login import LOGIN_GRANTS, LoginBehaviour, Logins
@@ -70,6 +70,16 @@ class Behaviour:
     audience: str = "service"
     claims: dict[str, Any] = field(default_factory=lambda: {"sub": "u-1", "preferred_username": "alice"})
     """Claims of every access token, besides the issuer's own."""
+    scope: str | None = None
+    """The scope of sessions, of which a refresh may ask for a part. None allows any scope."""
+    widens: bool = True
+    """Whether a refresh may ask for scopes of the session that an earlier refresh left out."""
+    exchange: bool = True
+    """Whether the client may exchange access tokens for ones of other audiences."""
+    exchange_delays: dict[str, float] = field(default_factory=dict)
+    """How long exchanges take to answer, by audience or resource."""
+    exchange_errors: dict[str, str] = field(default_factory=dict)
+    """The error codes with which exchanges are refused, by audience or resource."""
     down: bool = False
     """Whether the issuer closes every connection without an answer."""
     login: LoginBehaviour = field(default_factory=LoginBehaviour)
@@ -118,6 +128,7 @@ class FakeIssuer:
         self._issued: dict[str, float] = {}
         self._sessions: dict[str, str] = {}
         self._used: dict[str, str] = {}
+        self._narrowed: dict[str, str] = {}
         self.rotate_keys()
         self.refresh_token = self.new_session()
         self._server = LocalServer(self._handler())
@@ -213,7 +224,7 @@ class FakeIssuer:
             "token_endpoint": f"{self.url}/token",
             "jwks_uri": f"{self.url}/certs",
             "token_endpoint_auth_methods_supported": list(self.behaviour.auth_methods),
-            "grant_types_supported": ["refresh_token", "client_credentials", *LOGIN_GRANTS],
+            "grant_types_supported": ["refresh_token", "client_credentials", EXCHANGE_GRANT, *LOGIN_GRANTS],
             **self.logins.discovery(self.behaviour.login),
         }
 
@@ -226,15 +237,17 @@ class FakeIssuer:
         time.sleep(self.behaviour.delay)
         if refusal:
             return refusal
+        if form.get("grant_type") == EXCHANGE_GRANT:
+            return self._exchange(form)
         if form.get("grant_type") not in ("refresh_token", "client_credentials", *LOGIN_GRANTS):
             return 400, {"error": "unsupported_grant_type"}
         with self._lock:
             error, refresh_token, nonce = self._grant(form)
             if error is not None:
-                return 400, {"error": error, "error_description": "Token is not active"}
-            answer: dict[str, Any] = {"access_token": self.issue(), "token_type": "Bearer"}
-        if self.behaviour.expires_in:
-            answer["expires_in"] = self.behaviour.lifetime
+                said = {"error_description": "Token is not active"} if error == "invalid_grant" else {}
+                return 400, {"error": error, **said}
+            scope = form.get("scope") or self._scope_of(refresh_token)
+            answer = self._answer(scope, form.get("resource"))
         if self.behaviour.refresh_expires_in is not None:
             answer["refresh_expires_in"] = self.behaviour.refresh_expires_in
         if refresh_token is not None and self.behaviour.refresh_tokens != "omit":
@@ -269,9 +282,50 @@ class FakeIssuer:
             gives = error is None and self.behaviour.login.refresh_token
             return error, self.new_session() if gives else None, nonce
         if form["grant_type"] == "refresh_token":
-            refresh_token = self._use(form.get("refresh_token", ""))
-            return "invalid_grant" if refresh_token is None else None, refresh_token, None
+            used, scope = form.get("refresh_token", ""), form.get("scope")
+            granted = self._scope_of(used)
+            if used in self._sessions and scope and granted and not set(scope.split()) <= set(granted.split()):
+                return "invalid_scope", None, None
+            refresh_token = self._use(used)
+            if refresh_token is None:
+                return "invalid_grant", None, None
+            if scope and not self.behaviour.widens:
+                self._narrowed[self._sessions[refresh_token]] = scope
+            return None, refresh_token, None
         return None, None, None
+
+    def _exchange(self, form: Mapping[str, str]) -> tuple[int, dict[str, Any]]:
+        """Return status and JSON for an exchange (RFC 8693)."""
+        targets = [form[name] for name in ("audience", "resource") if name in form]
+        time.sleep(max((self.behaviour.exchange_delays.get(target, 0) for target in targets), default=0))
+        refusals = [self.behaviour.exchange_errors[t] for t in targets if t in self.behaviour.exchange_errors]
+        if not self.behaviour.exchange:
+            refusals = ["unauthorized_client"]
+        if refusals:
+            return 400, {"error": refusals[0], "error_description": "The exchange was refused"}
+        types = (form.get("subject_token_type"), form.get("requested_token_type", ACCESS_TOKEN_TYPE))
+        if types != (ACCESS_TOKEN_TYPE, ACCESS_TOKEN_TYPE) or not self.accepts(form.get("subject_token", "")):
+            # RFC 8693 §2.2.2
+            return 400, {"error": "invalid_request", "error_description": "The subject token is not valid"}
+        return 200, {**self._answer(form.get("scope"), *targets), "issued_token_type": ACCESS_TOKEN_TYPE}
+
+    def _answer(self, scope: str | None, *targets: str | None) -> dict[str, Any]:
+        """Return a token response with an access token for `targets`, or for the usual audience."""
+        audiences = [target for target in targets if target is not None]
+        claims: dict[str, Any] = {"scope": scope} if scope else {}
+        if audiences:
+            claims["aud"] = audiences if len(audiences) > 1 else audiences[0]
+        answer: dict[str, Any] = {"access_token": self.issue(**claims), "token_type": "Bearer"}
+        if scope:
+            answer["scope"] = scope
+        if self.behaviour.expires_in:
+            answer["expires_in"] = self.behaviour.lifetime
+        return answer
+
+    def _scope_of(self, refresh_token: str | None) -> str | None:
+        """Return the scope that a session has by now."""
+        session = self._sessions.get(refresh_token or "", "")
+        return self._narrowed.get(session, self.behaviour.scope)
 
     def _use(self, token: str) -> str | None:
         """Use a refresh token and return the one that is valid from now on, or None if it is not valid."""

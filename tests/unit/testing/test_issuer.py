@@ -17,7 +17,14 @@ import pytest
 import requests
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from eoepca_security.oauth.protocol import Client, PrivateKey, ProviderMetadata, build_token_request
+from eoepca_security.oauth.protocol import (
+    ACCESS_TOKEN_TYPE,
+    EXCHANGE_GRANT,
+    Client,
+    PrivateKey,
+    ProviderMetadata,
+    build_token_request,
+)
 from eoepca_security.oauth.verify import (
     Policy,
     TrustedKeys,
@@ -27,6 +34,7 @@ from eoepca_security.oauth.verify import (
     read_header,
     read_id_token,
     read_keys,
+    unverified_claims,
 )
 from eoepca_security.testing import Behaviour, FakeIssuer
 from eoepca_security.testing.issuer import ALL_AUTH_METHODS
@@ -365,6 +373,130 @@ def test_sessions_can_be_ended(issuer: FakeIssuer) -> None:
 
 
 # --- clients ------------------------------------------------------------------------------------------------------
+
+
+def claims(reply: Reply) -> dict[str, Any]:
+    assert reply.status == 200, reply.members
+    return dict(unverified_claims(reply.members["access_token"]))
+
+
+def narrow(issuer: FakeIssuer, **form: str) -> Reply:
+    return post(issuer, grant_type="refresh_token", refresh_token=issuer.refresh_token, client_id="client", **form)
+
+
+def test_a_refresh_may_ask_for_a_part_of_the_sessions_scope_and_for_all_of_it_again(issuer: FakeIssuer) -> None:
+    issuer.behaviour.scope = "openid stac:read openeo:run"
+
+    for asked in ("openid stac:read", "openeo:run", "openid stac:read openeo:run"):
+        reply = narrow(issuer, scope=asked)
+        assert (claims(reply)["scope"], reply.members["scope"]) == (asked, asked)
+    assert claims(narrow(issuer))["scope"] == issuer.behaviour.scope
+    assert narrow(issuer, scope="openid admin") == Reply(400, {"error": "invalid_scope"})
+
+
+def test_some_issuers_do_not_widen_a_scope_again(issuer: FakeIssuer) -> None:
+    issuer.behaviour = Behaviour(scope="openid stac:read", widens=False, refresh_tokens="rotate")
+
+    second = narrow(issuer, scope="openid").members["refresh_token"]
+    reply = refresh(issuer, second)
+    assert claims(reply)["scope"] == "openid"
+    issuer.refresh_token = reply.members["refresh_token"]
+    # It is not used up by that.
+    assert narrow(issuer, scope="openid stac:read").members["error"] == "invalid_scope"
+    assert refresh(issuer, issuer.refresh_token).status == 200
+
+
+def test_without_a_scope_of_sessions_any_is_given(issuer: FakeIssuer) -> None:
+    assert claims(narrow(issuer, scope="anything"))["scope"] == "anything"
+    assert "scope" not in claims(narrow(issuer))
+
+
+@pytest.mark.parametrize("grant", ["refresh_token", "client_credentials"])
+def test_a_token_for_a_resource_has_it_as_its_audience(issuer: FakeIssuer, grant: str) -> None:
+    form = {"grant_type": grant, "refresh_token": issuer.refresh_token, "client_id": "client"}
+
+    assert claims(post(issuer, **form, resource="https://stac.example"))["aud"] == "https://stac.example"
+    assert claims(post(issuer, **form))["aud"] == "service"
+
+
+def exchange(issuer: FakeIssuer, **form: str) -> Reply:
+    basis = {
+        "grant_type": EXCHANGE_GRANT,
+        "client_id": "client",
+        "subject_token": issuer.issue(),
+        "subject_token_type": ACCESS_TOKEN_TYPE,
+    }
+    return post(issuer, **{**basis, **form})
+
+
+@pytest.mark.parametrize(
+    ("form", "audience"),
+    [
+        ({}, "service"),
+        ({"audience": "stac-api"}, "stac-api"),
+        ({"resource": "https://stac.example"}, "https://stac.example"),
+        ({"audience": "stac-api", "resource": "https://stac.example"}, ["stac-api", "https://stac.example"]),
+    ],
+)
+def test_an_access_token_is_exchanged_for_one_of_the_same_user_for_an_audience(
+    issuer: FakeIssuer, form: dict[str, str], audience: object
+) -> None:
+    reply = exchange(issuer, **form, scope="read")
+
+    assert {name: claims(reply)[name] for name in ("aud", "sub", "scope")} == {
+        "aud": audience,
+        "sub": "u-1",
+        "scope": "read",
+    }
+    assert issuer.accepts(reply.members.pop("access_token"))
+    assert reply.members == {
+        "token_type": "Bearer",
+        "issued_token_type": ACCESS_TOKEN_TYPE,
+        "expires_in": 60,
+        "scope": "read",
+    }
+
+
+def test_only_a_valid_access_token_is_exchanged(issuer: FakeIssuer) -> None:
+    token = issuer.issue()
+
+    assert exchange(issuer, subject_token=token).status == 200
+    refused = [
+        exchange(issuer, subject_token=token + "x"),
+        exchange(issuer, subject_token=token, subject_token_type="urn:ietf:params:oauth:token-type:id_token"),
+        exchange(issuer, subject_token=token, requested_token_type="urn:ietf:params:oauth:token-type:refresh_token"),
+    ]
+    issuer.forget_access_tokens()
+    refused.append(exchange(issuer, subject_token=token))
+    assert {(reply.status, reply.members["error"]) for reply in refused} == {(400, "invalid_request")}
+
+
+def test_the_client_that_exchanges_has_to_authenticate() -> None:
+    with FakeIssuer(client_secret=SECRET) as issuer:
+        assert exchange(issuer, audience="stac-api").members["error"] == "invalid_client"
+        assert exchange(issuer, audience="stac-api", client_secret=SECRET).status == 200
+
+
+def test_a_client_may_not_be_allowed_to_exchange(issuer: FakeIssuer) -> None:
+    issuer.behaviour.exchange = False
+
+    assert exchange(issuer).members["error"] == "unauthorized_client"
+
+
+def test_exchanges_for_one_audience_can_fail_or_take_their_time(
+    issuer: FakeIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    issuer.behaviour.exchange_errors["stac-api"] = "invalid_target"
+    issuer.behaviour.exchange_delays["https://openeo.example"] = 5
+
+    refused = exchange(issuer, audience="stac-api")
+    assert (refused.status, refused.members["error"]) == (400, "invalid_target")
+    assert max(slept) == 0
+    assert exchange(issuer, resource="https://openeo.example").status == 200
+    assert max(slept) == 5
+    assert exchange(issuer, audience="s3-api").status == 200
 
 
 def test_client_credentials_yield_an_access_token_only(issuer: FakeIssuer) -> None:
