@@ -46,6 +46,16 @@ Cause = Literal[
     "no_browser_login",
     "no_refresh_token",
     "no_id_token",
+    # The issuer refuses to exchange the session's access token. This client may not exchange any,
+    "no_exchange",
+    # because it has no secret or key;
+    "public_client",
+    # the audience is none that the issuer knows,
+    "unknown_audience",
+    # or none that this client and user may ask for;
+    "no_audience",
+    # the access token has ended, or was issued to another client.
+    "subject_token",
     # The browser came back from an issuer that we did not send it to.
     "mix_up",
     # The token's times do not match this machine's clock.

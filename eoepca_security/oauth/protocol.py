@@ -403,9 +403,13 @@ def read_exchange_response(
     """Read the answer to an exchange (RFC 8693 §2.2). Raises the same errors as `read_token_response`.
 
     It must say that it is an access token. A refresh token that comes with it is not used: it would be a session
-    besides the login's, which nobody ends.
+    besides the login's, which nobody ends. `cause` of a refusal says what is wrong with the exchange, if that is known.
     """
-    answer = read_answer(status, body, retry_after=retry_after, secrets=secrets)
+    try:
+        answer = read_answer(status, body, retry_after=retry_after, secrets=secrets)
+    except CredentialsRejected as error:
+        error.cause = _exchange_cause(status, error)
+        raise
     issued = answer.get("issued_token_type")
     if issued not in (ACCESS_TOKEN_TYPE, JWT_TYPE):
         shown = without_secrets(issued, secrets) or "unknown"
@@ -472,6 +476,35 @@ def _access_token(answer: Mapping[str, object], secrets: Collection[str]) -> str
         shown = without_secrets(token_type, secrets) or "unknown"
         raise TokenInvalid(f"the issuer gave a token of type {shown}; only Bearer can be forwarded")
     return access_token
+
+
+# Keycloak refuses almost everything with `invalid_request`, so only its text can tell the cases apart.
+_EXCHANGE_CAUSES: Final[Mapping[str, Cause]] = {
+    "token exchange is not enabled": "no_exchange",
+    "public client is not allowed": "public_client",
+    "audience not found": "unknown_audience",
+    "client disabled": "unknown_audience",  # the audience's; ours gets `invalid_client` with another text
+    "audience not available": "no_audience",
+    "not within the token audience": "subject_token",
+    "invalid token": "subject_token",
+}
+
+
+def _exchange_cause(status: int, error: CredentialsRejected) -> Cause | None:
+    said = (error.description or "").lower()
+    for words, cause in _EXCHANGE_CAUSES.items():
+        if words in said:
+            return cause
+    match error.issuer_error:
+        case "unsupported_grant_type":
+            return "no_exchange"
+        case "unauthorized_client" if status != 401:  # with 401, Keycloak refuses a wrong secret
+            return "no_exchange"
+        case "invalid_target":  # RFC 8693 §2.2.2
+            return "no_audience"
+        case "invalid_grant" | "invalid_token":
+            return "subject_token"
+    return None
 
 
 def _scope(answer: Mapping[str, object]) -> str | None:

@@ -382,6 +382,46 @@ def audience_remedy(client_id: str, audience: str) -> str:
     )
 
 
+def exchange_remedy(error: CredentialsRejected, client_id: str, audience: str | None) -> str | None:
+    """Return the remedy for a refused exchange (RFC 8693), or None if the exchange itself is not what was refused.
+
+    `audience` is the one that was asked for, or None.
+    """
+    client, service = printable(client_id), printable(audience or "the service's")
+    match error.cause or error.issuer_error:
+        case "no_exchange" if error.issuer_error == "unsupported_grant_type":
+            return 'the issuer does not exchange tokens: set `token` of the service to "scope", "resource" or "shared"'
+        case "no_exchange":
+            return (
+                f"let the client exchange tokens at the issuer (Keycloak: Clients > {client} > Settings > Capability "
+                "config > Standard Token Exchange)"
+            )
+        case "public_client":
+            return (
+                f"only clients with a secret or a key may exchange tokens: turn on Client authentication for {client} "
+                f'at the issuer, and set {CLIENT_SECRET.env}; or set `token` of the service to "scope"'
+            )
+        case "unknown_audience":
+            return (
+                f"no client with this name is enabled at the issuer: correct `audience` of the service, or register "
+                f"{service} (Keycloak: Clients > Create client, with {service} as Client ID)"
+            )
+        case "no_audience":
+            return (
+                f"let the client ask for {service} at the issuer (Keycloak: Client scopes > Create client scope; there, "
+                f"Mappers > Configure a new mapper > Audience, with {service} as Included Client Audience; then "
+                f"Clients > {client} > Client scopes > Add client scope), and if that scope is an optional one, set "
+                "`scope` of the service to it"
+            )
+        case "subject_token":
+            return f"the session's access token was refused: it has ended, or was not issued to {client}"
+        case "invalid_scope":
+            return f"set `scope` of the service to scopes that {client} may request, or leave it out"
+        case "access_denied":
+            return f"the issuer does not allow this user a token for {service}: ask its operator"
+    return None
+
+
 def refusal_remedy(place: Place, reply: Reply, without: Reply | None, *, audience: str) -> str | None:
     """Return the remedy for the protected service's answer to a request with the token, or None for no error.
 

@@ -778,6 +778,39 @@ def test_a_refused_exchange_says_why(code: str) -> None:
     assert (caught.value.issuer_error, caught.value.description) == (code, "No …")
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "said", "cause"),
+    [
+        # What Keycloak 26.7.3 answers.
+        (400, "invalid_request", "Standard token exchange is not enabled for the requested client", "no_exchange"),
+        (400, "invalid_client", "Public client is not allowed to exchange token", "public_client"),
+        (400, "invalid_client", "Audience not found", "unknown_audience"),
+        (400, "invalid_client", "Client disabled", "unknown_audience"),
+        (400, "invalid_request", "Requested audience not available: stac-api", "no_audience"),
+        (403, "access_denied", "Client is not within the token audience", "subject_token"),
+        (400, "invalid_request", "Invalid token", "subject_token"),
+        (400, "invalid_scope", "Invalid scopes: nonsense", None),
+        (401, "unauthorized_client", "Invalid client or Invalid client credentials", None),
+        (401, "invalid_client", "Invalid client or Invalid client credentials", None),
+        # What RFC 6749 and RFC 8693 have.
+        (400, "unauthorized_client", None, "no_exchange"),
+        (400, "unsupported_grant_type", None, "no_exchange"),
+        (400, "invalid_target", None, "no_audience"),
+        (400, "invalid_grant", "Token is not active", "subject_token"),
+        (401, "invalid_client", None, None),
+        (400, "invalid_request", None, None),
+        (400, "access_denied", "Denied by policy", None),
+    ],
+)
+def test_a_refused_exchange_carries_its_cause(status: int, code: str, said: str | None, cause: str | None) -> None:
+    body = json.dumps({"error": code, "error_description": said}).encode()
+
+    with pytest.raises(CredentialsRejected) as caught:
+        read_exchange_response(status, body)
+
+    assert (caught.value.issuer_error, caught.value.description, caught.value.cause) == (code, said, cause)
+
+
 def test_an_exchange_at_an_issuer_that_is_busy_can_be_tried_again() -> None:
     with pytest.raises(IssuerUnavailable) as caught:
         read_exchange_response(503, b"", retry_after=7)

@@ -14,6 +14,7 @@ from eoepca_security.proxy.config.variables import UPSTREAM
 from eoepca_security.proxy.policy.remedies import (
     Place,
     command_remedy,
+    exchange_remedy,
     failure_remedy,
     login_remedy,
     network_remedy,
@@ -186,3 +187,31 @@ def test_only_the_proxy_speaks_of_settings_and_commands() -> None:
         commands = ("run-mitmproxy", "oidc-proxy", "--browser", "--scope")
         for word in ("OPEN_ID_", "TLS_", "PROXY_", "REMOTE_", "HTTPS_PROXY", *commands):
             assert word not in text.replace("PROTOCOL_TLS_", ""), f"{word} in {file}"
+
+
+@pytest.mark.parametrize(
+    ("code", "cause", "remedy"),
+    [
+        ("invalid_request", "no_exchange", "Clients > proxy > Settings > Capability config > Standard Token Exchange"),
+        ("unsupported_grant_type", "no_exchange", 'set `token` of the service to "scope"'),
+        ("invalid_client", "public_client", "turn on Client authentication for proxy"),
+        ("invalid_client", "public_client", "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        ("invalid_client", "unknown_audience", "correct `audience` of the service, or register stac-api"),
+        ("invalid_request", "no_audience", "with stac-api as Included Client Audience"),
+        ("invalid_request", "no_audience", "set `scope` of the service"),
+        ("invalid_target", "no_audience", "let the client ask for stac-api"),
+        ("invalid_request", "subject_token", "was not issued to proxy"),
+        ("invalid_scope", None, "set `scope` of the service"),
+        ("access_denied", None, "does not allow this user a token for stac-api"),
+    ],
+)
+def test_a_refused_exchange_names_the_switch(code: str, cause: Cause | None, remedy: str) -> None:
+    error = CredentialsRejected("x", cause=cause, issuer_error=code)
+
+    assert remedy in (exchange_remedy(error, "proxy", "stac-api") or "")
+    assert "stac-api" not in (exchange_remedy(error, "proxy", None) or "")
+
+
+def test_what_is_no_fault_of_the_exchange_has_another_remedy() -> None:
+    for code in ("invalid_client", "unauthorized_client", "invalid_request"):
+        assert exchange_remedy(CredentialsRejected("x", issuer_error=code), "proxy", "stac-api") is None
