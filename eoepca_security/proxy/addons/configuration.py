@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from mitmproxy import ctx
 from mitmproxy.addonmanager import Loader
@@ -28,8 +28,10 @@ from eoepca_security.proxy.patches import (
     header_lookup,
     http_clients,
     http_stream,
+    service_tls,
 )
 from eoepca_security.proxy.patches.hook_cache import cache_hooks
+from eoepca_security.proxy.patches.service_tls import Trust
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.apisix import ApisixHeaders
 from eoepca_security.proxy.policy.routing import Routes
@@ -73,12 +75,15 @@ class Configuration:
         self._make_sources = make_sources
         self._observe = observe
         self._settings_problems: list[str] | None = None
+        # Keep references: closing a file deletes it.
+        self._bundles: list[IO[bytes]] = []
 
     def load(self, loader: Loader) -> None:
         """Declare the options. All are strings, because an invalid value of another type would unload the add-on."""
         http_clients.install()
         http_stream.install()
         header_lookup.install()
+        service_tls.install()
         cache_hooks(loader.master)
         loader.master.event_loop.set_default_executor(DaemonThreads())
         for variable in OPTIONS:
@@ -129,6 +134,7 @@ class Configuration:
         client_timeout.set_limit(settings.client_timeout)
         http_stream.budget.limit = settings.held_bytes // settings.workers
         services = services_of(settings)
+        state.trust = {service.site: trust for service in settings.services if (trust := self._trust(service))}
         state.routes = Routes(settings.services) if settings.services else None
         state.default = next((service for service in services if service.name == DEFAULT), None)
         state.apisix = {
@@ -147,13 +153,23 @@ class Configuration:
             partial(self._observe, service), self._state.describe, apisix.learn if apisix is not None else None
         )
 
+    def _trust(self, service: Service) -> Trust | None:
+        """Return whom to trust instead of those whom mitmproxy's options name, or None."""
+        if service.tls_no_verify:
+            return Trust(None)
+        if service.ca_file is None:
+            return None
+        file = ca_bundle_file(service.ca_file)
+        self._bundles.append(file)
+        return Trust(Path(file.name))
+
     def _trust_upstream(self, settings: Settings) -> None:
         """Set for mitmdump -s what the launcher sets with mitmproxy's arguments."""
         changes: dict[str, Any] = {"ssl_insecure": True} if settings.tls_no_verify else {}
         if settings.ca_file is not None and not getattr(ctx.options, _TRUSTED_CA, None):
-            # Keep a reference: closing the file deletes it.
-            self._bundle = ca_bundle_file(settings.ca_file)
-            changes[_TRUSTED_CA] = self._bundle.name
+            file = ca_bundle_file(settings.ca_file)
+            self._bundles.append(file)
+            changes[_TRUSTED_CA] = file.name
         ctx.options.update_known(**changes)
 
 

@@ -5,15 +5,17 @@ import logging
 
 from mitmproxy import ctx
 from mitmproxy.addons.proxyserver import Proxyserver
-from mitmproxy.connection import Client, Connection
+from mitmproxy.connection import Client, Connection, Server
 from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
+from mitmproxy.tls import TlsData
 
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.addons.state import State
-from eoepca_security.proxy.patches import client_timeout
+from eoepca_security.proxy.config.settings import Site
+from eoepca_security.proxy.patches import client_timeout, service_tls
 from eoepca_security.proxy.policy.destination import may_inject
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
@@ -41,6 +43,12 @@ class Connections:
         is_reverse = isinstance(data.client.proxy_mode, ReverseMode)
         if address is not None and (is_reverse or self._gets_a_token(*address[:2])):
             server.sni = address[0]
+
+    def tls_start_server(self, data: TlsData) -> None:
+        """Trust whom the service's settings say. mitmproxy makes the connection after that, in the same task."""
+        address = data.conn.address if isinstance(data.conn, Server) else None
+        site = Site("https", address[0].lower(), address[1]) if address is not None else None
+        service_tls.use(self._state.trust.get(site) if site is not None else None)
 
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
         """Log why the service cannot be reached; the client gets a 502 with a code."""

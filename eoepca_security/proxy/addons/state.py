@@ -7,7 +7,8 @@ from weakref import WeakSet
 from mitmproxy.http import HTTPFlow
 
 from eoepca_security.errors import TokenError
-from eoepca_security.proxy.config.settings import Service, Settings
+from eoepca_security.proxy.config.settings import Service, Settings, Site
+from eoepca_security.proxy.patches.service_tls import Trust
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.apisix import ApisixHeaders
 from eoepca_security.proxy.policy.remedies import failure_remedy, runs_in_container, told
@@ -24,7 +25,8 @@ class State:
     The configuration sets `settings`, `sources`, `guard`, `routes`, `default` and `apisix` from the options, and
     `problems` to one line for each error in them. `sources` is None while the settings are wrong. `routes` lead to the
     services; it is None where mitmproxy's mode alone says what `default`, the only service, is. `apisix` has the
-    headers of the services that want them, by name. `end_all` stops the proxy with all its processes.
+    headers of the services that want them, by name. `trust` has the services that trust others than the proxy does.
+    `end_all` stops the proxy with all its processes.
     """
 
     end_all: Callable[[], None]
@@ -34,6 +36,7 @@ class State:
     routes: Routes | None = None
     default: Service | None = None
     apisix: dict[str, ApisixHeaders] = field(default_factory=dict)
+    trust: dict[Site, Trust] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     in_container: bool = field(default_factory=runs_in_container)
     is_running: bool = False

@@ -48,6 +48,11 @@ patches/lazy_imports.py
 # h2 renamed it with the version that mitmproxy 12 uses.
 _FRAME_DATA: Final = "data" if TESTED.startswith("11.") else "_data"
 
+_TLS_OPTIONS: Final = (
+    "method, min_version, max_version, cipher_list, ecdh_curve, verify, ca_path, ca_pemfile, client_cert, "
+    "legacy_server_connect"
+)
+
 _ROWS: Final = f"""
 patches/http_clients.py
     mitmproxy.proxy.layers.http
@@ -248,6 +253,10 @@ patches/certificate_authority.py
         configure(self, updated)
         certstore
     mitmproxy.options CONF_BASENAME KEY_SIZE
+patches/service_tls.py
+    mitmproxy.net.tls
+        create_proxy_server_context(*, {_TLS_OPTIONS}) < mitmproxy.addons.tlsconfig:TlsConfig.tls_start_server
+        Verify
 patches/shared_listeners.py
     mitmproxy.proxy.mode_servers:AsyncioServerInstance
         listen(self, host, port) < AsyncioServerInstance._start

@@ -408,8 +408,8 @@ def exchange_remedy(error: CredentialsRejected, client_id: str, audience: str | 
             )
         case "no_audience":
             return (
-                f"let the client ask for {service} at the issuer (Keycloak: Client scopes > Create client scope; there, "
-                f"Mappers > Configure a new mapper > Audience, with {service} as Included Client Audience; then "
+                f"let the client ask for {service} at the issuer (Keycloak: Client scopes > Create client scope; "
+                f"there, Mappers > Configure a new mapper > Audience, with {service} as Included Client Audience; then "
                 f"Clients > {client} > Client scopes > Add client scope), and if that scope is an optional one, set "
                 "`scope` of the service to it"
             )

@@ -100,7 +100,6 @@ def _run(
     own = [
         *(word for mode in _modes(settings) for word in ("--mode", mode)),
         *("--listen-host", bind_host(settings.host), "--listen-port", str(settings.port)),
-        *(["--ssl-insecure"] if settings.tls_no_verify else []),
     ]
     certificate_authority.read_quickly()
     try:
