@@ -21,6 +21,7 @@ VERSION = json.loads((FOLDER / "package.json").read_text())["dependencies"]["oid
 INSTALL_SECONDS = 180.0
 START_SECONDS = 60.0
 SECRET = "test-only-client-secret-of-some-length"
+OTHER_AUDIENCE = "https://other-service.example"
 GRANTS = ["authorization_code", "refresh_token", "urn:ietf:params:oauth:grant-type:device_code"]
 
 
@@ -85,6 +86,7 @@ def _running(
         "port": port,
         "issuer": url,
         "audience": AUDIENCE,
+        "resources": [AUDIENCE, OTHER_AUDIENCE],
         "lifetime": LIFETIME,
         "rotate": True,
         "resource_by_default": resource_by_default,

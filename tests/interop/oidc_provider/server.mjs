@@ -62,7 +62,7 @@ const resourceIndicators = {
   defaultResource: (ctx, client, oneOf) => (settings.resource_by_default ? settings.audience : oneOf),
   useGrantedResource: () => true,
   getResourceServerInfo: (ctx, resource) => {
-    if (resource !== settings.audience) throw new errors.InvalidTarget();
+    if (!settings.resources.includes(resource)) throw new errors.InvalidTarget();
     return { audience: resource, scope: 'read', accessTokenFormat: 'jwt', accessTokenTTL: settings.lifetime };
   },
 };
