@@ -162,6 +162,8 @@ def test_keycloak_does_not_look_at_the_resource_so_the_audience_has_to_be_checke
     assert audiences(token) == audiences(login["access_token"])
     with pytest.raises(TokenInvalid, match="audience"):
         provider.verify(token, "https://stac.example")
+    refreshed = provider.request_token(login["refresh_token"], resource="https://stac.example").access_token
+    assert audiences(refreshed) == audiences(login["access_token"])
 
 
 # --- Keycloak, narrower scope -------------------------------------------------------------------------------------
@@ -193,6 +195,15 @@ def test_keycloak_narrows_each_refresh_and_widens_again(services: Keycloak, netw
     with pytest.raises(CredentialsRejected, match="invalid_scope"):
         refresh("nonsense")
     assert refresh(narrow_scope(OPENEO, wide)) == {OPENEO}
+
+
+def test_keycloak_leaves_out_what_the_login_did_not_have(services: Keycloak, network: HttpTransport) -> None:
+    provider = make_provider(services.issuer(REALM), NARROWING, network)
+    refresh_token = log_in(services, NARROWING, f"openid {STAC}")["refresh_token"]
+
+    token = provider.request_token(refresh_token, scope=f"openid {OPENEO}").access_token
+    assert not audiences(token) & {STAC, OPENEO}
+    assert OPENEO not in unverified_claims(token)["scope"]
 
 
 # --- oidc-provider, resource --------------------------------------------------------------------------------------
