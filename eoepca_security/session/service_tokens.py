@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from eoepca_security.errors import CredentialsRejected, TokenInvalid
 from eoepca_security.issuer.threads import in_thread
@@ -12,9 +12,6 @@ from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.session.session import AccessToken, Purpose, RefreshSession, number, token_end
 from eoepca_security.session.source import TokenSource
 from eoepca_security.session.token_cycle import TokenCycle
-
-# With these, issuers refuse the token that is exchanged rather than the exchange.
-_SUBJECT_ERRORS: Final = ("invalid_grant", "invalid_request", "invalid_token")
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,7 @@ def exchanged_tokens(
         try:
             return await trade(subject)
         except CredentialsRejected as error:
-            other = await login.replace(subject.value) if error.issuer_error in _SUBJECT_ERRORS else None
+            other = await login.replace(subject.value) if error.cause == "subject_token" else None
             if other is None:
                 raise
         return await trade(other)

@@ -30,6 +30,7 @@ from eoepca_security.proxy.policy.rewrite import (
     naming_the_proxy,
     naming_the_service,
     shared,
+    with_forwarded,
     with_locations,
     with_usable_cookies,
     without_cookies,
@@ -86,6 +87,8 @@ class RequestFlow:
             # A replay keeps the origin of its first run.
             proxy = flow.metadata.setdefault(ORIGIN, f"{scheme}://{request.host_header}")
             fields = naming_the_service(fields, proxy, where.target.origin, where.called.path)
+            if where.service is not None and where.service.forwarded:
+                fields = with_forwarded(fields, proxy)
             request.scheme, request.host, request.port = where.target.scheme, where.target.host, where.target.port
             request.path = where.path
         request.headers.fields = fields

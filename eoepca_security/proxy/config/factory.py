@@ -181,11 +181,15 @@ def _session_token(settings: Settings, refresh_token: str | None) -> str | None:
 
 
 def _check(provider: Provider, service: Service | None, hooks: Hooks) -> Callable[[str], None]:
-    """Return what looks at each new token: it must be for the service, if the settings say what that takes."""
+    """Return what looks at each new token: it must be for the service, if the settings say what that takes.
+
+    Some issuers ignore a resource that they are asked for, and answer with a token for everything.
+    """
+    audience = (service.audience or service.resource) if service is not None else None
 
     def check(token: str) -> None:
-        if service is not None and service.audience is not None and looks_like_jwt(token):
-            provider.verify(token, service.audience)
+        if audience is not None and looks_like_jwt(token):
+            provider.verify(token, audience)
         if hooks.learn is not None:
             hooks.learn(provider, token)
 

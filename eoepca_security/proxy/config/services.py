@@ -199,6 +199,10 @@ class _Table:
             tls_no_verify=self._boolean("tls_no_verify"),
         )
         self._check_token(service)
+        if service.forwarded and service.path:
+            self._problem(
+                "forwarded", f"has the service repeat {service.path} in its links: leave it out, or the path in url"
+            )
         return service
 
     def _text(self, key: str) -> str | None:

@@ -33,6 +33,8 @@ Rewrite = Callable[[bytes], bytes]
 _URL: Final = re.compile(rb"([A-Za-z]+:)?//([^/?#]*)")
 _REFRESH: Final = re.compile(rb"""(\s*[0-9.]+\s*[;,]\s*(?:url\s*=\s*)?(["']?))(.*)""", re.IGNORECASE | re.DOTALL)
 
+_IS_FORWARDED: Final = re.compile(rb"(x[-_])?forwarded([-_]|$)", re.IGNORECASE)
+
 _COOKIES: Final = frozenset({b"cookie", b"set-cookie"})
 
 # Cookies of these names have to be `Secure` (RFC 6265bis §4.1.3).
@@ -68,6 +70,23 @@ def with_locations(fields: Fields, rewrite: Rewrite) -> Fields:
         return _refresh(value, rewrite) if name == b"refresh" else rewrite(value)
 
     return _with_values(fields, _OF_RESPONSES, rewritten)
+
+
+def with_forwarded(fields: Fields, proxy: str) -> Fields:
+    """Return a request's fields that tell the service the proxy's origin, for the links in its answers.
+
+    They are those of RFC 7239 and the ones that most frameworks read. The client's own say nothing any more.
+    """
+    scheme, _, authority = proxy.partition("://")
+    port = parse_host(authority).port or DEFAULT_PORTS[scheme]
+    added = {
+        "Forwarded": f'host="{authority}";proto={scheme}',
+        "X-Forwarded-Host": authority,
+        "X-Forwarded-Port": str(port),
+        "X-Forwarded-Proto": scheme,
+    }
+    kept = (field for field in fields if not _IS_FORWARDED.match(field[0]))
+    return (*kept, *((name.encode(), value.encode()) for name, value in added.items()))
 
 
 def without_cookies(fields: Fields) -> Fields:

@@ -51,7 +51,6 @@ def test_everything_can_be_set(file: Path) -> None:
         scope = "a b:c"
         header = "X-Token"
         format = "Bearer oidc/egi/{token}"
-        forwarded = true
         tls_no_verify = true
     """
     ((service,), warnings) = read(file, text)
@@ -67,13 +66,19 @@ def test_everything_can_be_set(file: Path) -> None:
         scope="a b:c",
         header="X-Token",
         format="Bearer oidc/egi/{token}",
-        forwarded=True,
         tls_no_verify=True,
     )
     assert service.header_value("{token}") == "Bearer oidc/egi/{token}"
     assert service.site == ("https", "openeo.example", 443)
     (warning,) = warnings
     assert warning.startswith("PROXY_SERVICES: [service.open-eo] tls_no_verify is on: anyone on the network path")
+
+
+def test_what_a_service_hears_of_the_proxy_must_not_have_its_path_twice(file: Path) -> None:
+    ((service,), _) = read(file, '[service.stac]\nforwarded = true\nurl = "https://stac.example"')
+    assert service.forwarded
+    (line,) = problems(file, '[service.stac]\nforwarded = true\nurl = "https://stac.example/api"')
+    assert line.startswith("[service.stac] forwarded: has the service repeat /api in its links")
 
 
 def test_a_ca_file_is_beside_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

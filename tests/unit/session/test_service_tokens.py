@@ -250,7 +250,7 @@ async def test_an_exchange_is_tried_again_with_another_token_if_that_was_refused
 
     def exchange(subject: str) -> TokenResponse:
         if subject == "token-1":
-            raise CredentialsRejected("the issuer answered invalid_token", issuer_error="invalid_token")
+            raise CredentialsRejected("the issuer answered invalid_grant", cause="subject_token")
         return TokenResponse(f"for-{subject}", 60)
 
     assert (await exchanged_tokens(login, exchange, now=clock).token()).value == "for-token-2"
