@@ -3,8 +3,11 @@
 import contextlib
 import os
 import re
+import signal
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +25,7 @@ from eoepca_security.testing import FakeIssuer
 from eoepca_security.testing.local_server import Handler, LocalServer
 from tests.support.environment import settings_for
 from tests.support.network import free_port
-from tests.support.processes import ProxyProcess, StartProxy
+from tests.support.processes import ROOT, ProxyProcess, StartProxy
 from tests.support.service import Recorder, exchange, http2_ask, websocket_echo
 from tests.support.tls import write_certificate
 from tests.support.waiting import eventually
@@ -534,3 +537,78 @@ def test_wrong_settings_are_a_line_each(start: StartProxy, issuer: FakeIssuer, t
     lines = [line for line in proxy.lines if line.startswith("PROXY_SERVICES: ")]
     assert len(lines) == 3, proxy.output
     assert os.fspath(file) not in proxy.output
+
+
+# --- SIGHUP ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_file_is_read_again_where_there_is_no_terminal(
+    start_alone: Callable[..., ProxyProcess],
+    issuer: FakeIssuer,
+    stac: tuple[Service, str],
+    data: tuple[Service, str],
+    tmp_path: Path,
+    client: httpx.Client,
+    workers: str,
+) -> None:
+    one, *_ = (f"[service.{part}" for part in exchanged(stac[1], data[1]).split("[service.")[1:])
+    file = tmp_path / "services.toml"
+    file.write_text(one)
+    proxy = start_alone(settings_for(issuer, PROXY_SERVICES=str(file), PROXY_WORKERS=workers, PROXY_PORT="0"))
+    assert get(client, proxy, "stac.localhost").status_code == 200
+    assert get(client, proxy, "data.localhost").status_code == 403
+
+    file.write_text(exchanged(stac[1], data[1], "prot = 1"))
+    proxy.process.send_signal(signal.SIGHUP)
+    assert proxy.wait_for(re.compile("the services are the same as before"))
+    assert any("[service.data] prot: is unknown: did you mean port?" in line for line in proxy.lines), proxy.output
+    assert get(client, proxy, "stac.localhost").status_code == 200
+    assert get(client, proxy, "data.localhost").status_code == 403
+
+    asked = len(issuer.requests)
+    file.write_text(exchanged(stac[1], data[1]))
+    proxy.process.send_signal(signal.SIGHUP)
+    for _ in range(8):  # each worker
+        eventually(lambda: get(client, proxy, "data.localhost").status_code == 200)
+    assert get(client, proxy, "stac.localhost").status_code == 200
+    # The login goes on, without another refresh.
+    assert {request.form["grant_type"].rpartition(":")[2] for request in issuer.requests[asked:]} == {"token-exchange"}
+
+    file.write_text(exchanged(stac[1], data[1], f"port = {free_port()}"))
+    proxy.process.send_signal(signal.SIGHUP)
+    assert proxy.wait_for(re.compile("services with other ports than before need a restart"))
+    assert get(client, proxy, "data.localhost").status_code == 200
+    assert proxy.stop() == 0
+
+
+def test_a_hangup_ends_a_proxy_without_a_file_as_before(
+    start_alone: Callable[..., ProxyProcess], issuer: FakeIssuer
+) -> None:
+    proxy = start_alone(settings_for(issuer, REMOTE_PROTECTED_DOMAIN="http://127.0.0.1:9", PROXY_PORT="0"))
+    proxy.process.send_signal(signal.SIGHUP)
+    assert proxy.wait_until_ended() == 0
+
+
+@pytest.fixture
+def start_alone(base_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., ProxyProcess]]:
+    """Start the launcher in a session of its own, which has no terminal."""
+    started: list[ProxyProcess] = []
+
+    def start(environment: Mapping[str, str]) -> ProxyProcess:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "run-mitmproxy.py"), "serve"],
+            env=base_environment | dict(environment),
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(ProxyProcess(process))
+        return started[-1].wait_until_started()
+
+    yield start
+    for proxy in started:
+        proxy.stop()

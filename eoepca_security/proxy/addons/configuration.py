@@ -1,7 +1,8 @@
 """Declares the add-on's options and reads the settings from them."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
@@ -9,19 +10,20 @@ from typing import IO, Any, Final
 from mitmproxy import ctx
 from mitmproxy.addonmanager import Loader
 from mitmproxy.exceptions import OptionsError
+from mitmproxy.log import ALERT
 from mitmproxy.proxy.mode_specs import ProxyMode
 
 from eoepca_security.errors import SettingsError, TokenError
-from eoepca_security.issuer.threads import DaemonThreads
+from eoepca_security.issuer.threads import DaemonThreads, in_thread
 from eoepca_security.oauth.urls import ANY_LOCALHOST, EVERYWHERE, LOOPBACK_NAMES
 from eoepca_security.proxy.addons import mitmproxy_options
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.command import this_command
 from eoepca_security.proxy.config.factory import Hooks, ca_bundle_file
-from eoepca_security.proxy.config.loading import settings_in
+from eoepca_security.proxy.config.loading import reread_services, settings_in
 from eoepca_security.proxy.config.services import DEFAULT, services_of
-from eoepca_security.proxy.config.settings import Service, Settings
-from eoepca_security.proxy.config.variables import OPTIONS
+from eoepca_security.proxy.config.settings import Service, Settings, Site
+from eoepca_security.proxy.config.variables import OPTIONS, SERVICES
 from eoepca_security.proxy.patches import (
     certificate_authority,
     client_timeout,
@@ -40,6 +42,10 @@ from eoepca_security.session.source import TokenSource
 
 OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
 """The names of the add-on's options."""
+
+logger = logging.getLogger("eoepca_security.proxy.addon")
+
+SAME_AS_BEFORE: Final = "the services are the same as before: correct the file, and send SIGHUP again"
 
 _TRUSTED_CA: Final = "ssl_verify_upstream_trusted_ca"
 
@@ -76,7 +82,9 @@ class Configuration:
         self._observe = observe
         self._settings_problems: list[str] | None = None
         # Keep references: closing a file deletes it.
+        self._bundle: IO[bytes] | None = None
         self._bundles: list[IO[bytes]] = []
+        self._tls: dict[Site, tuple[Path | None, bool]] = {}
 
     def load(self, loader: Loader) -> None:
         """Declare the options. All are strings, because an invalid value of another type would unload the add-on."""
@@ -103,12 +111,30 @@ class Configuration:
             raise OptionsError("; ".join(problems))
         state.problems = problems
         if state.settings is not None:
-            hosts = state.settings.allowed_hosts or (*LOOPBACK_NAMES, ANY_LOCALHOST, *_own_hosts())
-            if state.routes is None:
-                state.guard = Guard(hosts, state.settings.allowed_origins)
-            else:
-                names = state.routes.names
-                state.guard = Guard((*hosts, *names), state.settings.allowed_origins, names=names)
+            self._set_guard(state.settings)
+
+    async def reread(self) -> None:
+        """Read the file with the services again, and use it if it is right. The log says what happened."""
+        state, before = self._state, self._state.settings
+        if before is None or state.sources is None:
+            return
+        try:
+            settings, warnings = await in_thread(lambda: reread_services(before))
+            if state.settings is not before:  # something else was faster
+                return
+            trust = self._trust_of(settings.services)
+        except SettingsError as error:
+            for line in error.problems:
+                logger.warning("%s", line)
+            logger.warning("%s", SAME_AS_BEFORE)
+            return
+        for line in warnings:
+            logger.warning("%s", line)
+        self._given = settings if self._given is not None else None
+        self._use_services(settings, trust)
+        state.sources = self._make_sources(settings, login=state.sources.login, hooks=self._hooks)
+        self._set_guard(settings)
+        logger.log(ALERT, "the services were read again: %s", ", ".join(service.name for service in settings.services))
 
     def _read_settings(self) -> list[str]:
         """Apply the settings, or return a line for each error in them."""
@@ -123,6 +149,7 @@ class Configuration:
             )
             if settings == state.settings:
                 return []
+            trust = self._trust_of(settings.services)
             if self._given is None:
                 self._trust_upstream(settings)
         except SettingsError as error:
@@ -130,16 +157,9 @@ class Configuration:
         before = state.source or _handed_over.pop(settings.login, None)
         # A new source would lose a session that is only in memory.
         is_same_login = state.settings is None or state.settings.login == settings.login
-        state.settings = settings
         client_timeout.set_limit(settings.client_timeout)
         http_stream.budget.limit = settings.held_bytes // settings.workers
-        services = services_of(settings)
-        state.trust = {service.site: trust for service in settings.services if (trust := self._trust(service))}
-        state.routes = Routes(settings.services) if settings.services else None
-        state.default = next((service for service in services if service.name == DEFAULT), None)
-        state.apisix = {
-            service.name: ApisixHeaders(state.describe) for service in services if service.forward_as == "apisix"
-        }
+        self._use_services(settings, trust)
         state.sources = self._make_sources(
             settings, continues=before if is_same_login else None, joins=self._joins, hooks=self._hooks
         )
@@ -147,29 +167,57 @@ class Configuration:
             before.retire()
         return []
 
+    def _set_guard(self, settings: Settings) -> None:
+        hosts = settings.allowed_hosts or (*LOOPBACK_NAMES, ANY_LOCALHOST, *_own_hosts())
+        if self._state.routes is None or settings.services_file is None:
+            self._state.guard = Guard(hosts, settings.allowed_origins)
+        else:
+            names = self._state.routes.names
+            self._state.guard = Guard((*hosts, *names), settings.allowed_origins, names=names)
+
+    def _use_services(self, settings: Settings, trust: dict[Site, Trust]) -> None:
+        state, services = self._state, services_of(settings)
+        state.settings = settings
+        state.trust = trust
+        state.routes = Routes(settings.services) if settings.services else None
+        state.default = next((service for service in services if service.name == DEFAULT), None)
+        state.apisix = {
+            service.name: ApisixHeaders(state.describe) for service in services if service.forward_as == "apisix"
+        }
+
     def _hooks(self, service: Service | None) -> Hooks:
         apisix = self._state.apisix.get(service.name) if service is not None else None
         return Hooks(
             partial(self._observe, service), self._state.describe, apisix.learn if apisix is not None else None
         )
 
-    def _trust(self, service: Service) -> Trust | None:
-        """Return whom to trust instead of those whom mitmproxy's options name, or None."""
-        if service.tls_no_verify:
-            return Trust(None)
-        if service.ca_file is None:
-            return None
-        file = ca_bundle_file(service.ca_file)
-        self._bundles.append(file)
-        return Trust(Path(file.name))
+    def _trust_of(self, services: Iterable[Service]) -> dict[Site, Trust]:
+        """Return the services that trust others than mitmproxy's options name.
+
+        Connections that are there do not change, so a service keeps what it had from its start. Raises SettingsError.
+        """
+        bundles, trust = [], {}
+        for service in services:
+            wanted = (service.ca_file, service.tls_no_verify)
+            if self._tls.get(service.site, wanted) != wanted:
+                raise SettingsError(
+                    f"{SERVICES.env}: [service.{service.name}] ca_file, tls_no_verify: a change needs a restart"
+                )
+            if service.tls_no_verify:
+                trust[service.site] = Trust(None)
+            elif service.ca_file is not None:
+                bundles.append(ca_bundle_file(service.ca_file))
+                trust[service.site] = Trust(Path(bundles[-1].name))
+        self._tls |= {service.site: (service.ca_file, service.tls_no_verify) for service in services}
+        self._bundles = bundles
+        return trust
 
     def _trust_upstream(self, settings: Settings) -> None:
         """Set for mitmdump -s what the launcher sets with mitmproxy's arguments."""
         changes: dict[str, Any] = {"ssl_insecure": True} if settings.tls_no_verify else {}
         if settings.ca_file is not None and not getattr(ctx.options, _TRUSTED_CA, None):
-            file = ca_bundle_file(settings.ca_file)
-            self._bundles.append(file)
-            changes[_TRUSTED_CA] = file.name
+            self._bundle = ca_bundle_file(settings.ca_file)
+            changes[_TRUSTED_CA] = self._bundle.name
         ctx.options.update_known(**changes)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Callable
 from typing import Final
@@ -22,11 +23,20 @@ _CLOSING_TIMEOUT: Final = 1.0
 _INTERVAL: Final = 0.02
 
 
-def end_with_the_terminal(end: Callable[[], None]) -> None:
-    """Stop the process gracefully when its terminal closes, unless SIGHUP is ignored (nohup)."""
+def has_terminal() -> bool:
+    """Return whether this process has a controlling terminal, so that SIGHUP may say that it has closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+def on_hangup(act: Callable[[], None]) -> None:
+    """Do this on SIGHUP, unless it is ignored (nohup)."""
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, end)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
 
 
 def end_quietly() -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.addons.addresses import addresses, browser_address, exposure
 from eoepca_security.proxy.addons.configuration import OPTION_NAMES, hand_over
-from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, end_with_the_terminal
+from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, has_terminal, on_hangup
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.admin.status import AdminSource, example, on_this_machine
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
@@ -47,7 +47,7 @@ class Lifecycle:
     """Starts and stops the proxy.
 
     `on_started` is called once with the proxy's URL and the error of the first token request, or None. `on_unloaded` is
-    called when the add-on is unloaded while mitmproxy goes on.
+    called when the add-on is unloaded while mitmproxy goes on, and `on_reread` to read the services again (SIGHUP).
     """
 
     def __init__(
@@ -57,11 +57,14 @@ class Lifecycle:
         *,
         on_started: Callable[[str, TokenError | None], None],
         on_unloaded: Callable[[Master], None],
+        on_reread: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._state = state
         self._admin_source = admin_source
         self._on_started = on_started
         self._on_unloaded = on_unloaded
+        self._on_reread = on_reread
+        self._rereading: asyncio.Task[None] | None = None
         self._first: asyncio.Future[AccessToken] | None = None
         self._admin: Admin | None = None
         self.status_page: str | None = None
@@ -80,8 +83,14 @@ class Lifecycle:
         This is not a coroutine function, because mitmproxy refuses those when it reloads an edited script.
         """
         self._state.is_running = True
-        end_with_the_terminal(ctx.master.shutdown)
+        settings = self._state.settings
+        rereads = settings is not None and settings.services_file is not None and not has_terminal()
+        on_hangup(self._reread if rereads else ctx.master.shutdown)
         return asyncio.get_running_loop().create_task(self._start())
+
+    def _reread(self) -> None:
+        # Keep a reference, so that the task is not garbage-collected while it runs.
+        self._rereading = asyncio.get_running_loop().create_task(self._on_reread())
 
     def done(self) -> "asyncio.Task[None]":
         """Let running requests and a running refresh finish; stop mitmproxy if only the add-on is unloaded.

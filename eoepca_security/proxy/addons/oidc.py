@@ -47,18 +47,20 @@ class OIDCAuthProxy:
     ) -> None:
         self.state = State(end or _shut_down)
         self.monitoring = Monitoring(self.state)
+        configuration = Configuration(
+            self.state, settings, joins=joins, make_sources=make_sources, observe=self.monitoring.refreshed
+        )
         self.lifecycle = Lifecycle(
             self.state,
             self.admin_source(),
             on_started=on_started or exit_if_rejected,
             on_unloaded=_exit_unless_replaced,
+            on_reread=configuration.reread,
         )
         self.request_flow = RequestFlow(self.state)
         # The order matters: count a request as it arrives, and decide about it before anything else handles it.
         self.addons = (
-            Configuration(
-                self.state, settings, joins=joins, make_sources=make_sources, observe=self.monitoring.refreshed
-            ),
+            configuration,
             self.monitoring,
             self.request_flow,
             Connections(self.state),

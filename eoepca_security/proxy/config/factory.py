@@ -95,46 +95,29 @@ class Hooks:
 
 def make_source(settings: Settings) -> TokenSource:
     """Return the source of the login's own tokens. It does not ask the issuer yet."""
-    return make_sources(replace(settings, services=())).login
+    return make_sources(replace(settings, services=(), services_file=None)).login
 
 
 def make_sources(
     settings: Settings,
     *,
+    login: TokenSource | None = None,
     continues: TokenSource | None = None,
     joins: bool = False,
     hooks: Callable[[Service | None], Hooks] = lambda _service: Hooks(),
 ) -> Sources:
     """Return the token sources of the login and of each service. They do not ask the issuer yet.
 
-    `continues` and `joins` are the same as for TokenSource. `hooks` returns those of a service, or those of the login
-    for None. A service that gets the login's own tokens, and is alone, shares its source.
+    `login` is the source of the login's own tokens if there is one already; otherwise `continues` and `joins` are the
+    same as for TokenSource. `hooks` returns those of a service, or those of the login for None. The service of the
+    settings without a file shares the login's source.
     """
     provider = make_provider(settings)
     services = services_of(settings)
-    narrows = any(service.token == "scope" for service in services)  # noqa: S105  the kind of token
-    alone = services[0] if len(services) == 1 and services[0].takes_login_token else None
-    login_hooks = hooks(alone)
-
-    def request_token(refresh_token: str | None) -> TokenResponse:
-        # After a refresh for less, some issuers give no more than that unless they are asked (RFC 6749 §6).
-        scope = login.session.scope if narrows else None
-        return provider.request_token(_session_token(settings, refresh_token), scope=settings.scope or scope)
-
-    login = TokenSource(
-        request_token,
-        refresh_token=settings.refresh_token,
-        access_token=settings.access_token,
-        store=make_store(settings),
-        logins=make_logins(settings),
-        check=_check(provider, alone, login_hooks),
-        continues=continues,
-        joins=joins,
-        observe=login_hooks.observe,
-        describe=login_hooks.describe,
-    )
-    if alone is not None:
-        return Sources(login, {alone.name: login})
+    if settings.services_file is None:
+        login = _login_source(settings, provider, services[0], hooks(services[0]), continues=continues, joins=joins)
+        return Sources(login, {services[0].name: login})
+    login = login or _login_source(settings, provider, None, hooks(None), continues=continues, joins=joins)
     cycles = {}
     for service in services:
         own = hooks(service)
@@ -146,6 +129,37 @@ def make_sources(
         }
         cycles[service.name] = _service_tokens(settings, provider, login, service, options)
     return Sources(login, cycles)
+
+
+def _login_source(
+    settings: Settings,
+    provider: Provider,
+    service: Service | None,
+    hooks: Hooks,
+    *,
+    continues: TokenSource | None,
+    joins: bool,
+) -> TokenSource:
+    """Return the source of the login's own tokens. If they are for one service only, they have to fit it."""
+
+    def request_token(refresh_token: str | None) -> TokenResponse:
+        # After a refresh for less, some issuers give no more than that unless they are asked (RFC 6749 §6).
+        scope = source.session.scope if service is None else None
+        return provider.request_token(_session_token(settings, refresh_token), scope=settings.scope or scope)
+
+    source = TokenSource(
+        request_token,
+        refresh_token=settings.refresh_token,
+        access_token=settings.access_token,
+        store=make_store(settings),
+        logins=make_logins(settings),
+        check=_check(provider, service, hooks),
+        continues=continues,
+        joins=joins,
+        observe=hooks.observe,
+        describe=hooks.describe,
+    )
+    return source
 
 
 def _service_tokens(

@@ -11,7 +11,7 @@ from dotenv.parser import parse_stream
 from eoepca_security.errors import SettingsError
 from eoepca_security.oauth.protocol import GRANTS
 from eoepca_security.proxy.config.command import Command
-from eoepca_security.proxy.config.services import default_service, read_services
+from eoepca_security.proxy.config.services import ServicesFile, default_service, read_services
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
 from eoepca_security.proxy.config.validation import Reader, _reason, readable_by_all
 from eoepca_security.proxy.config.variables import (
@@ -212,6 +212,30 @@ def read_settings(
 
 def _with_services(settings: Settings, reader: Reader) -> Settings:
     """Return the settings with the services. Adds problems and warnings to the reader's."""
+    try:
+        services, warnings = _services(settings, reader.name(SERVICES))
+    except SettingsError as error:
+        reader.problems += error.problems
+        return settings
+    reader.warnings += warnings
+    return replace(settings, services=services)
+
+
+def reread_services(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
+    """Read the file with the services again; return the settings with them, and warnings about them.
+
+    Raises SettingsError with one line for each problem, also for changes that a running proxy cannot make.
+    """
+    name = settings.name(SERVICES)
+    services, warnings = _services(settings, name)
+    ports, before = ({service.port for service in all_of} - {None} for all_of in (services, settings.services))
+    if ports != before:
+        changed = ", ".join(str(port) for port in sorted(ports ^ before, key=str))
+        raise SettingsError(f"{name}: port: services with other ports than before need a restart ({changed})")
+    return replace(settings, services=services), warnings
+
+
+def _services(settings: Settings, source: str) -> ServicesFile:
     default = None
     if settings.upstream is not None:
         default = default_service(
@@ -221,29 +245,24 @@ def _with_services(settings: Settings, reader: Reader) -> Settings:
             tls_no_verify=settings.tls_no_verify,
         )
     if settings.services_file is None:
-        return replace(settings, services=(default,) if default is not None else ())
-    try:
-        services, warnings = read_services(
-            settings.services_file,
-            host=settings.host,
-            port=settings.port,
-            admin=settings.admin,
-            default=default,
-            source=reader.name(SERVICES),
-        )
-    except SettingsError as error:
-        reader.problems += error.problems
-        return settings
-    if settings.grant == "client_credentials":
-        for service in services:
-            if service.credential == "id_token":
-                reader.problem(
-                    SERVICES,
-                    f"[service.{service.name}] credential: id_token needs a login, which {GRANT.env}={settings.grant} "
-                    "is not",
-                )
-    reader.warnings += warnings
-    return replace(settings, services=services)
+        return ServicesFile((default,) if default is not None else (), ())
+    found = read_services(
+        settings.services_file,
+        host=settings.host,
+        port=settings.port,
+        admin=settings.admin,
+        default=default,
+        source=source,
+    )
+    problems = [
+        f"{source}: [service.{service.name}] credential: id_token needs a login, which {GRANT.env}={settings.grant} is "
+        "not"
+        for service in found.services
+        if service.credential == "id_token" and settings.grant == "client_credentials"
+    ]
+    if problems:
+        raise SettingsError(*problems)
+    return found
 
 
 def _with_options(command: Command, flags: Mapping[str, str], reader: Reader) -> Command:

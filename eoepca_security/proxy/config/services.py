@@ -123,6 +123,9 @@ def read_services(
 def _content(path: Path) -> dict[str, Any]:
     """Return the parsed file; raises ValueError with the end of a message."""
     try:
+        # It may be read again, and a pipe may never end.
+        if not path.is_file() and path.exists():
+            raise ValueError("is not a file: name a TOML file that this user can read")
         with path.open("rb") as stream:
             data = stream.read(_MAX_FILE + 1)
         if len(data) > _MAX_FILE:

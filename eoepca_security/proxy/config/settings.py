@@ -111,11 +111,6 @@ class Service:
         return Site(scheme, name.strip("[]"), port or DEFAULT_PORTS[scheme])
 
     @property
-    def takes_login_token(self) -> bool:
-        """Whether it gets the session's own access tokens."""
-        return self.token == "shared" and self.credential == "access_token"  # noqa: S105  the kind of token
-
-    @property
     def own_name(self) -> str:
         """The name that clients on this machine can always use (RFC 6761 §6.3)."""
         return f"{self.name}.localhost"

@@ -60,12 +60,12 @@ class Routes:
 
         At a service's own port, every name will do but those of other services: their pages and cookies would mix. At
         the port that all share, a service has its names, and `default`, or else the only service, has all other ones.
-        With several services, a `*.localhost` that is none of them is a mistake.
+        A `*.localhost` that is none of the services is a mistake, unless `default` is the only one.
         """
         named, owner = self._by_host.get(host.name), self._by_port.get(proxy_port)
         if owner is not None:
             return owner if named in (None, owner) else None
-        if named is None and host.name.endswith(".localhost") and len(self.services) > 1:
+        if named is None and host.name.endswith(".localhost") and self.services != (self._by_name.get(DEFAULT),):
             return None
         return named or self._unnamed
 

@@ -52,14 +52,16 @@ def supervise(
     *,
     on_end: Callable[[], None],
     on_worker_exit: Callable[[int, str], None],
+    on_hangup: Callable[[], bool] | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> int:
     """Run each part in a process of its own until one of them or a signal stops them all; return the exit code.
 
     `on_end` is called when the supervisor begins to stop, and `on_worker_exit` with the index and fate of each part
-    that died.
+    that died. `on_hangup` is called on SIGHUP, and returns whether all parts get that signal, too; without it, SIGHUP
+    stops them.
     """
-    return _Supervisor(parts, on_end, on_worker_exit, now).run()
+    return _Supervisor(parts, on_end, on_worker_exit, on_hangup, now).run()
 
 
 class _Supervisor:
@@ -68,11 +70,13 @@ class _Supervisor:
         parts: Sequence[Part],
         on_end: Callable[[], None],
         on_worker_exit: Callable[[int, str], None],
+        on_hangup: Callable[[], bool] | None,
         now: Callable[[], float],
     ) -> None:
         self._parts = parts
         self._on_end = on_end
         self._on_worker_exit = on_worker_exit
+        self._on_hangup = on_hangup
         self._now = now
         self._running: dict[int, Part] = {}
         self._due: dict[float, Part] = {}
@@ -93,7 +97,10 @@ class _Supervisor:
             self._start(part)
         while self._running or self._due:
             received = signal.sigtimedwait(self._signals, self._patience())
-            if received is not None and received.si_signo != signal.SIGCHLD:
+            if received is not None and received.si_signo == signal.SIGHUP and self._on_hangup is not None:
+                if self._exit_code is None and self._on_hangup():
+                    self._send(signal.SIGHUP)
+            elif received is not None and received.si_signo != signal.SIGCHLD:
                 if received.si_signo != QUIT and self._now() - self._ends_since > SAME_SIGNAL:
                     self._send(signal.SIGTERM)
                 self._end(0)
