@@ -1,0 +1,218 @@
+"""Several services behind one login, through the launcher, with real issuers and services of one audience each."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from eoepca_security import OIDCProxyScheme
+from tests.interop import issuer_oidc_provider
+from tests.interop.issuer import AUDIENCE, Issuer
+from tests.interop.issuer_oidc_provider import OTHER_AUDIENCE
+from tests.interop.issuer_user import User
+from tests.interop.kc_audiences import EXCHANGING, NARROWING, OPENEO, S3, SERVICES, STAC, add_services
+from tests.interop.kc_process import Child
+from tests.interop.kc_server import PASSWORD, ROTATING_REALM, USERNAME, Client, Keycloak
+from tests.interop.kc_service import serving
+from tests.support.fastapi import make_app
+
+pytest_plugins = ["tests.interop.kc_fixtures"]
+pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
+
+REALM = ROTATING_REALM  # where the second use of a refresh token ends the session
+LIFETIME = 4
+LIFETIMES = 10
+
+
+@pytest.fixture(scope="module")
+def services(keycloak: Keycloak) -> Keycloak:
+    add_services(keycloak, REALM)
+    for client in (EXCHANGING, NARROWING):
+        (found,) = keycloak.admin("GET", f"{REALM}/clients?clientId={client.client_id}")
+        attributes = {**found["attributes"], "access.token.lifespan": str(LIFETIME)}
+        keycloak.admin("PUT", f"{REALM}/clients/{found['id']}", {**found, "attributes": attributes})
+    return keycloak
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def openeo(app: ASGIApp) -> ASGIApp:
+    """Take `Bearer oidc/PROVIDER/TOKEN`, as the API of openEO has it, and nothing else."""
+
+    async def take(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name, value) for name, value in scope["headers"] if name != b"authorization"]
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        if given.startswith(b"Bearer oidc/eoepca/"):
+            headers.append((b"authorization", b"Bearer " + given.removeprefix(b"Bearer oidc/eoepca/")))
+        await app({**scope, "headers": headers}, receive, send)
+
+    return take
+
+
+def serve_all(stack: ExitStack, issuer: str, audiences: Mapping[str, str]) -> dict[str, str]:
+    """Run a service for each audience; return the URLs by the names that they have at the proxy."""
+    urls = {}
+    for name, audience in audiences.items():
+        app: ASGIApp = make_app(OIDCProxyScheme(openIdConnectUrl=issuer, audience=audience))
+        urls[name] = stack.enter_context(serving(openeo(app) if name == "openeo" else app))
+    return urls
+
+
+def user_with(
+    stack: ExitStack, folder: Path, text: str, issuer: str, client: Client, refresh_token: str | None, **more: str
+) -> User:
+    (folder / "services.toml").write_text(text)
+    settings = {
+        "OPEN_ID_CONNECT_URL": issuer,
+        "OPEN_ID_CONNECT_CLIENT_ID": client.client_id,
+        "PROXY_SERVICES": str(folder / "services.toml"),
+        **({"OPEN_ID_CONNECT_CLIENT_SECRET": client.secret} if client.secret is not None else {}),
+        **({"OPEN_ID_REFRESH_TOKEN": refresh_token} if refresh_token is not None else {}),
+        **more,
+    }
+    return User(folder, settings, stack)
+
+
+def log_in(keycloak: Keycloak, client: Client, scope: str) -> str:
+    form = {**client.form(), "grant_type": "password", "username": USERNAME, "password": PASSWORD, "scope": scope}
+    url = f"{keycloak.issuer(REALM)}/protocol/openid-connect/token"
+    return str(httpx.post(url, data=form, trust_env=False, timeout=10).raise_for_status().json()["refresh_token"])
+
+
+def asks(user: User, name: str, path: str = "/") -> httpx.Response:
+    headers = {"Host": f"{name}.localhost:{user.port}"}
+    return httpx.get(f"http://127.0.0.1:{user.port}{path}", headers=headers, trust_env=False, timeout=20)
+
+
+def serve_for(user: User, seconds: float, names: tuple[str, ...], proxy: Child) -> None:
+    """Have each service asked all the time, from three sides; every answer must be 200."""
+    until = time.monotonic() + seconds
+
+    def ask(name: str) -> int:
+        count = 0
+        with httpx.Client(trust_env=False, timeout=20) as client:
+            while time.monotonic() < until:
+                answer = client.get(f"http://127.0.0.1:{user.port}/", headers={"Host": f"{name}.localhost"})
+                assert answer.status_code == 200, f"{name}: {answer.text}\n{proxy.output()}"
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(3 * len(names)) as threads:
+        counts = list(threads.map(ask, names * 3))
+    assert min(counts) > seconds
+
+
+EXCHANGE = """
+[service.stac]
+url = "{stac}"
+token = "exchange"
+audience = "stac-api"
+scope = "stac-api"
+
+[service.openeo]
+url = "{openeo}"
+token = "exchange"
+audience = "openeo-api"
+format = "Bearer oidc/eoepca/{{token}}"
+
+[service.s3]
+url = "{s3}"
+token = "exchange"
+audience = "s3-api"
+"""
+
+NARROW = """
+[service.stac]
+url = "{stac}"
+token = "scope"
+scope = "stac-api"
+audience = "stac-api"
+
+[service.openeo]
+url = "{openeo}"
+token = "scope"
+scope = "openeo-api"
+audience = "openeo-api"
+format = "Bearer oidc/eoepca/{{token}}"
+"""
+
+
+def test_three_services_get_what_keycloak_exchanges_for_each(
+    services: Keycloak, stack: ExitStack, tmp_path: Path
+) -> None:
+    issuer, names = services.issuer(REALM), ("stac", "openeo", "s3")
+    urls = serve_all(stack, issuer, dict(zip(names, SERVICES, strict=True)))
+    refresh_token = log_in(services, EXCHANGING, "openid")
+    user = user_with(stack, tmp_path, EXCHANGE.format(**urls), issuer, EXCHANGING, refresh_token)
+    proxy = user.serves()
+    for name, audience in zip(names, (STAC, OPENEO, S3), strict=True):
+        answer = asks(user, name)
+        assert answer.status_code == 200, answer.text + proxy.output()
+        assert answer.json()["claims"]["aud"] == audience
+    serve_for(user, 3 * LIFETIME, names, proxy)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_public_client_narrows_for_each_service_for_ten_lifetimes(
+    services: Keycloak, stack: ExitStack, tmp_path: Path, workers: str
+) -> None:
+    issuer, names = services.issuer(REALM), ("stac", "openeo")
+    urls = serve_all(stack, issuer, dict(zip(names, SERVICES, strict=False)))
+    refresh_token = log_in(services, NARROWING, f"openid offline_access {STAC} {OPENEO}")
+    user = user_with(stack, tmp_path, NARROW.format(**urls), issuer, NARROWING, refresh_token, PROXY_WORKERS=workers)
+    proxy = user.serves()
+    serve_for(user, LIFETIMES * LIFETIME, names, proxy)
+    assert "rejected" not in proxy.output()
+    # Reuse would have ended the session.
+    code, output, errors = user.does("token")
+    assert (code, output.count("\n")) == (0, 1), errors
+
+
+def test_oidc_provider_gives_each_resource_its_own(
+    stack: ExitStack, tmp_path: Path, node: Issuer, log_in_at: Callable[[Issuer], str]
+) -> None:
+    names = {"stac": AUDIENCE, "data": OTHER_AUDIENCE}
+    urls = serve_all(stack, node.url, names)
+    text = "".join(
+        f'[service.{name}]\nurl = "{urls[name]}"\ntoken = "resource"\nresource = "{names[name]}"\n' for name in names
+    )
+    client = Client(node.settings["OPEN_ID_CONNECT_CLIENT_ID"])
+    user = user_with(stack, tmp_path, text, node.url, client, log_in_at(node))
+    proxy = user.serves()
+    for name, audience in names.items():
+        answer = asks(user, name)
+        assert answer.status_code == 200, answer.text + proxy.output()
+        assert answer.json()["claims"]["aud"] == audience
+    serve_for(user, 2 * node.lifetime, tuple(names), proxy)
+
+
+@pytest.fixture(scope="module")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Issuer]:
+    with issuer_oidc_provider.jwt_and_public(tmp_path_factory.mktemp("node")) as issuer:
+        yield issuer
+
+
+@pytest.fixture
+def log_in_at() -> Callable[[Issuer], str]:
+    """Log in by device for both resources; return the refresh token."""
+
+    def log_in(node: Issuer) -> str:
+        document = httpx.get(f"{node.url}/.well-known/openid-configuration", trust_env=False, timeout=10).json()
+        client = {"client_id": node.settings["OPEN_ID_CONNECT_CLIENT_ID"]}
+        form = {**client, "scope": "openid offline_access read", "resource": [AUDIENCE, OTHER_AUDIENCE]}
+        device = httpx.post(document["device_authorization_endpoint"], data=form, trust_env=False).json()
+        node.person(device["verification_uri_complete"])
+        grant = "urn:ietf:params:oauth:grant-type:device_code"
+        form = {**client, "grant_type": grant, "device_code": device["device_code"]}
+        return str(httpx.post(document["token_endpoint"], data=form, trust_env=False).json()["refresh_token"])
+
+    return log_in
