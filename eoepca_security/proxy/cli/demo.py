@@ -15,6 +15,7 @@ from eoepca_security.issuer.provider import Provider
 from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
+from eoepca_security.proxy.config.services import default_service
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.runtime.serve import run as run_proxy
 from eoepca_security.testing import Behaviour, FakeIssuer
@@ -48,6 +49,7 @@ def run(*, once: bool) -> int:
             refresh_token=issuer.refresh_token,
             audience=AUDIENCE,
             upstream=service.url,
+            services=(default_service(service.url, audience=AUDIENCE),),
             port=0,
             admin=Address("127.0.0.1", 0),
         )
