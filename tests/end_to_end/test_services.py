@@ -505,7 +505,7 @@ def test_a_service_hears_of_the_proxys_address_if_it_is_to(
         assert get(client, proxy, "b.localhost:", "/x").status_code == 200
     told, untold = recorder.requests
     port = port_of(proxy)
-    assert told.values("Forwarded") == [f'host="a.localhost:{port}";proto=http']
+    assert told.values("Forwarded") == [f"host=a.localhost:{port};proto=http"]
     assert {name: told.values(name) for name in told.names if "forwarded-" in name or "forwarded_" in name} == {
         "x-forwarded-host": [f"a.localhost:{port}"],
         "x-forwarded-port": [str(port)],

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI, Request
+from stac_fastapi.api.middleware import ProxyHeaderMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from eoepca_security import OIDCProxyScheme
+from eoepca_security.testing import FakeIssuer
 from tests.interop import issuer_oidc_provider
 from tests.interop.issuer import AUDIENCE, Issuer
 from tests.interop.issuer_oidc_provider import OTHER_AUDIENCE
@@ -216,3 +220,27 @@ def log_in_at() -> Callable[[Issuer], str]:
         return str(httpx.post(document["token_endpoint"], data=form, trust_env=False).json()["refresh_token"])
 
     return log_in
+
+
+def test_links_in_bodies_lead_back_to_the_proxy(stack: ExitStack, tmp_path: Path) -> None:
+    issuer = stack.enter_context(FakeIssuer())
+    app = FastAPI()
+
+    @app.get("/")
+    def root(request: Request) -> dict[str, str]:
+        return {"self": str(request.url), "items": str(request.url_for("items"))}
+
+    @app.get("/items")
+    def items(request: Request) -> dict[str, str]:
+        return {"root": str(request.url_for("root"))}
+
+    # uvicorn takes the scheme from what proxies say, and stac-fastapi the host.
+    app.add_middleware(ProxyHeaderMiddleware)
+    url = stack.enter_context(serving(ProxyHeadersMiddleware(app, trusted_hosts="127.0.0.1")))  # type: ignore[arg-type]
+    text = f'[service.stac]\nurl = "{url}"\nforwarded = true\n'
+    client = Client(issuer.client_id)
+    user = user_with(stack, tmp_path, text, issuer.url, client, issuer.refresh_token)
+    user.serves()
+    own = f"http://stac.localhost:{user.port}"
+    assert asks(user, "stac").json() == {"self": f"{own}/", "items": f"{own}/items"}
+    assert asks(user, "stac", "/items").json() == {"root": f"{own}/"}

@@ -77,10 +77,11 @@ def with_forwarded(fields: Fields, proxy: str) -> Fields:
 
     They are those of RFC 7239 and the ones that most frameworks read. The client's own say nothing any more.
     """
+    # RFC 7239 §4 wants quotes around a host with a port. stac-fastapi does not read those; others read both.
     scheme, _, authority = proxy.partition("://")
     port = parse_host(authority).port or DEFAULT_PORTS[scheme]
     added = {
-        "Forwarded": f'host="{authority}";proto={scheme}',
+        "Forwarded": f"host={authority};proto={scheme}",
         "X-Forwarded-Host": authority,
         "X-Forwarded-Port": str(port),
         "X-Forwarded-Proto": scheme,
