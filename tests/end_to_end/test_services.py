@@ -96,12 +96,18 @@ def data(stack: contextlib.ExitStack) -> tuple[Service, str]:
 
 
 def start_with(
-    start: StartProxy, issuer: FakeIssuer, folder: Path, text: str, upstream: str = "", **more: str
+    start: StartProxy,
+    issuer: FakeIssuer,
+    folder: Path,
+    text: str,
+    upstream: str = "",
+    entry: str = "launcher",
+    **more: str,
 ) -> ProxyProcess:
     file = folder / "services.toml"
     file.write_text(text)
     environment = settings_for(issuer, PROXY_SERVICES=str(file), OPEN_ID_TOKEN_STORE=str(folder / "store"), **more)
-    return start("launcher", upstream, environment)
+    return start(entry, upstream, environment)
 
 
 def exchanged(stac_url: str, data_url: str, more: str = "") -> str:
@@ -151,6 +157,20 @@ def test_each_service_gets_its_own_token_by_each_of_its_names(
         assert client.get(f"http://127.0.0.1:{own_port}/own", headers={"Host": host}).status_code == 200
     assert all("authorization" not in headers for _, headers in data[0].seen)
     assert all(headers["host"] == urlsplit(stac[1]).netloc for _, headers in stac[0].seen)
+
+
+def test_the_add_on_alone_knows_the_services_by_name(
+    start: StartProxy,
+    issuer: FakeIssuer,
+    stac: tuple[Service, str],
+    data: tuple[Service, str],
+    tmp_path: Path,
+    client: httpx.Client,
+) -> None:
+    proxy = start_with(start, issuer, tmp_path, exchanged(stac[1], data[1]), "http://127.0.0.1:9", "addon")
+    assert get(client, proxy, "stac.localhost:", "/x").json() == {"path": "/api/x"}
+    assert get(client, proxy, "data.localhost:", "/x").json() == {"path": "/x"}
+    assert get(client, proxy, "localhost:").status_code == 403
 
 
 def test_names_that_are_no_services_are_refused_with_the_list(

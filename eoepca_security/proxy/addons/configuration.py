@@ -21,7 +21,7 @@ from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.command import this_command
 from eoepca_security.proxy.config.factory import Hooks, ca_bundle_file
 from eoepca_security.proxy.config.loading import reread_services, settings_in
-from eoepca_security.proxy.config.services import DEFAULT, services_of
+from eoepca_security.proxy.config.services import services_of
 from eoepca_security.proxy.config.settings import Service, Settings, Site
 from eoepca_security.proxy.config.variables import OPTIONS, SERVICES
 from eoepca_security.proxy.patches import (
@@ -180,7 +180,7 @@ class Configuration:
         state.settings = settings
         state.trust = trust
         state.routes = Routes(settings.services) if settings.services else None
-        state.default = next((service for service in services if service.name == DEFAULT), None)
+        state.services = {service.name: service for service in services}
         state.apisix = {
             service.name: ApisixHeaders(state.describe) for service in services if service.forward_as == "apisix"
         }

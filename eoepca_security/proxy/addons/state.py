@@ -7,6 +7,7 @@ from weakref import WeakSet
 from mitmproxy.http import HTTPFlow
 
 from eoepca_security.errors import TokenError
+from eoepca_security.proxy.config.services import DEFAULT
 from eoepca_security.proxy.config.settings import Service, Settings, Site
 from eoepca_security.proxy.patches.service_tls import Trust
 from eoepca_security.proxy.policy.access import Guard
@@ -22,9 +23,9 @@ from eoepca_security.session.token_cycle import TokenCycle
 class State:
     """The state of one proxy.
 
-    The configuration sets `settings`, `sources`, `guard`, `routes`, `default` and `apisix` from the options, and
-    `problems` to one line for each error in them. `sources` is None while the settings are wrong. `routes` lead to the
-    services; it is None where mitmproxy's mode alone says what `default`, the only service, is. `apisix` has the
+    The configuration sets `settings`, `sources`, `guard`, `routes`, `services` and `apisix` from the options, and
+    `problems` to one line for each error in them. `sources` is None while the settings are wrong. `services` are by
+    name, and `routes` lead to them; it is None where mitmproxy's mode alone says what the only one is. `apisix` has the
     headers of the services that want them, by name. `trust` has the services that trust others than the proxy does.
     `end_all` stops the proxy with all its processes.
     """
@@ -34,7 +35,7 @@ class State:
     sources: Sources | None = None
     guard: Guard = field(default_factory=lambda: Guard(()))
     routes: Routes | None = None
-    default: Service | None = None
+    services: dict[str, Service] = field(default_factory=dict)
     apisix: dict[str, ApisixHeaders] = field(default_factory=dict)
     trust: dict[Site, Trust] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -44,13 +45,24 @@ class State:
     in_flight: WeakSet[HTTPFlow] = field(default_factory=WeakSet)
 
     @property
+    def default(self) -> Service | None:
+        """The service of the settings without a file, or None if there is none."""
+        return self.services.get(DEFAULT)
+
+    @property
     def source(self) -> TokenSource | None:
         """The token source of the login, or None while the settings are wrong."""
         return self.sources.login if self.sources is not None else None
 
     def tokens_of(self, service: Service | None) -> TokenCycle | None:
-        """Return the token source of a service, or None while the settings are wrong."""
-        return self.sources.services.get(service.name) if self.sources is not None and service is not None else None
+        """Return the token source of a service, or None if the settings have it no more, or are wrong.
+
+        After a change of the settings, the name alone may mean another service, whose token this one must not get.
+        """
+        if self.sources is None or service is None:
+            return None
+        known = self.services.get(service.name)
+        return self.sources.services.get(service.name) if known is service or known == service else None
 
     @property
     def is_serving(self) -> bool:

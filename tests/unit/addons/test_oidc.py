@@ -21,7 +21,7 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.addresses import browser_address, exposure
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.command import Command
-from eoepca_security.proxy.config.services import default_service
+from eoepca_security.proxy.config.services import services_of
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import OPTIONS
 from eoepca_security.proxy.patches.http_clients import outgoing
@@ -38,7 +38,7 @@ SERVICE = Target("https", "service.example", 443)
 SETTINGS = Settings(issuer_url="https://issuer.example", client=Client("client"), refresh_token="r")
 
 
-DEFAULT_SERVICE = default_service("https://service.example")
+DEFAULT_SERVICE = services_of(SETTINGS)[0]
 
 
 class StubSource:
@@ -535,3 +535,20 @@ async def test_while_it_ends_clients_are_told_to_close_their_connections(context
         flow.response = Response.make(200)
         addon.request_flow.responseheaders(flow)
         assert flow.response.headers.get("Connection") == told
+
+
+# --- services ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_service_that_the_settings_have_changed_gets_no_token_of_its_successor(context: Any) -> None:
+    flow = flow_for()
+    addon = addon_with(StubSource(), context)
+    before = replace(addon.state.services["default"], audience="another")
+    clearance.clear(flow.request, Clearance(SERVICE, {"Authorization": "Bearer older"}, before, "older"))
+    await addon.request_flow.request(flow)
+    assert flow.response is not None
+    assert flow.response.status_code == 503
+    flow.response = Response.make(401)
+    await addon.request_flow.token_refused(flow)
+    assert flow.response.status_code == 401
+    assert sent(flow).headers["Authorization"] == "Bearer older"
