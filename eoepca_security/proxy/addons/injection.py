@@ -97,7 +97,8 @@ class Injection:
         if new != (last := self._last.get(service.name)):
             last = self._last[service.name] = new
         clear(request, last)
-        request.headers.pop("Authorization", None)
+        if service.header != "Authorization":
+            request.headers.pop("Authorization", None)
         request.headers[service.header] = PLACEHOLDER
 
     async def _token(self, source: TokenCycle | None, *, is_served: bool) -> AccessToken:

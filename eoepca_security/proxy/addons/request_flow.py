@@ -4,7 +4,7 @@ mitmproxy forwards a request whose hook raises. So each request has an error res
 """
 
 from mitmproxy.flow import Error
-from mitmproxy.http import HTTPFlow
+from mitmproxy.http import HTTPFlow, RequestData
 
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.addons import admission
@@ -89,8 +89,7 @@ class RequestFlow:
             fields = naming_the_service(fields, proxy, where.target.origin, where.called.path)
             if where.service is not None and where.service.forwarded:
                 fields = with_forwarded(fields, proxy)
-            request.scheme, request.host, request.port = where.target.scheme, where.target.host, where.target.port
-            request.path = where.path
+            _direct(request.data, where)
         request.headers.fields = fields
         request.host_header = where.target.authority
         if not (request.is_http2 or request.is_http3):
@@ -154,6 +153,12 @@ def _code_of(flow: HTTPFlow) -> dict[str, str]:
         return {} if was_killed else {CODE: "bad_request", DETAIL: printable(without_quotes(flow.error.msg))}
     code = flow.response.headers.get(ERROR_HEADER) if flow.response is not None else None
     return {CODE: code} if code else {}
+
+
+def _direct(head: RequestData, where: Destination) -> None:
+    """Let a request go to its destination. mitmproxy's own setters would also change `Host`, which comes later."""
+    head.scheme, head.host, head.port = where.target.scheme.encode(), where.target.host, where.target.port
+    head.path = where.path.encode("utf-8", "surrogateescape")
 
 
 def _prefix(sent: Clearance) -> str:
