@@ -14,7 +14,7 @@ from mitmproxy.tls import TlsData
 
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.addons.state import State
-from eoepca_security.proxy.config.settings import Site
+from eoepca_security.proxy.config.settings import Service, Site
 from eoepca_security.proxy.patches import client_timeout, service_tls
 from eoepca_security.proxy.policy.destination import may_inject
 
@@ -57,7 +57,17 @@ class Connections:
             return
         settings = self._state.settings
         remedy = f"; {settings.command.run('check')} for the remedy" if settings is not None else ""
-        logger.warning("the protected service cannot be reached: %s%s", printable(data.server.error), remedy)
+        logger.warning("%s cannot be reached: %s%s", self._whom(data.server), printable(data.server.error), remedy)
+
+    def _whom(self, server: Server) -> str:
+        """Return what to call the other end: a connection may be for several services, whose paths differ."""
+        services: tuple[Service, ...] = ()
+        if self._state.routes is not None and server.address is not None:
+            services = self._state.routes.at_site("https" if server.tls else "http", *server.address[:2])
+        names = [name for service in services if (name := self._state.name_of(service))]
+        if not names:
+            return "the protected service"
+        return f"the protected service {names[0]}" if len(names) == 1 else f"the protected services {', '.join(names)}"
 
     def next_layer(self, data: NextLayer) -> None:
         """In forward mode, pass connections to hosts that get no token through untouched."""
@@ -71,7 +81,8 @@ class Connections:
         """Return whether requests to this address may get a token in forward mode."""
         settings, routes = self._state.settings, self._state.routes
         return any(
-            may_inject(settings, scheme, host, port) or (routes is not None and routes.has_site(scheme, host, port))
+            may_inject(settings, scheme, host, port)
+            or (routes is not None and bool(routes.at_site(scheme, host, port)))
             for scheme in ("http", "https")
         )
 

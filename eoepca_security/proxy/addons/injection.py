@@ -76,9 +76,13 @@ class Injection:
                 self._clear(flow.request, sent.target, sent.service, sent.called, token)
                 flow.response = None
         except TokenError as error:
-            logger.info("the service refused the token, and no other is available: %s", error)
+            whose = f" {name}" if (name := self._state.name_of(sent.service)) else ""
+            logger.info("the service%s refused the token, and no other is available: %s", whose, error)
         except Exception as error:  # noqa: BLE001  the client still gets the service's own answer
-            logger.warning("a refused request was not sent again because of an unexpected %s", type(error).__name__)
+            to = f" to {name}" if (name := self._state.name_of(sent.service)) else ""
+            logger.warning(
+                "a refused request%s was not sent again because of an unexpected %s", to, type(error).__name__
+            )
 
     def _clear(
         self,

@@ -23,7 +23,7 @@ from eoepca_security.proxy.policy.headers import (
     with_hidden_credentials,
     without_hop_by_hop,
 )
-from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, ERROR_HEADER, without_quotes
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, ERROR_HEADER, SERVICE, without_quotes
 from eoepca_security.proxy.policy.rewrite import (
     ORIGIN,
     SHARING,
@@ -67,6 +67,8 @@ class RequestFlow:
             clear(flow.request, Clearance(where.target))
             flow.response = None
             return
+        if name := self._state.name_of(where.service):
+            flow.metadata[SERVICE] = name
         _hide_credentials(flow)
         if (answer := admission.answer(flow, where, self._state)) is not None:
             flow.response = answer

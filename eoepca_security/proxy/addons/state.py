@@ -64,6 +64,11 @@ class State:
         known = self.services.get(service.name)
         return self.sources.services.get(service.name) if known is service or known == service else None
 
+    def name_of(self, service: Service | None) -> str:
+        """Return what logs, metrics and the status call a service: its name, or nothing without a file of services."""
+        has_file = self.settings is not None and self.settings.services_file is not None
+        return service.name if has_file and service is not None else ""
+
     @property
     def is_serving(self) -> bool:
         """Whether the add-on has started, with settings that are right."""

@@ -41,7 +41,7 @@ from eoepca_security.proxy.patches import client_timeout, messages, seams
 from eoepca_security.proxy.patches.hook_cache import collect
 from eoepca_security.proxy.policy.buffering import MAX_HELD, MAX_WHOLE, Budget, Share
 from eoepca_security.proxy.policy.headers import check_answer, has_no_content, is_websocket, value_of
-from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, upstream_error
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, SERVICE, upstream_error
 
 _FRAME: Final = 64  # bytes that a frame of a WebSocket message takes beside its content
 
@@ -396,7 +396,12 @@ class Stream(HttpStream):
     def _blame(self, reason: str) -> CommandGenerator[None]:
         """Answer that the service failed."""
         request = self.flow.request
-        fault = upstream_error(f"{request.host}:{request.port}", reason, is_plain=request.scheme == "http")
+        fault = upstream_error(
+            f"{request.host}:{request.port}",
+            reason,
+            is_plain=request.scheme == "http",
+            service=self.flow.metadata.get(SERVICE, ""),
+        )
         self.flow.response = messages.answer(fault.code, fault.detail, method=request.method)
         self.flow.metadata |= {CODE: fault.code, DETAIL: fault.reason, REMEDY: fault.remedy}
         yield from self._answer()

@@ -10,6 +10,7 @@ from typing import Final
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.text import printable
+from eoepca_security.proxy.config.services import DEFAULT
 from eoepca_security.proxy.policy.remedies import told
 
 ERROR_HEADER: Final = "X-OIDC-Proxy-Error"
@@ -22,6 +23,9 @@ DETAIL: Final = "oidc_proxy_error_detail"
 
 REMEDY: Final = "oidc_proxy_error_remedy"
 """The key in a flow's metadata for the remedy."""
+
+SERVICE: Final = "oidc_proxy_service"
+"""The key in a flow's metadata for the name of the service that it is for; missing without a file of services."""
 
 ANSWERS: Final[Mapping[str, tuple[int, str]]] = {
     "host_not_allowed": (403, "The proxy does not accept this Host"),
@@ -69,28 +73,39 @@ def without_quotes(reason: str) -> str:
     return _QUOTED.sub("", reason).rstrip(". :")
 
 
-def upstream_error(service: str, reason: str, *, is_plain: bool = False) -> UpstreamError:
-    """Return code and remedy for mitmproxy's `reason` that `service` (host:port) did not answer.
+def upstream_error(address: str, reason: str, *, is_plain: bool = False, service: str = "") -> UpstreamError:
+    """Return code and remedy for mitmproxy's `reason` that the service at `address` (host:port) did not answer.
+
+    `service` is its name if it has one.
 
     mitmproxy only gives the reason as text, and only this function parses it. `is_plain` is true for a connection
     without TLS.
     """
-    reason = without_quotes(reason)
+    reason, setting = without_quotes(reason), _setting(service)
     if "does not speak TLS" in reason:
-        remedy = "should REMOTE_PROTECTED_DOMAIN use http:// instead of https://?"
+        remedy = f"should {setting} use http:// instead of https://?"
     elif "certificate verify failed" in reason.lower():
-        remedy = "to trust another CA, set TLS_CA_FILE"
+        remedy = f"to trust another CA, set {_setting(service, 'TLS_CA_FILE', 'ca_file')}"
     elif "server closed connection" in reason:
         # Servers that expect TLS also do this.
-        other = "; or should REMOTE_PROTECTED_DOMAIN use https:// instead of http://?" if is_plain else ""
+        other = f"; or should {setting} use https:// instead of http://?" if is_plain else ""
         remedy = f"see the service's log{other}"
     elif reason.startswith((MALFORMED, "Cannot parse HTTP response")):
-        remedy = "fix the service, or REMOTE_PROTECTED_DOMAIN if it is the address of something else"
+        remedy = f"fix the service, or {setting} if it is the address of something else"
     else:
-        remedy = "check REMOTE_PROTECTED_DOMAIN, and that the service is running"
+        remedy = f"check {setting}, and that the service is running"
     is_late = "timed out" in reason.lower() or f"[Errno {errno.ETIMEDOUT}]" in reason
     code = "upstream_timeout" if is_late else "upstream_unavailable"
-    return UpstreamError(code, f"{service}: {printable(reason)}", remedy)
+    where = f"{service} at {address}" if service else address
+    return UpstreamError(code, f"{where}: {printable(reason)}", remedy)
+
+
+def _setting(service: str, variable: str = "REMOTE_PROTECTED_DOMAIN", key: str = "url") -> str:
+    """Return where a setting of a service stands: in a variable, or in the file with the services."""
+    if not service:
+        return variable
+    in_file = f"{key} of [service.{service}]"
+    return f"{variable} or {in_file}" if service == DEFAULT else in_file
 
 
 def parts(

@@ -90,9 +90,9 @@ class Routes:
         """
         return self._serving(Site(scheme, host.lower(), port), path)
 
-    def has_site(self, scheme: str, host: str, port: int) -> bool:
-        """Return whether there is a service at this address. An IPv6 address in `host` has no brackets."""
-        return Site(scheme, host.lower(), port) in self._by_site
+    def at_site(self, scheme: str, host: str, port: int) -> tuple[Service, ...]:
+        """Return the services at this address. An IPv6 address in `host` has no brackets."""
+        return self._by_site.get(Site(scheme, host.lower(), port), ())
 
     def location(
         self, url: bytes, *, called: Service, came_from: Service, path: str, way_in: Callable[[Service], str | None]

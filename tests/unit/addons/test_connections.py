@@ -1,5 +1,7 @@
 """What is told of connections to the service."""
 
+from pathlib import Path
+
 import pytest
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.test import tflow
@@ -8,7 +10,8 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.connections import Connections
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.command import Command
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.settings import Service, Settings
+from eoepca_security.proxy.policy.routing import Routes
 
 
 @pytest.mark.parametrize("has_hung_up", [False, True])
@@ -23,3 +26,27 @@ def test_only_the_service_is_blamed_for_what_it_does(has_hung_up: bool, caplog: 
     said = "the protected service cannot be reached: Connection refused\N{REPLACEMENT CHARACTER}; "
     assert len(told) == (0 if has_hung_up else 1)
     assert all(line == said + "run `./run-mitmproxy.py check` for the remedy" for line in told)
+
+
+@pytest.mark.parametrize(
+    ("host", "whom"),
+    [
+        ("stac.example", "the protected service stac"),
+        ("gateway.example", "the protected services inner, outer"),
+        ("other.example", "the protected service"),
+    ],
+)
+def test_a_service_that_cannot_be_reached_is_named(host: str, whom: str, caplog: pytest.LogCaptureFixture) -> None:
+    client, server = tflow.tclient_conn(), tflow.tserver_conn()
+    client.timestamp_end = None
+    server.address, server.tls, server.error = (host, 443), True, "Connection refused"
+    services = (
+        Service("stac", "https://stac.example"),
+        Service("outer", "https://gateway.example"),
+        Service("inner", "https://gateway.example", "/api"),
+    )
+    state = State(end_all=lambda: None, routes=Routes(services))
+    state.settings = Settings("https://issuer.example", Client("c"), services=services, services_file=Path("s.toml"))
+    Connections(state).server_connect_error(ServerConnectionHookData(server, client))
+    [line] = caplog.messages
+    assert line.startswith(f"{whom} cannot be reached: Connection refused; ")

@@ -66,6 +66,25 @@ def test_a_service_that_hangs_up_without_tls_may_want_it() -> None:
         assert ("https://" in fault.detail) is is_plain
 
 
+@pytest.mark.parametrize(
+    ("service", "setting", "ca"),
+    [
+        ("stac", "url of [service.stac]", "ca_file of [service.stac]"),
+        (
+            "default",
+            "REMOTE_PROTECTED_DOMAIN or url of [service.default]",
+            "TLS_CA_FILE or ca_file of [service.default]",
+        ),
+    ],
+)
+def test_a_fault_of_one_of_several_services_names_it_and_its_setting(service: str, setting: str, ca: str) -> None:
+    fault = problem_details.upstream_error("stac.example:443", "refused", service=service)
+    assert fault.reason == f"{service} at stac.example:443: refused"
+    assert fault.remedy == f"check {setting}, and that the service is running"
+    fault = problem_details.upstream_error("stac.example:443", "Certificate verify failed", service=service)
+    assert fault.remedy == f"to trust another CA, set {ca}"
+
+
 def test_the_last_resort_is_a_new_one_each_time() -> None:
     first = messages.last_resort()
     first.headers["X"] = "y"
