@@ -13,10 +13,14 @@ from prometheus_client.samples import Sample
 from eoepca_security.errors import TokenError
 
 _NO_ANSWER: Final = "none"
+_SERVICE: Final = "service"
 
 
 class Metrics:
     """The metrics of one proxy since it started.
+
+    The label `service` has a service's name; it is empty for the session, and for requests to no service. Names come
+    from the file of services only, so that clients cannot make more of them.
 
     `in_flight` returns the number of running requests, and `held` the bytes of bodies that are held.
     """
@@ -27,24 +31,26 @@ class Metrics:
         self._requests = Counter(
             "oidc_proxy_requests_total",
             "Requests by status class (none: ended without an answer) and by the proxy's own error code, if any.",
-            ("status_class", "code"),
+            ("status_class", "code", _SERVICE),
             registry=self._registry,
         )
         self._refreshes = Counter(
             "oidc_proxy_refreshes_total",
             "Attempts to get an access token, by result: success or an error code.",
-            ("result",),
+            ("result", _SERVICE),
             registry=self._registry,
         )
         self._refresh_duration = Histogram(
             "oidc_proxy_refresh_duration_seconds",
             "Duration of attempts to get an access token.",
+            (_SERVICE,),
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20),
             registry=self._registry,
         )
         self._token_expiry = Gauge(
             "oidc_proxy_token_expiry_timestamp_seconds",
             "When the current access token expires, in seconds since 1970; 0 without one.",
+            (_SERVICE,),
             registry=self._registry,
         )
         gauge = Gauge("oidc_proxy_requests_in_flight", "Requests in progress.", registry=self._registry)
@@ -56,34 +62,42 @@ class Metrics:
         )
         gauge.set_function(held)
 
+        # The session's are there from the start.
+        self._refresh_duration.labels("")
+        self._token_expiry.labels("")
+
         self._ended = cache(self._counter)
 
-    def _counter(self, hundreds: int | None, code: str) -> Counter:
-        return self._requests.labels(f"{hundreds}xx" if hundreds else _NO_ANSWER, code)
+    def _counter(self, hundreds: int | None, code: str, service: str) -> Counter:
+        return self._requests.labels(f"{hundreds}xx" if hundreds else _NO_ANSWER, code, service)
 
-    def request_ended(self, status: int | None, code: str = "") -> None:
+    def request_ended(self, status: int | None, code: str = "", service: str = "") -> None:
         """Count a request. `status` is None without an answer; `code` is the proxy's own error code."""
-        self._ended(status and status // 100, code).inc()
+        self._ended(status and status // 100, code, service).inc()
 
-    def refreshed(self, error: TokenError | None, seconds: float) -> None:
+    def refreshed(self, error: TokenError | None, seconds: float, service: str = "") -> None:
         """Count an attempt to get a token."""
-        self._refreshes.labels(error.code if error else "success").inc()
-        self._refresh_duration.observe(max(0.0, seconds))
+        self._refreshes.labels(error.code if error else "success", service).inc()
+        self._refresh_duration.labels(service).observe(max(0.0, seconds))
 
-    def token_ends(self, at: float | None) -> None:
+    def token_ends(self, at: float | None, service: str = "") -> None:
         """Record when the current access token expires, in epoch seconds; None without one."""
-        self._token_expiry.set(at or 0)
+        self._token_expiry.labels(service).set(at or 0)
 
-    def families(self) -> list[Metric]:
-        """Return all current metrics."""
-        return list(self._registry.collect())
+    def families(self, *, by_service: bool = False) -> list[Metric]:
+        """Return all current metrics. Without a file of services they have no label for it."""
+        families = list(self._registry.collect())
+        if not by_service:
+            for sample in (sample for family in families for sample in family.samples):
+                sample.labels.pop(_SERVICE, None)
+        return families
 
 
 def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
     """Return the counts for the status page.
 
     `requests` are by status class: all of them, and as `service_answers` those that the proxy did not answer itself.
-    `errors`, which it did, are by code, and `refreshes` by result.
+    `errors`, which it did, are by code, and `refreshes`, those of the session, by result.
     """
     found: dict[str, dict[str, int]] = {"refreshes": {}, "requests": {}, "service_answers": {}, "errors": {}}
     for sample in (sample for family in families for sample in family.samples):
@@ -92,7 +106,8 @@ def counts(families: Iterable[Metric]) -> dict[str, dict[str, int]]:
             ("errors", "oidc_proxy_requests_total", "code"),
             ("refreshes", "oidc_proxy_refreshes_total", "result"),
         ):
-            if sample.name == total and (value := sample.labels[label]):
+            is_of_session = name != "refreshes" or not sample.labels.get(_SERVICE)
+            if sample.name == total and is_of_session and (value := sample.labels[label]):
                 _count(found[name], value, sample)
                 if name == "requests" and not sample.labels["code"]:
                     _count(found["service_answers"], value, sample)

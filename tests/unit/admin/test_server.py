@@ -13,7 +13,7 @@ from prometheus_client import Metric
 from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.admin import server as admin
-from eoepca_security.proxy.admin.metrics import Metrics, counts
+from eoepca_security.proxy.admin.metrics import Metrics, counts, exposition, from_json, merged, to_json
 from eoepca_security.proxy.admin.server import Admin, admin_guard
 from eoepca_security.proxy.admin.status import AdminSource, Unready, status
 from eoepca_security.proxy.config.settings import Address, Settings
@@ -97,6 +97,51 @@ async def test_metrics_count_by_class_code_and_result(client: httpx.AsyncClient,
     }
     openmetrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert openmetrics.headers["Content-Type"].startswith("application/openmetrics-text")
+
+
+def test_metrics_tell_services_apart_when_a_file_has_them(proxy: Proxy) -> None:
+    metrics = proxy.metrics
+    metrics.request_ended(200, service="stac")
+    metrics.request_ended(502, "token_invalid", "data")
+    metrics.request_ended(403, "host_not_allowed")
+    metrics.refreshed(None, 0.3)
+    metrics.refreshed(CredentialsRejected("no"), 0.3, "stac")
+    metrics.token_ends(1e9)
+    metrics.token_ends(2e9, "stac")
+    families = metrics.families(by_service=True)
+    text = exposition(families, "")[0].decode()
+    for line in (
+        'oidc_proxy_requests_total{code="",service="stac",status_class="2xx"} 1.0',
+        'oidc_proxy_requests_total{code="token_invalid",service="data",status_class="5xx"} 1.0',
+        'oidc_proxy_requests_total{code="host_not_allowed",service="",status_class="4xx"} 1.0',
+        'oidc_proxy_refreshes_total{result="success",service=""} 1.0',
+        'oidc_proxy_refreshes_total{result="credentials_rejected",service="stac"} 1.0',
+        'oidc_proxy_refresh_duration_seconds_count{service="stac"} 1.0',
+        'oidc_proxy_token_expiry_timestamp_seconds{service=""} 1e+09',
+        'oidc_proxy_token_expiry_timestamp_seconds{service="stac"} 2e+09',
+    ):
+        assert f"{line}\n" in text
+    twice = exposition(merged([families, from_json(to_json(families))]), "")[0].decode()
+    assert 'oidc_proxy_requests_total{code="",service="stac",status_class="2xx"} 2.0\n' in twice
+    assert 'oidc_proxy_token_expiry_timestamp_seconds{service="stac"} 2e+09\n' in twice
+    assert counts(families) == {
+        "requests": {"2xx": 1, "4xx": 1, "5xx": 1},
+        "service_answers": {"2xx": 1},
+        "errors": {"host_not_allowed": 1, "token_invalid": 1},
+        "refreshes": {"success": 1},
+    }
+
+
+def test_metrics_have_no_label_for_the_service_when_there_is_one(proxy: Proxy) -> None:
+    proxy.metrics.request_ended(200)
+    proxy.metrics.refreshed(None, 0.3)
+    for accept in ("", "application/openmetrics-text; version=1.0.0"):
+        text = exposition(proxy.metrics.families(), accept)[0].decode()
+        assert "service=" not in text
+        assert "oidc_proxy_token_expiry_timestamp_seconds 0.0\n" in text
+        assert "oidc_proxy_refresh_duration_seconds_count 1.0\n" in text
+    untouched = exposition(Metrics(lambda: 0, lambda: 0).families(), "")[0].decode()
+    assert "oidc_proxy_refresh_duration_seconds_count 0.0\n" in untouched
 
 
 async def test_methods_and_paths_that_there_are_not(client: httpx.AsyncClient, proxy: Proxy) -> None:
