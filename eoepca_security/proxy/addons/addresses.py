@@ -1,6 +1,7 @@
 """Where the proxy listens and where it forwards to."""
 
 import re
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from mitmproxy import ctx
@@ -8,13 +9,14 @@ from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
 
 from eoepca_security.oauth.urls import ANY_LOCALHOST, EVERYWHERE, LOOPBACK_NAMES, Host
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.admin.ways import destination
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import ALLOWED_HOSTS
 from eoepca_security.proxy.policy.access import Guard
 
 
 def addresses(settings: Settings | None) -> tuple[str, str]:
-    """Return the proxy's URL, and the service's URL or, in forward mode, the hosts that get the token."""
+    """Return the proxy's URL, and the service's URL or how many there are; in forward mode, the hosts with tokens."""
     server = ctx.master.addons.get("proxyserver")
     listening = server.listen_addrs() if isinstance(server, Proxyserver) else []
     host, port = listening[0][:2] if listening else ("nowhere", 0)
@@ -22,18 +24,22 @@ def addresses(settings: Settings | None) -> tuple[str, str]:
     upstream = mode.data
     if settings is not None and isinstance(mode, RegularMode):
         upstream = ", ".join(settings.inject_hosts)
+    elif settings is not None and settings.services_file is not None:
+        upstream = destination(settings)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
 
 
-def browser_address(listener: str, upstream: str, guard: Guard) -> str | None:
-    """Return the URL for a browser, or None if the proxy has no such name.
+def browser_address(listener: str, upstream: str, guard: Guard, services: Sequence[Service] = ()) -> str | None:
+    """Return the URL for a browser, or None if the proxy has no such name, or several.
 
     Browsers keep cookies apart by name, not by port. So it has a name of its own, after the service, in place of the
-    one that all programs of this machine share.
+    one that all programs of this machine share. `services` are those of a file, which have names.
     """
     url, service = urlsplit(listener), urlsplit(upstream).hostname
-    if url.hostname not in ("127.0.0.1", "::1") or service is None:
+    if url.hostname not in ("127.0.0.1", "::1") or service is None or len(services) > 1:
         return None
+    if services:
+        return f"http://{Host(services[0].own_name, url.port)}"
     label, dot, _ = service.partition(".")
     is_name = dot and not re.fullmatch(r"[0-9.]+", service)
     host = Host(f"{label if is_name else 'service'}.localhost", url.port)

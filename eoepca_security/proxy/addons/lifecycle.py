@@ -21,7 +21,8 @@ from eoepca_security.proxy.addons.addresses import addresses, browser_address, e
 from eoepca_security.proxy.addons.configuration import OPTION_NAMES, hand_over
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, has_terminal, on_hangup
 from eoepca_security.proxy.addons.state import State
-from eoepca_security.proxy.admin.status import AdminSource, example, on_this_machine
+from eoepca_security.proxy.admin.status import AdminSource
+from eoepca_security.proxy.admin.ways import example, on_this_machine, service_lines
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
 from eoepca_security.proxy.patches.lazy_imports import without_cas
 from eoepca_security.session.session import AccessToken
@@ -148,12 +149,20 @@ class Lifecycle:
                 math.ceil(token.ends_at - token.obtained_at),
                 extra={
                     "more": {
-                        IN_BROWSER: browser_address(listener, upstream, state.guard),
+                        IN_BROWSER: browser_address(
+                            listener,
+                            upstream,
+                            state.guard,
+                            state.settings.services if state.settings.services_file is not None else (),
+                        ),
                         STATUS_PAGE: self.status_page,
                         TRY: example(listener, state.settings),
                     }
                 },
             )
+        if not isinstance(failed, CredentialsRejected):
+            for line in service_lines(listener, state.settings):
+                logger.log(ALERT, "%s", line)
         self._on_started(listener, failed)
 
     def _warn(self, settings: Settings) -> None:

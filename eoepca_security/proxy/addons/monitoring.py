@@ -21,13 +21,13 @@ from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.admin import status
 from eoepca_security.proxy.admin.metrics import Metrics, counts
 from eoepca_security.proxy.admin.page import duration, lines
-from eoepca_security.proxy.admin.recent_errors import RecentErrors
-from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, Unready
+from eoepca_security.proxy.admin.recent_errors import RecentError, RecentErrors
+from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, ServiceState, Unready
 from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.patches import http_stream
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.clearance import clearance
-from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
+from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY, SERVICE
 from eoepca_security.session.source import TokenSource
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
@@ -45,6 +45,10 @@ class Monitoring:
         self._recent_errors = RecentErrors()
         self._last_refresh: Refresh | None = None
         self._last_answer: Answer | None = None
+        # By the services' names, or for no name the only one.
+        self._refreshes: dict[str, Refresh] = {}
+        self._answers: dict[str, Answer] = {}
+        self._faults: dict[str, RecentError] = {}
         self._claims: Mapping[str, Any] = {}
         self._asked: asyncio.Task[None] | None = None
 
@@ -69,44 +73,64 @@ class Monitoring:
     def _ended(self, flow: HTTPFlow) -> None:
         if flow.is_replay is not None:
             return
-        code, http_status = (
-            flow.metadata.get(CODE, ""),
-            flow.response.status_code if flow.response is not None else None,
-        )
-        self._metrics.request_ended(http_status, code)
+        code, service = flow.metadata.get(CODE, ""), flow.metadata.get(SERVICE, "")
+        http_status = flow.response.status_code if flow.response is not None else None
+        self._metrics.request_ended(http_status, code, service)
         if DETAIL in flow.metadata:
-            self._recent_errors.add(code, flow.metadata[DETAIL], flow.metadata.get(REMEDY, ""))
-        elif http_status is not None and not code and clearance(flow.request) is not None:
+            error = self._recent_errors.add(code, flow.metadata[DETAIL], flow.metadata.get(REMEDY, ""), service)
+            if code.startswith("upstream_"):
+                self._faults[service] = error
+        elif http_status is not None and not code and (sent := clearance(flow.request)) is not None:
             self._last_answer = Answer(http_status, time.time())
+            if sent.service is not None:
+                self._answers[service] = self._last_answer
         if not self._state.is_ending:
             self._state.in_flight.discard(flow)
 
     def refreshed(self, service: Service | None, error: TokenError | None, seconds: float) -> None:
         """Record an attempt to get a token for a service, or the login if None: its error or None, and its seconds."""
-        self._metrics.refreshed(error, seconds)
-        source = self._state.source
+        state, name = self._state, self._state.name_of(service)
+        login, refresh = state.source, Refresh(time.time(), seconds, error)
+        self._refreshes[name] = refresh
+        # A service that is alone may share the login's source.
+        source = state.tokens_of(service) if service is not None else login
+        if is_login := source is None or source is login:
+            source, self._last_refresh = login, refresh
         token = source.at_hand if source is not None else None
-        self._metrics.token_ends(token.ends_at if token is not None else None)
-        self._last_refresh = Refresh(time.time(), seconds, error)
+        ends_at = token.ends_at if token is not None else None
+        self._metrics.refreshed(error, seconds, "" if is_login else name)
+        for label in {name} | ({""} if is_login else set()):
+            self._metrics.token_ends(ends_at, label)
         if error is not None:
-            self._recent_errors.add(error.code, str(error), self._state.remedy(error))
-        elif token is not None:
+            # The login has told of its own errors.
+            if is_login or login is None or error is not login.error:
+                self._recent_errors.add(error.code, str(error), state.remedy(error), "" if is_login else name)
+        elif token is not None and is_login:
             self._claims = unverified_claims(token.value)
 
     def admin_source(self) -> AdminSource:
         """Return what the admin listener needs to describe and stop the proxy."""
 
-        async def ready() -> Unready | None:
-            error = await status.unready(self._state.source)
+        async def ready(name: str | None) -> Unready | None:
+            sources = self._state.sources
+            source = self._state.source if name is None or sources is None else sources.services.get(name)
+            error = await status.unready(source)
             return Unready(error.code, self._state.describe(error)) if error is not None else None
 
         async def told() -> dict[str, Any]:
             return self.status()
 
         async def families() -> list[Metric]:
-            return self._metrics.families()
+            return self._metrics.families(by_service=self._has_file)
 
-        return AdminSource(ready, told, families, self._state.end_all)
+        def services() -> list[str]:
+            return list(self._state.sources.services) if self._state.sources is not None else []
+
+        return AdminSource(ready, services, told, families, self._state.end_all)
+
+    @property
+    def _has_file(self) -> bool:
+        return self._state.settings is not None and self._state.settings.services_file is not None
 
     def status(self) -> dict[str, Any]:
         """Return the state, as in `/status`."""
@@ -117,7 +141,9 @@ class Monitoring:
                 at=time.time(),
                 started_at=self._metrics.started_at,
                 listener=listener,
-                browser_address=browser_address(listener, upstream, self._state.guard),
+                browser_address=browser_address(
+                    listener, upstream, self._state.guard, settings.services if settings and self._has_file else ()
+                ),
                 upstream=upstream,
                 in_container=self._state.in_container,
                 settings=settings,
@@ -131,7 +157,19 @@ class Monitoring:
                 counts=counts(self._metrics.families()),
                 in_flight=len(self._state.in_flight),
                 held_bytes=http_stream.budget.held,
+                services=tuple(map(self._service_state, settings.services if settings is not None else ())),
             )
+        )
+
+    def _service_state(self, service: Service) -> ServiceState:
+        name, source = self._state.name_of(service), self._state.tokens_of(service)
+        return ServiceState(
+            service,
+            token=source.at_hand if source is not None else None,
+            error=source.error if source is not None else None,
+            last_refresh=self._refreshes.get(name),
+            last_answer=self._answers.get(name),
+            fault=self._faults.get(name),
         )
 
     @command.command("oidc.status")  # type: ignore[untyped-decorator]

@@ -3,7 +3,7 @@
 import html
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
@@ -23,6 +23,25 @@ _HEADLINES: Final = {
 }
 
 _SERVICE_FAILS: Final = ("Not working", "Requests get a token, but they do not succeed.")
+_SOME_FAIL: Final = "Not all services work"
+
+MAX_PROBLEMS: Final = 10
+"""How many problems the page begins with; each is also at its service."""
+
+_SERVICE_STATES: Final = {
+    "ready": "Ready",
+    "degraded": "Ready, but not for long",
+    "failing": "No token",
+    "idle": "Ready, but not in use",
+    "starting": "Not in use yet",
+}
+
+_TOKEN_KINDS: Final = {
+    "shared": "the session's",
+    "scope": "for less than the session's scope",
+    "resource": "for its resource",
+    "exchange": "exchanged",
+}
 
 _TONES: Final[Mapping[str, Tone]] = {
     "ready": "good",
@@ -95,7 +114,9 @@ def page(status: Mapping[str, Any]) -> str:
     now = status["at"]
     verdict = _verdict(status)
     name, subject = _who(status)
+    services = status["services"]
     sections = [
+        *([_section("services", "Services", _services(status))] if len(services) > 1 else []),
         _section("way", "Addresses", _list(_way_rows(status), now)),
         _section("token", "Access token", _list(_token_rows(status), now)),
         _section("requests", "Answers from the protected service", _table("Answer", _request_rows(status))),
@@ -124,7 +145,7 @@ def page(status: Mapping[str, Any]) -> str:
 <div id="state" class="box {verdict.tone}" role="status">
 <p><span class="sign" aria-hidden="true">{_SIGNS[verdict.tone]}</span> <strong>{verdict.headline}</strong> \
 {verdict.explanation}</p>
-{"".join(_problem(problem) for problem in status["problems"])}</div>
+{_problems(status["problems"])}</div>
 <div id="lead">
 {_list([("Next login", _login(status)), *_example_rows(status)], now)}</div>
 <p id="copied" role="status"></p>
@@ -147,24 +168,62 @@ def lines(status: Mapping[str, Any]) -> list[str]:
     name, subject = _who(status)
     found = [f"{verdict.headline}: {verdict.explanation}"]
     for problem in status["problems"]:
-        found += [f"{problem['title']}: {problem['detail']}", f"remedy: {problem['remedy']}"]
+        found += [f"{_title(problem)}: {problem['detail']}", f"remedy: {problem['remedy']}"]
     who = f"{name} (sub {subject})" if subject else name
     rows: list[tuple[str, Value]] = [("Identity", (who,)), ("Next login", _login(status)), *_example_rows(status)]
     rows += [*_way_rows(status), *_token_rows(status)]
     rows += [(f"Answers from the service, {label}", (number,)) for label, number in _request_rows(status)]
     rows += [(f"Answers from the proxy, {code}", (str(number),)) for code, number in sorted(status["errors"].items())]
     found += [f"{label.lower()}: {_text(value, now)}" for label, value in rows]
+    if len(status["services"]) > 1:
+        for service in status["services"]:
+            rows = [("State", (_service_verdict(service, _of(service, status)).headline,)), *_service_rows(service)]
+            told = "; ".join(f"{label.lower()}: {_text(value, now)}" for label, value in rows)
+            found.append(f"service {service['name']}: {told}")
     found += [
-        f"error {_text((Moment(error['at']),), now)}: {error['code']}: {error['detail']}{_times(error['count'])}"
+        f"error {_text((Moment(error['at']),), now)}: {_about(error)}{error['code']}: {error['detail']}"
+        f"{_times(error['count'])}"
         for error in status["recent_errors"]
     ]
     return found
 
 
 def _verdict(status: Mapping[str, Any]) -> Verdict:
-    if status["ready"] and any(problem["about"] == "service" for problem in status["problems"]):
-        return Verdict("bad", *_SERVICE_FAILS)
-    return Verdict(_TONES[status["state"]], *_HEADLINES[status["state"]])
+    of_session = Verdict(_TONES[status["state"]], *_HEADLINES[status["state"]])
+    if not status["ready"]:
+        return of_session
+    if len(status["services"]) <= 1:
+        is_failing = any(problem["about"] == "service" for problem in status["problems"])
+        return Verdict("bad", *_SERVICE_FAILS) if is_failing else of_session
+    tones = {service["name"]: _service_verdict(service, _of(service, status)).tone for service in status["services"]}
+    failing = [name for name, tone in tones.items() if tone == "bad"]
+    if len(failing) == len(tones):
+        return Verdict("bad", _SERVICE_FAILS[0], "Requests to all services fail.")
+    if failing:
+        return Verdict("warn", _SOME_FAIL, f"Requests to {_some(failing)} fail.")
+    if of_session.tone == "good" and (ending := [name for name, tone in tones.items() if tone == "warn"]):
+        headline = _HEADLINES["degraded"][0]
+        return Verdict("warn", headline, f"The last refresh failed for {_some(ending)}, whose token will expire.")
+    return of_session
+
+
+def _service_verdict(service: Mapping[str, Any], problems: Sequence[Mapping[str, str]]) -> Verdict:
+    state = service["state"]
+    if state != "failing" and any(problem["about"] == "service" for problem in problems):
+        return Verdict("bad", _SERVICE_FAILS[0], "")
+    return Verdict(_TONES[state], _SERVICE_STATES[state], "")
+
+
+def _of(service: Mapping[str, Any], status: Mapping[str, Any]) -> list[Mapping[str, str]]:
+    """Return the problems of one service."""
+    return [problem for problem in status["problems"] if problem.get("service") == service["name"]]
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return names for a sentence, but not very many."""
+    if len(names) > 5:
+        return f"{len(names)} services"
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _who(status: Mapping[str, Any]) -> tuple[str, str]:
@@ -235,6 +294,21 @@ def _own_rows(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(f"{problem_details.title(code)} ({code})" if code in known else code, str(n)) for code, n in errors]
 
 
+def _service_rows(service: Mapping[str, Any]) -> list[tuple[str, Value]]:
+    token, refresh, answer = service["token"], service["last_refresh"], service["last_answer"]
+    kind = _TOKEN_KINDS[service["token_kind"]]
+    rows: list[tuple[str, Value]] = [
+        ("At", (", ".join(service["addresses"]),)),
+        ("Forwarding to", (service["upstream"],)),
+        ("Token", (kind, ", expires ", Moment(token["ends_at"])) if token is not None else (f"{kind}, none now",)),
+    ]
+    if refresh is not None:
+        rows.append(("Last refresh", (f"{refresh['result']} ", Moment(refresh["at"]))))
+    if answer is not None:
+        rows.append(("Last answer", (f"{answer['status']} ", Moment(answer["at"]))))
+    return rows
+
+
 def _counts(counts: Mapping[str, int]) -> str:
     names = sorted(counts, key=lambda name: (name != "success", name))
     return ", ".join(f"{counts[name]} {name}" for name in names)
@@ -253,10 +327,39 @@ def _section(name: str, title: str, content: str) -> str:
     return f'<section id="{name}" aria-labelledby="{name}-title">\n{heading}\n{content}</section>\n'
 
 
+def _services(status: Mapping[str, Any]) -> str:
+    items = []
+    for service in status["services"]:
+        problems = _of(service, status)
+        verdict, name = _service_verdict(service, problems), html.escape(service["name"])
+        rows = _service_rows(service)
+        rows += [("Problem", (f"{problem['title']}: {problem['detail']}",)) for problem in problems]
+        items.append(
+            f'<li class="{verdict.tone}">\n<h3><span class="sign" aria-hidden="true">{_SIGNS[verdict.tone]}</span> '
+            f"{name}: <strong>{verdict.headline}</strong></h3>\n{_list(rows, status['at'])}</li>\n"
+        )
+    return f"<ul>\n{''.join(items)}</ul>\n"
+
+
+def _problems(problems: Sequence[Mapping[str, str]]) -> str:
+    more = len(problems) - MAX_PROBLEMS
+    rest = f'<div class="problem">\n<p>And {more} more: see the services below.</p>\n</div>\n' if more > 0 else ""
+    return "".join(_problem(problem) for problem in problems[:MAX_PROBLEMS]) + rest
+
+
+def _title(problem: Mapping[str, str]) -> str:
+    return _about(problem) + problem["title"]
+
+
+def _about(told: Mapping[str, Any]) -> str:
+    """Return the beginning of what is told about a service that has a name."""
+    return f"{told['service']}: " if "service" in told else ""
+
+
 def _problem(problem: Mapping[str, str]) -> str:
     remedy = problem["remedy"][:1].upper() + problem["remedy"][1:]
     return (
-        f'<div class="problem">\n<h2>{html.escape(problem["title"])}</h2>\n<p>{_prose(problem["detail"])}</p>\n'
+        f'<div class="problem">\n<h2>{html.escape(_title(problem))}</h2>\n<p>{_prose(problem["detail"])}</p>\n'
         f"<p><strong>Remedy:</strong> {_prose(remedy)}</p>\n</div>\n"
     )
 
@@ -281,7 +384,7 @@ def _errors(status: Mapping[str, Any]) -> str:
         return "<p>None.</p>\n"
     items = "".join(
         f"<li><p>{_html((Moment(error['at']),), status['at'])} <code>{html.escape(error['code'])}</code>"
-        f"{_times(error['count'])}</p><p>{_prose(error['detail'])}</p></li>\n"
+        f"{_times(error['count'])}</p><p>{_prose(_about(error) + error['detail'])}</p></li>\n"
         for error in status["recent_errors"]
     )
     return f"<ol>\n{items}</ol>\n"

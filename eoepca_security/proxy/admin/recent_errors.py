@@ -16,7 +16,8 @@ MAX_RECENT: Final = 20
 class RecentError:
     """An error that occurred `count` times, last `at` (epoch seconds). `code` is part of the public interface.
 
-    `detail` says what happened. `remedy` is empty if `detail` includes it.
+    `detail` says what happened. `remedy` is empty if `detail` includes it. `service` is the name of the service that it
+    is about, or empty.
     """
 
     code: str
@@ -24,6 +25,7 @@ class RecentError:
     at: float
     count: int = 1
     remedy: str = ""
+    service: str = ""
 
 
 class RecentErrors:
@@ -33,17 +35,18 @@ class RecentErrors:
         self._now = now
         self._latest: deque[RecentError] = deque(maxlen=MAX_RECENT)
 
-    def add(self, code: str, detail: str, remedy: str = "") -> None:
-        """Record an error, or count it if it is already recorded."""
+    def add(self, code: str, detail: str, remedy: str = "", service: str = "") -> RecentError:
+        """Record an error, or count it if it is already recorded; return what is recorded now."""
         detail = printable(detail, 500)
-        new = RecentError(code, detail, self._now(), remedy=printable(remedy, 500))
+        new = RecentError(code, detail, self._now(), remedy=printable(remedy, 500), service=service)
         for old in self._latest:
-            if (old.code, old.detail) == (code, detail):
+            if (old.code, old.detail, old.service) == (code, detail, service):
                 self._latest.remove(old)
                 new = replace(new, count=old.count + 1)
                 break
         # A full deque drops the oldest at its other end.
         self._latest.appendleft(new)
+        return new
 
     def latest(self) -> tuple[RecentError, ...]:
         """Return the recorded errors."""

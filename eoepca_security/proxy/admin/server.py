@@ -10,6 +10,7 @@ from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 
+from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES, is_loopback
 from eoepca_security.proxy.admin.metrics import exposition
 from eoepca_security.proxy.admin.page import RESOURCES, page
@@ -18,7 +19,7 @@ from eoepca_security.proxy.config.port_check import bind_host
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import ADMIN
 from eoepca_security.proxy.policy import problem_details
-from eoepca_security.proxy.policy.access import Guard
+from eoepca_security.proxy.policy.access import Guard, listed
 
 MAX_SIZE: Final = 16 * 1024
 """The longest header block and the longest body to read, in bytes."""
@@ -152,7 +153,16 @@ class _Live(_Page):
 
 class _Ready(_Page):
     async def get(self) -> None:
-        if error := await self.subject.ready():
+        named = self.get_query_arguments("service")
+        if len(named) > 1:
+            self.tell(*problem_details.parts("bad_request", "service: name one service, not several"))
+            return
+        names, name = self.subject.services(), named[0] if named else None
+        if name is not None and name not in names:
+            known = f"use {listed(names)}" if names else "there is none"
+            self.tell(*problem_details.unknown_service(f"{printable(name, 80)!r} is not a service: {known}", names))
+            return
+        if error := await self.subject.ready(name):
             self.tell(*problem_details.parts(error.code, error.detail, status=503))
         else:
             self.text("ok\n")

@@ -2,22 +2,22 @@
 
 import asyncio
 import importlib.metadata
-import shlex
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
-from urllib.parse import urlsplit
 
 from prometheus_client import Metric
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
-from eoepca_security.oauth.urls import EVERYWHERE
 from eoepca_security.proxy.admin.recent_errors import RecentError
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.admin.ways import example, ways_in
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.policy import problem_details
 from eoepca_security.proxy.policy.remedies import SEE_LOG, failure_remedy, needs_login, told
 from eoepca_security.session.session import AccessToken
-from eoepca_security.session.source import TokenSource
+from eoepca_security.session.token_cycle import TokenCycle
+
+_NOT_CONFIGURED: Final = IssuerUnavailable("the proxy is not configured", cause="not_configured")
 
 READY_WAIT: Final = 0.8
 """Seconds that a readiness probe waits for a token; probes usually give up after one."""
@@ -25,9 +25,14 @@ READY_WAIT: Final = 0.8
 
 @dataclass(frozen=True)
 class AdminSource:
-    """What the admin listener needs. `ready` returns None or why there is no token; `quit` stops the proxy."""
+    """What the admin listener needs.
 
-    ready: Callable[[], Awaitable["Unready | None"]]
+    `ready` returns None or why there is no token for a service, or for the session if given None. `services` returns
+    the services' names, and `quit` stops the proxy.
+    """
+
+    ready: Callable[[str | None], Awaitable["Unready | None"]]
+    services: Callable[[], Sequence[str]]
     status: Callable[[], Awaitable[Mapping[str, Any]]]
     families: Callable[[], Awaitable[Sequence[Metric]]]
     quit: Callable[[], None]
@@ -59,11 +64,24 @@ class Refresh:
 
 
 @dataclass(frozen=True)
+class ServiceState:
+    """The state of one service, at the time of the State. `fault` is why it last did not answer, or None."""
+
+    service: Service
+    token: AccessToken | None = None
+    error: TokenError | None = None
+    last_refresh: Refresh | None = None
+    last_answer: Answer | None = None
+    fault: RecentError | None = None
+
+
+@dataclass(frozen=True)
 class State:
     """The state of one process at the time `at`. Times are in epoch seconds.
 
     `token` is the current one, `claims` are those of the last one. `session_ends_at` is when the session ends unless a
-    refresh extends it, or None if the issuer did not say. `counts` come from `metrics.counts`.
+    refresh extends it, or None if the issuer did not say. `counts` come from `metrics.counts`. `services` are those of
+    the settings.
     """
 
     at: float
@@ -83,15 +101,25 @@ class State:
     in_flight: int
     held_bytes: int
     browser_address: str | None = None
+    services: tuple[ServiceState, ...] = ()
+
+    @property
+    def has_names(self) -> bool:
+        """Whether its services have names, which a file gives them."""
+        return self.settings is not None and self.settings.services_file is not None
+
+    def remedy(self, error: TokenError) -> str:
+        """Return the remedy for an error that leaves the proxy or a service without a token."""
+        return failure_remedy(error, self.settings, in_container=self.in_container)
 
 
-async def unready(source: TokenSource | None) -> TokenError | None:
+async def unready(source: TokenCycle | None) -> TokenError | None:
     """Return why there is no current token, or None.
 
     This requests one if needed, so that an idle proxy is ready too.
     """
     if source is None:
-        return IssuerUnavailable("the proxy is not configured", cause="not_configured")
+        return _NOT_CONFIGURED
     asking = asyncio.ensure_future(source.token())
     await asyncio.wait({asking}, timeout=READY_WAIT)
     if not asking.done():
@@ -110,18 +138,19 @@ def status(state: State) -> dict[str, Any]:
     went. `problems` lists the current errors with title, detail, remedy, and whether they are about the `token` or the
     `service`; `recent_errors` is newest first. `session.login_needed` says when somebody has to log in: `now`,
     `later` (`session.ends_at`, unless a refresh extends the session), `unknown`, or `never`.
+
+    All this is about the session, except for `problems`: with a file of services, those of a service have its name as
+    `service`. Each of `services` has a `state`, `code` and `detail` of its own, which are about its token.
     """
-    name = _name(state)
-    error, remedy = state.error, ""
-    if error is not None:
-        remedy = failure_remedy(error, state.settings, in_container=state.in_container)
+    error = state.error
+    name = _name(state.token, error if state.settings is not None else _NOT_CONFIGURED, state.last_refresh)
     return {
         "at": round(state.at, 3),
         "state": name,
         "ready": name in ("ready", "degraded", "idle"),
         "code": error.code if error is not None else None,
-        "detail": told(error, remedy) if error is not None else None,
-        "problems": _problems(state, remedy),
+        "detail": told(error, state.remedy(error)) if error is not None else None,
+        "problems": _problems(state),
         "listener": state.listener,
         "browser_address": state.browser_address,
         "upstream": state.upstream,
@@ -134,8 +163,10 @@ def status(state: State) -> dict[str, Any]:
         **state.counts,
         "requests_in_flight": state.in_flight,
         "held_bytes": state.held_bytes,
+        "services": [_service(one, state) for one in state.services],
         "recent_errors": [
             {"at": round(one.at, 3), "code": one.code, "detail": told(one.detail, one.remedy), "count": one.count}
+            | _named(one.service)
             for one in state.recent_errors
         ],
         "uptime_seconds": round(state.at - state.started_at),
@@ -143,12 +174,28 @@ def status(state: State) -> dict[str, Any]:
     }
 
 
-def _name(state: State) -> str:
-    if state.error is not None or state.settings is None:
-        return "degraded" if state.token is not None else "failing"
-    if state.token is not None:
+def _name(token: AccessToken | None, error: TokenError | None, last_refresh: Refresh | None) -> str:
+    if error is not None:
+        return "degraded" if token is not None else "failing"
+    if token is not None:
         return "ready"
-    return "idle" if state.last_refresh is not None else "starting"
+    return "idle" if last_refresh is not None else "starting"
+
+
+def _service(one: ServiceState, state: State) -> dict[str, Any]:
+    service, error, answer = one.service, one.error, one.last_answer
+    return {
+        "name": service.name,
+        "addresses": list(ways_in(service, state.listener, state.settings)) if state.settings is not None else [],
+        "upstream": f"{service.upstream}{service.path}",
+        "token_kind": service.token,
+        "state": _name(one.token, error, one.last_refresh),
+        "code": error.code if error is not None else None,
+        "detail": told(error, state.remedy(error)) if error is not None else None,
+        "token": _token(one.token, state.at) if one.token is not None else None,
+        "last_refresh": _refresh(one.last_refresh) if one.last_refresh is not None else None,
+        "last_answer": {"at": round(answer.at, 3), "status": answer.status} if answer is not None else None,
+    }
 
 
 def _login_needed(state: State) -> str:
@@ -159,48 +206,48 @@ def _login_needed(state: State) -> str:
     return "unknown" if state.session_ends_at is None else "later"
 
 
-def example(listener: str, settings: Settings) -> str:
-    """Return a command that sends a request through the proxy at `listener`, by a name that it answers to."""
-    if settings.inject_hosts:
-        ca = "~/.mitmproxy/mitmproxy-ca-cert.pem"
-        return f"curl --proxy {listener} --cacert {ca} {shlex.quote(f'https://{settings.inject_hosts[0]}/')}"
-    base, parts = on_this_machine(listener), urlsplit(listener)
-    names = settings.allowed_hosts
-    if names and not {"*", "localhost", parts.hostname} & set(names):
-        base = f"http://{names[0]}" if ":" in names[0].rpartition("]")[2] else f"http://{names[0]}:{parts.port}"
-    return f"curl -i {shlex.quote(base + settings.endpoint)}"
-
-
-def on_this_machine(listener: str) -> str:
-    """Return the URL of a listener for a client on this machine: nobody can call all addresses at once."""
-    parts = urlsplit(listener)
-    return f"http://localhost:{parts.port}" if parts.hostname in EVERYWHERE else listener
-
-
-def _problems(state: State, remedy: str) -> list[dict[str, str]]:
-    found = []
+def _problems(state: State) -> list[dict[str, str]]:
     if state.settings is None:
-        found.append(_problem("token", "The proxy is not configured", "its settings are missing or wrong", SEE_LOG))
-    elif state.error is not None:
-        found.append(_problem("token", problem_details.title(state.error.code), str(state.error), remedy))
-    last = state.last_answer
-    upstream = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
-    if upstream is not None and (last is None or last.at < upstream.at):
-        found.append(_problem("service", problem_details.title(upstream.code), upstream.detail, upstream.remedy))
-    elif last is not None and last.status == 401 and state.settings is not None:
-        found.append(
+        text = "its settings are missing or wrong"
+        return [_problem("token", "The proxy is not configured", text, SEE_LOG)]
+    found = [_token_problem(state.error, state)] if state.error is not None else []
+    if not state.has_names:
+        fault = next((one for one in state.recent_errors if one.code.startswith("upstream_")), None)
+        return [*found, *_answer_problems(fault, state.last_answer, state.settings)]
+    for one in state.services:
+        name = one.service.name
+        # What the session lacks is no news about each of its services.
+        if one.error is not None and one.error is not state.error:
+            found.append(_token_problem(one.error, state) | _named(name))
+        found += [problem | _named(name) for problem in _answer_problems(one.fault, one.last_answer, state.settings)]
+    return found
+
+
+def _token_problem(error: TokenError, state: State) -> dict[str, str]:
+    return _problem("token", problem_details.title(error.code), str(error), state.remedy(error))
+
+
+def _answer_problems(fault: RecentError | None, last: Answer | None, settings: Settings) -> list[dict[str, str]]:
+    if fault is not None and (last is None or last.at < fault.at):
+        return [_problem("service", problem_details.title(fault.code), fault.detail, fault.remedy)]
+    if last is not None and last.status == 401:
+        return [
             _problem(
                 "service",
                 "The protected service refuses the token",
                 "its last answer was 401",
-                f"{state.settings.command.run('check')}: often the service expects another audience or issuer",
+                f"{settings.command.run('check')}: often the service expects another audience or issuer",
             )
-        )
-    return found
+        ]
+    return []
 
 
 def _problem(about: Literal["token", "service"], title: str, detail: str, remedy: str) -> dict[str, str]:
     return {"about": about, "title": title, "detail": detail, "remedy": remedy}
+
+
+def _named(service: str) -> dict[str, str]:
+    return {"service": service} if service else {}
 
 
 def _token(token: AccessToken, now: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -119,3 +119,9 @@ def parts(
     if status == 503:
         headers["Retry-After"] = str(math.ceil(retry_after))
     return status, headers, json.dumps(body).encode()
+
+
+def unknown_service(detail: str, names: Sequence[str]) -> tuple[int, dict[str, str], bytes]:
+    """Return status, headers and body of the answer to a question about no service; `names` are all there are."""
+    body = {"title": "The proxy has no service of this name", "status": 404, "detail": detail, "services": list(names)}
+    return 404, dict(HEADERS), json.dumps(body).encode()

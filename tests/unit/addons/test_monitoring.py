@@ -38,7 +38,7 @@ async def told(addon: OIDCAuthProxy) -> tuple[bool, str, str]:
 
 async def probed(addon: OIDCAuthProxy) -> str | None:
     """Return the code in the answer of `/readyz`."""
-    unready = await addon.monitoring.admin_source().ready()
+    unready = await addon.monitoring.admin_source().ready(None)
     return unready.code if unready is not None else None
 
 

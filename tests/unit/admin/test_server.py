@@ -27,9 +27,14 @@ class Proxy:
         self.failure: TokenError | None = None
         self.metrics = Metrics(lambda: 3, lambda: 3)
         self.ended = 0
+        self.asked: list[str | None] = []
 
-    async def ready(self) -> Unready | None:
+    async def ready(self, service: str | None) -> Unready | None:
+        self.asked.append(service)
         return Unready(self.failure.code, str(self.failure)) if self.failure is not None else None
+
+    def services(self) -> list[str]:
+        return ["stac", "data"]
 
     async def families(self) -> list[Metric]:
         return self.metrics.families()
@@ -48,7 +53,7 @@ def proxy() -> Proxy:
 
 @pytest.fixture
 async def address(proxy: Proxy) -> AsyncIterator[Address]:
-    server = Admin(SETTINGS, AdminSource(proxy.ready, proxy.status, proxy.families, proxy.quit))
+    server = Admin(SETTINGS, AdminSource(proxy.ready, proxy.services, proxy.status, proxy.families, proxy.quit))
     address = server.start()
     assert address is not None
     yield address
@@ -97,6 +102,33 @@ async def test_metrics_count_by_class_code_and_result(client: httpx.AsyncClient,
     }
     openmetrics = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert openmetrics.headers["Content-Type"].startswith("application/openmetrics-text")
+
+
+async def test_readiness_of_one_service_is_told_by_its_name(client: httpx.AsyncClient, proxy: Proxy) -> None:
+    assert (await client.get("/readyz")).text == "ok\n"
+    assert (await client.get("/readyz?service=stac")).text == "ok\n"
+    proxy.failure = CredentialsRejected("it may not exchange")
+    response = await client.get("/readyz?service=data")
+    assert (response.status_code, response.json()["code"]) == (503, "credentials_rejected")
+    assert proxy.asked == [None, "stac", "data"]
+
+
+@pytest.mark.parametrize("name", ["", "other", "Stac", "stac,data", "%3Cscript%3E", "x" * 1000])
+async def test_readiness_of_a_service_that_there_is_not_lists_those_that_there_are(
+    name: str, client: httpx.AsyncClient, proxy: Proxy
+) -> None:
+    response = await client.get(f"/readyz?service={name}")
+    assert (response.status_code, response.headers["Content-Type"]) == (404, "application/problem+json")
+    assert response.json()["services"] == ["stac", "data"]
+    assert response.json()["detail"].endswith("is not a service: use one of stac, data")
+    assert len(response.content) < 500
+    assert proxy.asked == []
+
+
+async def test_readiness_is_asked_for_one_service_at_a_time(client: httpx.AsyncClient, proxy: Proxy) -> None:
+    response = await client.get("/readyz?service=stac&service=data")
+    assert (response.status_code, response.json()["code"]) == (400, "bad_request")
+    assert proxy.asked == []
 
 
 def test_metrics_tell_services_apart_when_a_file_has_them(proxy: Proxy) -> None:
@@ -204,7 +236,7 @@ async def test_the_page_may_load_what_is_here_and_nothing_else(client: httpx.Asy
 
 async def test_sizes_and_times_are_bounded(address: Address, monkeypatch: pytest.MonkeyPatch, proxy: Proxy) -> None:
     monkeypatch.setattr(admin, "TIMEOUT", 0.2)
-    server = Admin(SETTINGS, AdminSource(proxy.ready, proxy.status, proxy.families, proxy.quit))
+    server = Admin(SETTINGS, AdminSource(proxy.ready, proxy.services, proxy.status, proxy.families, proxy.quit))
     bounded = server.start()
     assert bounded is not None
     try:

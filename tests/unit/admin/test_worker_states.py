@@ -26,7 +26,7 @@ class Process:
     """What a process that serves requests would tell; several of them in this one."""
 
     def __init__(self, name: str, ends_at: float) -> None:
-        self.failure: Unready | None = None
+        self.failures: dict[str | None, Unready] = {}
         self.metrics = Metrics(lambda: 2, lambda: 2)
         self.metrics.token_ends(ends_at)
         self.state = replace(
@@ -37,10 +37,10 @@ class Process:
         )
 
     def subject(self) -> AdminSource:
-        return AdminSource(self._ready, self._status, self._families, lambda: None)
+        return AdminSource(self._ready, list, self._status, self._families, lambda: None)
 
-    async def _ready(self) -> Unready | None:
-        return self.failure
+    async def _ready(self, service: str | None) -> Unready | None:
+        return self.failures.get(service)
 
     async def _status(self) -> Mapping[str, Any]:
         return status(self.state)
@@ -105,8 +105,8 @@ async def test_they_are_ready_when_all_that_answer_are(lines: list[Channel], mon
     assert await crew.ready() is None  # and the questions that it found waiting have confused nobody
     answer(lines[1], processes[1].subject())
     assert await crew.ready() is None
-    processes[1].failure = Unready("credentials_rejected", "log in again")
-    assert await crew.ready() == processes[1].failure
+    processes[1].failures[None] = Unready("credentials_rejected", "log in again")
+    assert await crew.ready() == processes[1].failures[None]
 
 
 async def test_questions_at_the_same_time_get_their_own_answers(lines: list[Channel]) -> None:
@@ -129,7 +129,7 @@ async def test_a_process_that_reads_nothing_holds_nobody_up(lines: list[Channel]
 async def test_whoever_asks_the_same_shares_the_answer(lines: list[Channel]) -> None:
     process, asked = Process("a", 1.0), 0
 
-    async def count() -> Unready | None:
+    async def count(_: str | None) -> Unready | None:
         nonlocal asked
         asked += 1
         return None
