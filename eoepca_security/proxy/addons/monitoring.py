@@ -154,7 +154,7 @@ class Monitoring:
                 last_refresh=self._last_refresh,
                 last_answer=self._last_answer,
                 recent_errors=self._recent_errors.latest(),
-                counts=counts(self._metrics.families()),
+                counts=counts(self._metrics.families(by_service=self._has_file)),
                 in_flight=len(self._state.in_flight),
                 held_bytes=http_stream.budget.held,
                 services=tuple(map(self._service_state, settings.services if settings is not None else ())),

@@ -114,12 +114,17 @@ def page(status: Mapping[str, Any]) -> str:
     now = status["at"]
     verdict = _verdict(status)
     name, subject = _who(status)
-    services = status["services"]
+    has_several = len(status["services"]) > 1
+    called = "services" if has_several else "service"
     sections = [
-        *([_section("services", "Services", _services(status))] if len(services) > 1 else []),
+        *([_section("services", "Services", _services(status))] if has_several else []),
         _section("way", "Addresses", _list(_way_rows(status), now)),
         _section("token", "Access token", _list(_token_rows(status), now)),
-        _section("requests", "Answers from the protected service", _table("Answer", _request_rows(status))),
+        _section(
+            "requests",
+            f"Answers from the protected {called}",
+            _table("Answer", _request_rows(status)),
+        ),
         _section("own", "Answers from the proxy itself", _table("Reason", _own_rows(status))),
         _section("errors", "Recent errors", _errors(status)),
     ]
@@ -192,9 +197,20 @@ def _verdict(status: Mapping[str, Any]) -> Verdict:
     of_session = Verdict(_TONES[status["state"]], *_HEADLINES[status["state"]])
     if not status["ready"]:
         return of_session
-    if len(status["services"]) <= 1:
-        is_failing = any(problem["about"] == "service" for problem in status["problems"])
-        return Verdict("bad", *_SERVICE_FAILS) if is_failing else of_session
+    return (
+        _verdict_of_several(status, of_session) if len(status["services"]) > 1 else _verdict_of_one(status, of_session)
+    )
+
+
+def _verdict_of_one(status: Mapping[str, Any], of_session: Verdict) -> Verdict:
+    if any(problem["about"] == "service" for problem in status["problems"]):
+        return Verdict("bad", *_SERVICE_FAILS)
+    # The service may need another token than the session's.
+    states = [service["state"] for service in status["services"] if _of(service, status)]
+    return Verdict(_TONES[states[0]], *_HEADLINES[states[0]]) if states else of_session
+
+
+def _verdict_of_several(status: Mapping[str, Any], of_session: Verdict) -> Verdict:
     tones = {service["name"]: _service_verdict(service, _of(service, status)).tone for service in status["services"]}
     failing = [name for name, tone in tones.items() if tone == "bad"]
     if len(failing) == len(tones):

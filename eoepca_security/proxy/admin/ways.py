@@ -41,7 +41,10 @@ def ways_in(service: Service, listener: str, settings: Settings) -> tuple[str, .
     if len(settings.services) == 1 or service.name == DEFAULT:
         ways.append(base)
     if service.port is not None:
-        ways.append(f"http://{Host(parse_host(urlsplit(base).netloc).name, service.port)}")
+        names = settings.allowed_hosts
+        is_localhost = is_loopback(urlsplit(base).hostname) and (not names or {"*", "localhost"} & set(names))
+        host = "localhost" if is_localhost else parse_host(urlsplit(base).netloc).name
+        ways.append(f"http://{Host(host, service.port)}")
     return (*ways, *service.hosts) or (own_name,)
 
 

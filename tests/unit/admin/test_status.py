@@ -1,5 +1,6 @@
 """What the proxy tells of itself, as JSON, as a page and as lines."""
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -9,9 +10,13 @@ import pytest
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.proxy.admin.page import duration, lines, page, relative
+from eoepca_security.proxy.admin.page import MAX_PROBLEMS, duration, lines, page, relative
 from eoepca_security.proxy.admin.recent_errors import MAX_RECENT, RecentError, RecentErrors
-from eoepca_security.proxy.admin.status import Answer, status
+from eoepca_security.proxy.admin.status import Answer, Refresh, ServiceState, State, status
+from eoepca_security.proxy.config.services import default_service
+from eoepca_security.proxy.config.settings import Service
+from eoepca_security.session.session import AccessToken
+from tests.support.services import DATA, PLAIN, STAC, with_services
 from tests.support.state import NOW, SECRETS, SETTINGS, STATE
 
 REJECTED = CredentialsRejected("the issuer answered invalid_grant: Token; not active", issuer_error="invalid_grant")
@@ -236,3 +241,146 @@ def test_durations_have_at_most_two_units() -> None:
     said = [duration(seconds) for seconds in (0, 0.9, 41.9, 60, 185, 3600, 7800, 273_600)]
     assert said == ["0 s", "0 s", "41 s", "1 min", "3 min 5 s", "1 h", "2 h 10 min", "3 d 4 h"]
     assert [relative(seconds) for seconds in (0.5, -0.5, 12, -185)] == ["now", "now", "in 12 s", "3 min 5 s ago"]
+
+
+OTHER_TOKEN = AccessToken("the-exchanged-token", NOW - 10, NOW + 290)
+FAULT = RecentError("upstream_unavailable", "data at data.example:443: refused", NOW - 5, 1, "check url", "data")
+OVER = CredentialsRejected("the issuer does not allow it", cause="no_exchange")
+
+SERVING = replace(
+    STATE,
+    upstream="3 services",
+    settings=with_services(),
+    services=(
+        ServiceState(STAC, OTHER_TOKEN, None, Refresh(NOW - 10, 0.02, None), Answer(200, NOW - 2)),
+        ServiceState(DATA, None, None, Refresh(NOW - 400, 0.02, None), Answer(204, NOW - 300)),
+        ServiceState(PLAIN),
+    ),
+)
+
+
+def with_states(**changes: dict[str, Any]) -> State:
+    services = (replace(one, **changes.get(one.service.name, {})) for one in SERVING.services)
+    return replace(SERVING, services=tuple(services))
+
+
+def test_each_service_is_told_of_and_no_token() -> None:
+    told = status(SERVING)
+    stac, data, plain = told["services"]
+    assert stac == {
+        "name": "stac",
+        "addresses": ["http://stac.localhost:8080", "http://localhost:8090", "stac.proxy.svc"],
+        "upstream": "https://stac.example/api",
+        "token_kind": "exchange",
+        "state": "ready",
+        "code": None,
+        "detail": None,
+        "token": {"obtained_at": NOW - 10, "ends_at": NOW + 290, "lifetime_seconds": 300, "seconds_left": 290},
+        "last_refresh": {"at": NOW - 10, "seconds": 0.02, "result": "success"},
+        "last_answer": {"at": NOW - 2, "status": 200},
+    }
+    assert (data["state"], data["token"], data["token_kind"]) == ("idle", None, "scope")
+    assert (plain["state"], plain["last_refresh"], plain["last_answer"]) == ("starting", None, None)
+    assert told["problems"] == []
+    assert told["example"] == "curl -i http://stac.localhost:8080/"
+    text, shown = "\n".join(lines(told)), page(told)
+    for part in (
+        (
+            "service stac: state: Ready; at: http://stac.localhost:8080, http://localhost:8090, stac.proxy.svc; "
+            "forwarding to: https://stac.example/api; token: exchanged, expires "
+        ),
+        "last answer: 204 ",
+        "service plain: state: Not in use yet; ",
+    ):
+        assert part in text
+    assert shown.count("<h3>") == 3
+    assert '<li class="good">\n<h3><span class="sign" aria-hidden="true">\N{CHECK MARK}</span> stac: ' in shown
+    assert "<strong>Ready</strong> Requests get a token." in shown
+    assert not [secret for secret in (*SECRETS, OTHER_TOKEN.value) if secret in shown + text + json.dumps(told)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tone", "headline", "problems"),
+    [
+        ({"data": {"fault": FAULT}}, "warn", "Not all services work", [("data", "service")]),
+        ({"plain": {"last_answer": Answer(401, NOW - 1)}}, "warn", "Not all services work", [("plain", "service")]),
+        ({"stac": {"token": None, "error": OVER}}, "warn", "Not all services work", [("stac", "token")]),
+        ({"stac": {"error": OVER}}, "warn", "Ready, but not for long", [("stac", "token")]),
+        (
+            {"stac": {"token": None, "error": OVER}, "data": {"fault": FAULT}, "plain": {"fault": FAULT}},
+            "bad",
+            "Not working",
+            [("stac", "token"), ("data", "service"), ("plain", "service")],
+        ),
+        ({"data": {"fault": FAULT, "last_answer": Answer(500, NOW - 4)}}, "good", "Ready", []),
+    ],
+)
+def test_a_problem_of_a_service_has_its_name(
+    changes: dict[str, dict[str, Any]], tone: str, headline: str, problems: list[tuple[str, str]]
+) -> None:
+    told = status(with_states(**changes))
+    assert (told["state"], told["ready"], told["code"]) == ("ready", True, None)
+    assert [(problem["service"], problem["about"]) for problem in told["problems"]] == problems
+    shown = page(told)
+    assert f'class="box {tone}" role="status"' in shown
+    assert f"<strong>{headline}</strong>" in shown
+    for problem in told["problems"]:
+        title = html.escape(problem["title"])
+        assert f"<h2>{problem['service']}: {title}</h2>" in shown
+        assert f"{problem['service']}: {problem['title']}: {problem['detail']}" in lines(told)
+        assert f"<dt>Problem</dt><dd>{title}: " in shown
+
+
+def test_a_service_without_a_token_says_why_and_what_to_do() -> None:
+    stac = status(with_states(stac={"token": None, "error": OVER}))["services"][0]
+    assert (stac["state"], stac["code"]) == ("failing", "credentials_rejected")
+    assert stac["detail"].startswith("the issuer does not allow it; ")
+    assert status(with_states(stac={"error": OVER}))["services"][0]["state"] == "degraded"
+
+
+def test_what_the_session_lacks_is_one_problem() -> None:
+    lost = with_states(**{name: {"token": None, "error": REJECTED} for name in ("stac", "data", "plain")})
+    told = status(replace(lost, token=None, error=REJECTED))
+    [problem] = told["problems"]
+    assert "service" not in problem
+    assert {service["state"] for service in told["services"]} == {"failing"}
+    assert "<strong>No token</strong>" in page(told)
+
+
+def test_very_many_problems_are_counted_on_the_page() -> None:
+    services = tuple(Service(f"s{number}", "https://s.example") for number in range(500))
+    states = tuple(ServiceState(one, OTHER_TOKEN, fault=FAULT) for one in services[1:])
+    told = status(replace(SERVING, settings=with_services(*services), services=(ServiceState(services[0]), *states)))
+    assert len(told["problems"]) == 499
+    shown = page(told)
+    assert shown.count('<div class="problem">') == MAX_PROBLEMS + 1
+    assert "And 489 more: see the services below." in shown
+    assert "Requests to 499 services fail." in shown
+
+
+def test_with_one_service_the_page_stays_as_it_is() -> None:
+    one = replace(STATE, services=(ServiceState(default_service("https://service.example:9200")),))
+    assert page(status(one)) == page(status(STATE))
+    assert lines(status(one)) == lines(status(STATE))
+    assert status(one) | {"services": []} == status(STATE)
+    [service] = status(one)["services"]
+    assert (service["name"], service["addresses"]) == ("default", ["http://127.0.0.1:8080"])
+    in_file = replace(SERVING, settings=with_services(STAC), services=SERVING.services[:1])
+    assert "Services" not in page(status(in_file))
+    for change, headline in (
+        ({"last_answer": Answer(401, NOW)}, "Not working"),
+        ({"error": OVER}, "Ready, but not for long"),
+        ({"error": OVER, "token": None}, "No token"),
+    ):
+        failing = replace(in_file, services=(replace(in_file.services[0], **change),))
+        assert f"<strong>{headline}</strong>" in page(status(failing))
+
+
+def test_the_same_error_of_another_service_is_another_error() -> None:
+    recent_errors = RecentErrors(lambda: NOW)
+    for service in ("stac", "data", "stac"):
+        recent_errors.add("token_invalid", "no", service=service)
+    told = status(replace(SERVING, recent_errors=recent_errors.latest()))
+    assert [(error["service"], error["count"]) for error in told["recent_errors"]] == [("stac", 2), ("data", 1)]
+    assert "<p>stac: no</p>" in page(told)
+    assert any(line.endswith(": stac: token_invalid: no (2 times)") for line in lines(told))
