@@ -16,9 +16,11 @@ from eoepca_security.proxy.admin import worker_states
 from eoepca_security.proxy.admin.metrics import Metrics, counts, exposition, from_json, merged, to_json
 from eoepca_security.proxy.admin.page import page
 from eoepca_security.proxy.admin.recent_errors import RecentError
-from eoepca_security.proxy.admin.status import AdminSource, Refresh, Unready, status
+from eoepca_security.proxy.admin.status import AdminSource, Answer, Refresh, ServiceState, Unready, status
 from eoepca_security.proxy.admin.worker_states import Channel, Workers, answer
+from eoepca_security.proxy.config.services import MAX_SERVICES
 from eoepca_security.session.session import AccessToken
+from tests.support.services import DATA, PLAIN, STAC, with_services
 from tests.support.state import NOW, SETTINGS, STATE
 
 
@@ -28,6 +30,7 @@ class Process:
     def __init__(self, name: str, ends_at: float) -> None:
         self.failures: dict[str | None, Unready] = {}
         self.metrics = Metrics(lambda: 2, lambda: 2)
+        self.by_service = False
         self.metrics.token_ends(ends_at)
         self.state = replace(
             STATE,
@@ -46,7 +49,7 @@ class Process:
         return status(self.state)
 
     async def _families(self) -> list[Metric]:
-        return self.metrics.families()
+        return self.metrics.families(by_service=self.by_service)
 
 
 @pytest.fixture
@@ -180,3 +183,106 @@ def test_families_survive_json() -> None:
     families = from_json(json.loads(json.dumps(to_json(metrics.families()))))
     assert exposition(families, "") == exposition(metrics.families(), "")
     assert exposition(merged([families]), "") == exposition(families, "")
+
+
+async def test_readiness_of_one_service_is_asked_of_each_process(lines: list[Channel]) -> None:
+    processes = [Process("a", 1.0), Process("b", 1.0)]
+    for line, process in zip(lines, processes, strict=True):
+        answer(line, process.subject())
+    processes[1].failures["stac"] = Unready("credentials_rejected", "it may not exchange")
+    crew = Workers(with_services(), lines, lambda: None)
+    assert list(crew.services()) == ["stac", "data", "plain"]
+    answers = await asyncio.gather(*(crew.ready(name) for name in (None, "stac", "data")))
+    assert answers == [None, processes[1].failures["stac"], None]
+
+
+async def test_a_service_that_takes_its_time_holds_up_no_other_question(lines: list[Channel]) -> None:
+    process, released = Process("a", 1.0), asyncio.Event()
+
+    async def ready(name: str | None) -> Unready | None:
+        if name == "stac":
+            await released.wait()
+        return None
+
+    answer(lines[0], replace(process.subject(), ready=ready))
+    crew = Workers(with_services(), lines[:1], lambda: None)
+    slow = asyncio.ensure_future(crew.ready("stac"))
+    await asyncio.sleep(0)
+    assert await crew.ready() is None
+    assert (await crew.status())["processes"] == 1
+    assert not slow.done()
+    released.set()
+    assert await slow is None
+
+
+async def test_services_of_several_processes_are_told_of_as_one(lines: list[Channel]) -> None:
+    refused = CredentialsRejected("it may not exchange")
+    fault = RecentError("upstream_unavailable", "refused", NOW - 5, 1, "check url", "data")
+    states = (
+        (
+            ServiceState(STAC, AccessToken("x", NOW, NOW + 60), None, Refresh(NOW, 0.1, None), Answer(200, NOW - 1)),
+            ServiceState(DATA, fault=fault),
+            ServiceState(PLAIN),
+        ),
+        (
+            ServiceState(STAC, None, refused, Refresh(NOW - 1, 0.1, refused), Answer(401, NOW - 9)),
+            ServiceState(DATA, fault=replace(fault, at=NOW - 4)),
+            ServiceState(PLAIN, AccessToken("y", NOW, NOW + 60)),
+        ),
+    )
+    for line, services in zip(lines, states, strict=True):
+        process = Process("a", 1.0)
+        process.state = replace(process.state, settings=with_services(), services=services)
+        answer(line, process.subject())
+    told = await Workers(with_services(), lines, lambda: None).status()
+    stac, data, plain = told["services"]
+    assert (stac["state"], stac["code"], stac["token"]["ends_at"]) == ("failing", "credentials_rejected", NOW + 60)
+    assert (stac["last_refresh"]["at"], stac["last_answer"]["status"]) == (NOW, 200)
+    # The other one has no request for it yet.
+    assert plain["state"] == "ready"
+    assert data["state"] == "starting"
+    problems = [(problem["service"], problem["title"]) for problem in told["problems"]]
+    assert sorted(name for name, _ in problems) == ["data", "stac", "stac"]
+    assert "<h3>" in page(told)
+
+
+@pytest.mark.parametrize("number", [1, MAX_SERVICES])
+async def test_an_answer_about_very_many_services_arrives(number: int, lines: list[Channel]) -> None:
+    services = [replace(STAC, name=f"s{n}-{'x' * 50}", path=f"/{'y' * 500}") for n in range(number)]
+    states = tuple(ServiceState(one, error=CredentialsRejected('"' * 400)) for one in services)
+    for line in lines:
+        process = Process("a", 1.0)
+        process.by_service = True
+        process.state = replace(process.state, settings=with_services(*services), services=states)
+        for one in services:
+            process.metrics.refreshed(None, 0.1, one.name)
+            process.metrics.request_ended(200, service=one.name)
+        answer(line, process.subject())
+    crew = Workers(with_services(*services), lines, lambda: None)
+    told, families = await asyncio.gather(crew.status(), crew.families())
+    assert told["processes"] == 2
+    assert len(told["services"]) == number
+    assert told["requests"] == {"2xx": 2 * number}
+    assert f'service="{services[-1].name}",status_class="2xx"}} 2.0' in exposition(families, "")[0].decode()
+
+
+async def test_an_answer_without_end_is_given_up(lines: list[Channel], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_states, "_MAX_PARTS", 2)
+    process = Process("a", 1.0)
+    process.state = replace(process.state, claims={"sub": "x" * 200_000})
+    answer(lines[0], process.subject())
+    assert (await Workers(SETTINGS, lines[:1], lambda: None).status())["processes"] == 0
+
+
+async def test_services_are_listed_when_no_process_answers(
+    lines: list[Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_states, "ANSWER_TIMEOUT", 0.1)
+    told = await Workers(with_services(), lines, lambda: None).status()
+    assert [(one["name"], one["state"]) for one in told["services"]] == [
+        ("stac", "failing"),
+        ("data", "failing"),
+        ("plain", "failing"),
+    ]
+    assert len(told["problems"]) == 1
+    assert told["upstream"] == "3 services"
