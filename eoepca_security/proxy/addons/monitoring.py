@@ -121,7 +121,7 @@ class Monitoring:
             return self.status()
 
         async def families() -> list[Metric]:
-            return self._metrics.families(by_service=self._has_file)
+            return self._metrics.families(self._names)
 
         def services() -> list[str]:
             return list(self._state.sources.services) if self._state.sources is not None else []
@@ -129,8 +129,14 @@ class Monitoring:
         return AdminSource(ready, services, told, families, self._state.end_all)
 
     @property
-    def _has_file(self) -> bool:
-        return self._state.settings is not None and self._state.settings.services_file is not None
+    def _named(self) -> tuple[Service, ...]:
+        """The services of the file, if there is one."""
+        settings = self._state.settings
+        return settings.services if settings is not None and settings.services_file is not None else ()
+
+    @property
+    def _names(self) -> set[str] | None:
+        return {service.name for service in self._named} or None
 
     def status(self) -> dict[str, Any]:
         """Return the state, as in `/status`."""
@@ -141,9 +147,7 @@ class Monitoring:
                 at=time.time(),
                 started_at=self._metrics.started_at,
                 listener=listener,
-                browser_address=browser_address(
-                    listener, upstream, self._state.guard, settings.services if settings and self._has_file else ()
-                ),
+                browser_address=browser_address(listener, upstream, self._state.guard, self._named),
                 upstream=upstream,
                 in_container=self._state.in_container,
                 settings=settings,
@@ -154,7 +158,7 @@ class Monitoring:
                 last_refresh=self._last_refresh,
                 last_answer=self._last_answer,
                 recent_errors=self._recent_errors.latest(),
-                counts=counts(self._metrics.families(by_service=self._has_file)),
+                counts=counts(self._metrics.families(self._names)),
                 in_flight=len(self._state.in_flight),
                 held_bytes=http_stream.budget.held,
                 services=tuple(map(self._service_state, settings.services if settings is not None else ())),

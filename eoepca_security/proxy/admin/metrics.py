@@ -1,7 +1,7 @@
 """The proxy's metrics, for Prometheus and the status page."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from eoepca_security.errors import TokenError
 
 _NO_ANSWER: Final = "none"
 _SERVICE: Final = "service"
+_EXPIRY: Final = "oidc_proxy_token_expiry_timestamp_seconds"
 
 
 class Metrics:
@@ -48,7 +49,7 @@ class Metrics:
             registry=self._registry,
         )
         self._token_expiry = Gauge(
-            "oidc_proxy_token_expiry_timestamp_seconds",
+            _EXPIRY,
             "When the current access token expires, in seconds since 1970; 0 without one.",
             (_SERVICE,),
             registry=self._registry,
@@ -84,12 +85,19 @@ class Metrics:
         """Record when the current access token expires, in epoch seconds; None without one."""
         self._token_expiry.labels(service).set(at or 0)
 
-    def families(self, *, by_service: bool = False) -> list[Metric]:
-        """Return all current metrics. Without a file of services they have no label for it."""
+    def families(self, services: Collection[str] | None = None) -> list[Metric]:
+        """Return all current metrics.
+
+        `services` are the names in the file of services; without one, there is no label for them. A service that has
+        gone from the file keeps its counts, but has no token that could expire.
+        """
         families = list(self._registry.collect())
-        if not by_service:
-            for sample in (sample for family in families for sample in family.samples):
-                sample.labels.pop(_SERVICE, None)
+        for family in families:
+            if services is None:
+                for sample in family.samples:
+                    sample.labels.pop(_SERVICE, None)
+            elif family.name == _EXPIRY:
+                family.samples = [one for one in family.samples if one.labels[_SERVICE] in ("", *services)]
         return families
 
 
@@ -178,6 +186,6 @@ class _Given(Collector):
 
 
 def _joined(name: str, one: float, other: float) -> float:
-    if name == "oidc_proxy_token_expiry_timestamp_seconds":
+    if name == _EXPIRY:
         return max(one, other)
     return min(one, other) if name.endswith("_created") else one + other

@@ -140,7 +140,7 @@ def test_metrics_tell_services_apart_when_a_file_has_them(proxy: Proxy) -> None:
     metrics.refreshed(CredentialsRejected("no"), 0.3, "stac")
     metrics.token_ends(1e9)
     metrics.token_ends(2e9, "stac")
-    families = metrics.families(by_service=True)
+    families = metrics.families(["stac", "data"])
     text = exposition(families, "")[0].decode()
     for line in (
         'oidc_proxy_requests_total{code="",service="stac",status_class="2xx"} 1.0',
@@ -162,6 +162,15 @@ def test_metrics_tell_services_apart_when_a_file_has_them(proxy: Proxy) -> None:
         "errors": {"host_not_allowed": 1, "token_invalid": 1},
         "refreshes": {"success": 1},
     }
+
+
+def test_a_service_that_is_gone_keeps_its_counts_and_has_no_token(proxy: Proxy) -> None:
+    for name in ("stac", "data"):
+        proxy.metrics.request_ended(200, service=name)
+        proxy.metrics.token_ends(1e9, name)
+    text = exposition(proxy.metrics.families(["data"]), "")[0].decode()
+    assert 'oidc_proxy_requests_total{code="",service="stac",status_class="2xx"} 1.0\n' in text
+    assert re.findall(r'oidc_proxy_token_expiry_timestamp_seconds{service="(\w*)"}', text) == ["", "data"]
 
 
 def test_metrics_have_no_label_for_the_service_when_there_is_one(proxy: Proxy) -> None:

@@ -30,7 +30,7 @@ class Process:
     def __init__(self, name: str, ends_at: float) -> None:
         self.failures: dict[str | None, Unready] = {}
         self.metrics = Metrics(lambda: 2, lambda: 2)
-        self.by_service = False
+        self.names: list[str] | None = None
         self.metrics.token_ends(ends_at)
         self.state = replace(
             STATE,
@@ -49,7 +49,7 @@ class Process:
         return status(self.state)
 
     async def _families(self) -> list[Metric]:
-        return self.metrics.families(by_service=self.by_service)
+        return self.metrics.families(self.names)
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ async def test_an_answer_about_very_many_services_arrives(number: int, lines: li
     states = tuple(ServiceState(one, error=CredentialsRejected('"' * 400)) for one in services)
     for line in lines:
         process = Process("a", 1.0)
-        process.by_service = True
+        process.names = [one.name for one in services]
         process.state = replace(process.state, settings=with_services(*services), services=states)
         for one in services:
             process.metrics.refreshed(None, 0.1, one.name)
