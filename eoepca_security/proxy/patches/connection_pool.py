@@ -47,6 +47,8 @@ MAX_CONNECTIONS: Final = 100
 """Most connections to the service that one HTTP/2 client has at a time; mitmproxy's five are used up by five event
 streams."""
 
+_HTTP2: Final = b"h2"
+
 
 @dataclass
 class Idle:
@@ -193,9 +195,13 @@ class _PoolingHandler(ProxyConnectionHandler):
 
     def _is_ahead(self, http: HttpLayer) -> bool:
         """Tell whether what this task reads has nowhere to go at the moment."""
+        # This runs after each read, and mostly nothing waits.
+        streams = [stream for stream in http.streams.values() if self._may_wait(stream)]
+        if not streams:
+            return False
         task = asyncio.current_task()
         reads_client = self.transports[self.client].handler is task if self.client in self.transports else False
-        for stream in http.streams.values():
+        for stream in streams:
             server = stream.context.server
             if not reads_client and (server not in self.transports or self.transports[server].handler is not task):
                 continue
@@ -203,6 +209,9 @@ class _PoolingHandler(ProxyConnectionHandler):
             if http_stream.queued(stream) > MAX_QUEUED or _unsent(http.connections.get(receiver), stream) > MAX_QUEUED:
                 return True
         return False
+
+    def _may_wait(self, stream: HttpStream) -> bool:
+        return _HTTP2 in (self.client.alpn, stream.context.server.alpn) or http_stream.queued(stream) > MAX_QUEUED
 
     async def on_timeout(self) -> None:
         """Where nothing has come for long, tell those who wait for the service; end the rest, as mitmproxy does.

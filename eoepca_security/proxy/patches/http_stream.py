@@ -97,8 +97,12 @@ def may_be_quiet(stream: HttpStream) -> bool:
 
 def queued(stream: HttpStream) -> int:
     """Return how many bytes have come for a stream that waits: for a hook, or for a connection."""
-    layers = (stream, stream.child_layer) if stream.child_layer is not None else (stream,)
-    return sum(len(getattr(event, "data", b"")) for layer in layers for event in layer._paused_event_queue)
+    size = 0
+    for layer in (stream, stream.child_layer):
+        if layer is not None:
+            for event in layer._paused_event_queue:
+                size += len(getattr(event, "data", b""))
+    return size
 
 
 def _check(request: Request, answer: Response, *, ends: bool) -> None:
