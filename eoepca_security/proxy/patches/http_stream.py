@@ -5,6 +5,7 @@ that fails in HTML. The streams here answer at once, and in the form that client
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakSet
@@ -15,7 +16,7 @@ from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.net.http.http1 import expected_http_body_size
 from mitmproxy.net.http.status_codes import NO_RESPONSE
 from mitmproxy.net.http.validate import validate_headers
-from mitmproxy.proxy.commands import CloseConnection, RequestWakeup, StartHook
+from mitmproxy.proxy.commands import CloseConnection, Command, RequestWakeup, StartHook
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.events import DataReceived, Event, Wakeup
 from mitmproxy.proxy.layer import CommandGenerator
@@ -130,6 +131,19 @@ def _status(error: ResponseProtocolError) -> int | None:
     return status
 
 
+def _each(
+    commands: CommandGenerator[None], pass_on: Callable[[Command], CommandGenerator[Any]]
+) -> CommandGenerator[None]:
+    """Pass on each of the commands with `pass_on`, which may do so with others; it returns the reply."""
+    reply: Any = None
+    while True:
+        try:
+            command = commands.send(reply)
+        except StopIteration:
+            return
+        reply = yield from pass_on(command)
+
+
 @dataclass
 class TokenRefusedHook(StartHook):
     """The service refuses the token (401): the request is sent again where the hook leaves the flow without an answer.
@@ -163,34 +177,27 @@ class Stream(HttpStream):
         if isinstance(event, ResponseData) and self._has_no_content():
             return self.state_blamed(event)  # what a service sends in spite of RFC 9112 §6.3 goes nowhere
         commands = super()._handle_event(event)
-        return self._in_words(commands) if self.context.client.alpn in _MULTIPLEXED else commands
+        return _each(commands, self._in_words) if self.context.client.alpn in _MULTIPLEXED else commands
 
     def _wake(self, event: Wakeup) -> CommandGenerator[None]:
         if event.command is self._hold_timer and self.server_state == self.state_consume_response_body:
             yield from self._stop_holding()
 
-    def _in_words(self, commands: CommandGenerator[None]) -> CommandGenerator[None]:
-        """Replace mitmproxy's own HTML in HTTP/2 and HTTP/3 with answers in our form; see `last_answer` for HTTP/1."""
-        reply: Any = None
-        while True:
-            try:
-                command = commands.send(reply)
-            except StopIteration:
-                return
-            reply = None
-            event = command.event if isinstance(command, SendHttp) else None
-            if isinstance(event, ResponseHeaders) and event.response.status_code != 100:
-                self._has_begun = True
-            if not isinstance(event, ResponseProtocolError) or self._has_begun or not self._is_multiplexed():
-                reply = yield command
-            elif (status := _status(event)) is None:
-                yield command
-            else:
-                self._has_begun = True
-                answer = messages.error_answer(status, event.message, method=self.flow.request.method)
-                yield SendHttp(ResponseHeaders(self.stream_id, answer), self.context.client)
-                yield SendHttp(ResponseData(self.stream_id, answer.raw_content or b""), self.context.client)
-                yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+    def _in_words(self, command: Command) -> CommandGenerator[Any]:
+        """Replace mitmproxy's own HTML in HTTP/2 and HTTP/3 by answers in our form; `last_answer` is for HTTP/1."""
+        event = command.event if isinstance(command, SendHttp) else None
+        if isinstance(event, ResponseHeaders) and event.response.status_code != 100:
+            self._has_begun = True
+        if not isinstance(event, ResponseProtocolError) or self._has_begun or not self._is_multiplexed():
+            return (yield command)
+        if (status := _status(event)) is None:
+            return (yield command)
+        self._has_begun = True
+        answer = messages.error_answer(status, event.message, method=self.flow.request.method)
+        yield SendHttp(ResponseHeaders(self.stream_id, answer), self.context.client)
+        yield SendHttp(ResponseData(self.stream_id, answer.raw_content or b""), self.context.client)
+        yield SendHttp(ResponseEndOfMessage(self.stream_id), self.context.client)
+        return None
 
     def _is_multiplexed(self) -> bool:
         return self.flow.request.is_http2 or self.flow.request.is_http3
@@ -209,23 +216,18 @@ class Stream(HttpStream):
         if event.end_stream and (request.is_http2 or request.is_http3) and _names_content(request):
             _misframed.add(request)
         commands = super().state_wait_for_request_headers(event)
-        yield from commands if event.end_stream else self._held_or_streamed(commands)
+        yield from commands if event.end_stream else _each(commands, self._held_or_streamed)
         if self._is_in(self.state_consume_request_body) and not event.end_stream and self.flow.response is not None:
             yield from self._answer()
 
-    def _held_or_streamed(self, commands: CommandGenerator[None]) -> CommandGenerator[None]:
+    def _held_or_streamed(self, command: Command) -> CommandGenerator[Any]:
         """Stream a body that would be held, where the process holds enough already."""
-        reply: Any = None
-        while True:
-            try:
-                command = commands.send(reply)
-            except StopIteration:
-                return
-            reply = yield command
-            request, is_unanswered = self.flow.request, self.flow.response is None and self.flow.error is None
-            if isinstance(command, HttpRequestHeadersHook) and is_unanswered and not request.stream:
-                length = value_of(request.data.headers.fields, b"content-length") or b""
-                request.stream = not self._share.resize(int(length) if length.isdigit() else 0)
+        reply = yield command
+        request, is_unanswered = self.flow.request, self.flow.response is None and self.flow.error is None
+        if isinstance(command, HttpRequestHeadersHook) and is_unanswered and not request.stream:
+            length = value_of(request.data.headers.fields, b"content-length") or b""
+            request.stream = not self._share.resize(int(length) if length.isdigit() else 0)
+        return reply
 
     def start_request_stream(self) -> CommandGenerator[None]:
         """Begin to stream the request; what follows an answer to it is discarded."""
@@ -491,7 +493,7 @@ class _WebSocket(websocket.WebsocketLayer):
     def _relay_some(self, event: Event) -> CommandGenerator[None]:
         if self._handle_event == self.done:
             return
-        yield from self._relay(event)
+        yield from _each(super().relay_messages(event), self._without_history)
         if self._handle_event == self.done:
             self._share.resize(0)
             return
@@ -501,26 +503,18 @@ class _WebSocket(websocket.WebsocketLayer):
                 yield from self._pass_on(side, other)
         self._share.resize(_size(self.server_ws) + _size(self.client_ws))
 
-    def _relay(self, event: Event) -> CommandGenerator[None]:
-        """Relay complete messages as mitmproxy does, but keep none, and do not take the end of a long one for one."""
-        commands = super().relay_messages(event)
-        reply: Any = None
-        while True:
-            try:
-                command = commands.send(reply)
-            except StopIteration:
-                return
-            reply = None
-            if not isinstance(command, websocket.WebsocketMessageHook) or self.flow.websocket is None:
-                reply = yield command
-                continue
-            messages = self.flow.websocket.messages
-            side = self.client_ws if messages[-1].from_client else self.server_ws
-            if side in self._in_parts:
-                self._in_parts.remove(side)
-            else:
-                yield command
-            messages.clear()
+    def _without_history(self, command: Command) -> CommandGenerator[Any]:
+        """Keep no complete messages, and do not take the end of a long one for one."""
+        if not isinstance(command, websocket.WebsocketMessageHook) or self.flow.websocket is None:
+            return (yield command)
+        messages = self.flow.websocket.messages
+        side = self.client_ws if messages[-1].from_client else self.server_ws
+        if side in self._in_parts:
+            self._in_parts.remove(side)
+        else:
+            yield command
+        messages.clear()
+        return None
 
     def _pass_on(self, side: WebsocketConnection, other: WebsocketConnection) -> CommandGenerator[None]:
         """Send what has come of a message without waiting for the rest."""
