@@ -31,6 +31,7 @@ PAUSE = 0.3
 LONG = 1.6
 MIB = 1024 * 1024
 H = b"Host: localhost\r\n"
+UPGRADE = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: eA==\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 
 
@@ -127,17 +128,18 @@ class Setup:
     @contextlib.contextmanager
     def leaving_nothing(self, target: str = "") -> Iterator[None]:
         """Check that all of an exchange is released, and that the service saw its end if it saw any of it."""
-        eventually(lambda: self.in_flight() == 0)
+        eventually(lambda: self.status("requests_in_flight") == 0)
         before = self.descriptors()
         yield
-        eventually(lambda: self.in_flight() == 0 and self.descriptors() <= before)
+        eventually(lambda: self.status("requests_in_flight") == 0 and self.descriptors() <= before)
+        eventually(lambda: self.status("held_bytes") == 0)
         eventually(lambda: not target or target in self.service.over)
 
-    def in_flight(self) -> int:
+    def status(self, name: str) -> int:
         if "admin" not in self.proxy.output:
             return 0
         with httpx.Client(trust_env=False) as client:
-            return int(client.get(f"{admin_of(self.proxy)}/status").json()["requests_in_flight"])
+            return int(client.get(f"{admin_of(self.proxy)}/status").json()[name])
 
 
 @pytest.fixture(scope="module", params=["launcher", pytest.param("addon", marks=pytest.mark.soak)])
@@ -159,6 +161,7 @@ STALLED = {
     "held": (b"Content-Length: 10\r\n\r\nhalf", ""),
     "streamed": (CHUNKED + b"\r\n4\r\nhalf\r\n", "/upload"),
     "none of it": (b"Content-Length: 10\r\n\r\n", ""),
+    "a handshake": (UPGRADE + b"Content-Length: 10\r\n\r\nhalf", ""),
     "after 100": (b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n", ""),
 }
 

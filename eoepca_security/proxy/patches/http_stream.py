@@ -544,7 +544,7 @@ class _WebSocket(websocket.WebsocketLayer):
             return
         reason = f"no more of the message came for {client_timeout.limit():.0f} s"
         self.client_ws._events.append(wsproto.events.CloseConnection(_POLICY, reason))
-        yield from super().relay_messages(DataReceived(self.client_ws.conn, b""))
+        yield from self._relay_some(DataReceived(self.client_ws.conn, b""))
 
     def _is_in_message(self) -> bool:
         """Tell whether a message of the client has begun, or a frame, and is not complete."""
