@@ -17,8 +17,6 @@ NAME: Final = "oidc-proxy"
 LAUNCHER: Final = "run-mitmproxy.py"
 MODULE: Final = "eoepca_security.proxy"
 
-_ENGINES: Final = ("docker ", "podman ", "kubectl ")
-
 _NAMESPACE: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -54,8 +52,8 @@ class Command:
 
     @property
     def completion(self) -> str | None:
-        """What turns on completion in bash; None where the shell cannot complete this command."""
-        if self.program not in (NAME, LAUNCHER) or self.text.startswith(_ENGINES):
+        """What turns on completion in bash; None where the shell completes another command, such as `uv`."""
+        if self.program not in (NAME, LAUNCHER) or len(shlex.split(self.text)) > 1:
             return None
         return f'eval "$({self.completion_variable}=bash_source {self.text})"'
 

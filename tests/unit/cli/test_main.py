@@ -250,7 +250,11 @@ def test_the_help_has_completion_only_for_what_a_shell_completes(capsys: pytest.
     for called, line in (
         ("oidc-proxy", 'eval "$(_OIDC_PROXY_COMPLETE=bash_source oidc-proxy)"'),
         ("./run-mitmproxy.py", 'eval "$(_RUN_MITMPROXY_PY_COMPLETE=bash_source ./run-mitmproxy.py)"'),
+        ("/home/u/.venv/bin/oidc-proxy", 'eval "$(_OIDC_PROXY_COMPLETE=bash_source /home/u/.venv/bin/oidc-proxy)"'),
         ("python -m eoepca_security.proxy", None),
+        ("python run-mitmproxy.py", None),
+        ("uv run --no-dev --extra proxy run-mitmproxy.py", None),
+        ("uv run oidc-proxy", None),
         ("docker exec -it 0123456789ab oidc-proxy", None),
     ):
         assert main(["--help"], Command(called)) == 0
