@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from eoepca_security.oauth.text import printable
+from eoepca_security.proxy.config.variables import REFRESH_TOKEN
 
 NAME: Final = "oidc-proxy"
 LAUNCHER: Final = "run-mitmproxy.py"
@@ -69,6 +70,12 @@ class Command:
     def run(self, arguments: str) -> str:
         """Return what to do to run it, for a sentence."""
         if self.is_container and self.has_ended:
+            # Nobody runs a Job's pod by hand, and its store may end with it.
+            if arguments == "login" and self.text.startswith("kubectl "):
+                return (
+                    "log in once with the store on a volume, as deploy/kubernetes/login.yaml does, or set "
+                    f"{REFRESH_TOKEN.env} to the refresh token of a new login"
+                )
             return f"run this container again with `{self._with_options(arguments)}` as its command"
         return f"run `{self.line(arguments)}`"
 

@@ -97,6 +97,14 @@ def test_the_main_process_of_a_container_names_what_works_while_it_runs_and_afte
     assert command.usage == "oidc-proxy"
 
 
+def test_a_pod_that_has_ended_is_not_said_to_log_in() -> None:
+    command = Command("kubectl exec -it -n n oidc-proxy-x1 -- oidc-proxy", is_container=True)
+    assert command.run("login") == "run `kubectl exec -it -n n oidc-proxy-x1 -- oidc-proxy login`"
+    assert "deploy/kubernetes/login.yaml" in command.ended.run("login")
+    assert "set OPEN_ID_REFRESH_TOKEN to the refresh token of a new login" in command.ended.run("login")
+    assert command.ended.run("login --scope openid").startswith("run this container again")
+
+
 @pytest.mark.parametrize(
     ("environ", "host", "expected"),
     [
