@@ -66,7 +66,9 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module("eoepca_security.fastapi"), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f'{name} needs FastAPI: pip install "eoepca-security[fastapi]"') from error
+        raise ImportError(
+            f"{name} needs FastAPI: run `pip install '.[fastapi]'` in the folder of the source"
+        ) from error
 
 
 def __dir__() -> list[str]:

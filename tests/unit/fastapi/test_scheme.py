@@ -1053,7 +1053,9 @@ try:
 except ImportError as error:
     print(error)
 """
-    assert run_python(code) == 'OIDCProxyScheme needs FastAPI: pip install "eoepca-security[fastapi]"\n'
+    assert run_python(code) == (
+        "OIDCProxyScheme needs FastAPI: run `pip install '.[fastapi]'` in the folder of the source\n"
+    )
 
 
 def test_the_names_of_fastapi_are_listed_and_others_do_not_exist() -> None:
