@@ -92,7 +92,9 @@ def settings_in(
         if not error.is_missing or env_file is not None or (folder / ".env").exists():
             raise
         instead = f", or name the file with {ENV_FILE}" if flags is not None else ""
-        hint = f".env: not found in {folder}: run this in the folder that has it{instead}"
+        is_copied = (folder / ".env.example").exists()
+        remedy = "copy .env.example to .env and fill it in" if is_copied else "run this in the folder that has it"
+        hint = f".env: not found in {folder}: {remedy}{instead}"
         if command.is_container:
             hint = f".env: not found in {folder}: give this container its settings as environment variables"
         raise SettingsError(*error.problems, hint, is_missing=True) from None

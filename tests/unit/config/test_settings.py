@@ -564,6 +564,10 @@ def test_where_dotenv_was_looked_for_is_told_when_something_is_missing(tmp_path:
     with pytest.raises(SettingsError) as caught:
         settings_in(tmp_path, missing, flags={})
     assert "--env-file" in caught.value.problems[-1]
+    (tmp_path / ".env.example").touch()
+    with pytest.raises(SettingsError) as caught:
+        settings_in(tmp_path, missing)
+    assert "copy .env.example to .env" in caught.value.problems[-1]
     (tmp_path / ".env").write_text("PROXY_PORT=9000")
     with pytest.raises(SettingsError) as caught:
         settings_in(tmp_path, missing)
