@@ -56,7 +56,9 @@ Cause = Literal[
     "no_audience",
     # the access token has ended, or was issued to another client.
     "subject_token",
-    # The browser came back from an issuer that we did not send it to.
+    # The browser did not come back in time,
+    "no_answer",
+    # or came back from an issuer that we did not send it to.
     "mix_up",
     # The token's times do not match this machine's clock.
     "clock",

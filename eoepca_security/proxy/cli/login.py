@@ -79,8 +79,8 @@ def login(settings: Settings, *, scope: str | None, browser: bool, port: int = 0
         else finish(by_device(provider, scope), None)
     )
     say(
-        f"Logged in as {who}.\nThe session is stored in {store.place}. Proxies with these settings use it, including "
-        "running ones."
+        f"Logged in as {who}.\nThe session is stored in {store.place}.\n"
+        f"A running proxy with these settings uses it from now on. To start one, {settings.command.run('serve')}."
     )
     return 0
 
@@ -185,12 +185,15 @@ def by_browser(
                 "If your browser is on the machine that you came from with ssh, run there while this waits, and open "
                 f"the same address:\n\n  ssh -N -L {loopback.port}:127.0.0.1:{loopback.port} THIS-MACHINE\n"
             )
+        say(_waiting_for("the browser", timeout))
         # In a thread, because a browser in the terminal blocks.
         threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
         try:
             parameters = loopback.wait(timeout)
         except TimeoutError:
-            raise CredentialsRejected(f"nobody logged in within {timeout / 60:g} minutes") from None
+            raise CredentialsRejected(
+                f"nothing came back to {loopback.redirect_uri} within {timeout / 60:g} minutes", cause="no_answer"
+            ) from None
         try:
             code = read_authorization_response(request, metadata, parameters)
             with waiting(ISSUER_ANSWERS):
@@ -239,7 +242,11 @@ def _show_device(device: DeviceAuthorization) -> None:
         segno.make(url, error="l").terminal(code, compact=True, border=2)
         click.echo(code.getvalue())
     click.echo(f"{action}\n\n  {click.style(device.user_code, bold=True)}\n")
-    click.echo(f"Waiting for confirmation, at most {max(device.expires_in / 60, 1):.0f} min (Ctrl-C to cancel).")
+    click.echo(_waiting_for("confirmation", device.expires_in))
+
+
+def _waiting_for(what: str, seconds: float) -> str:
+    return f"Waiting for {what}, at most {max(seconds / 60, 1):.0f} min (Ctrl-C to cancel)."
 
 
 def _join_scopes(*scopes: str | None) -> str:

@@ -154,6 +154,10 @@ _LOGIN_REMEDIES: Final[Mapping[str | None, tuple[str, str]]] = {
     "not_allowed": ("this client or user may not have offline sessions: ", "login --scope openid"),
     "no_device_login": ("", "login --browser"),
     "no_browser_login": ("", "login"),
+    "no_answer": (
+        "log in again; if the browser shows an error, allow this redirect URI (Keycloak: http://127.0.0.1/*)",
+        "",
+    ),
     "no_refresh_token": (
         "enable refresh tokens for the client at the issuer, or request other scopes with --scope",
         "",

@@ -89,6 +89,7 @@ def test_a_device_login_shows_code_and_place_and_keeps_the_session(
     session = stored(issuer, tmp_path)
     assert session is not None
     assert str(tmp_path / "store") in out
+    assert "To start one, run `oidc-proxy serve`." in out
     assert session.refresh_token not in out
     (seen,) = issuer.logins.seen
     assert (seen["client_id"], seen["scope"]) == ("client", "openid offline_access")
@@ -355,7 +356,11 @@ def test_a_browser_that_does_not_come_back_is_not_waited_for_for_ever(
     monkeypatch.setattr(login_module.by_browser, "__kwdefaults__", {"timeout": 0.05})
     code, _, err = run("login", "--browser")
     assert code == 1
-    assert "nobody logged in" in err
+    assert re.search(r"nothing came back to http://127\.0\.0\.1:\d+/callback within .* redirect URI", err)
+
+
+def test_a_login_by_browser_says_how_long_it_waits(run: Run, visits: list[httpx.Response]) -> None:
+    assert "Waiting for the browser, at most 5 min" in run("login", "--browser")[1]
 
 
 def test_without_an_authorization_endpoint_the_other_way_is_named(run: Run, issuer: FakeIssuer) -> None:

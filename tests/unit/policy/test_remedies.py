@@ -128,6 +128,7 @@ def test_a_proxy_that_is_not_configured_leads_to_its_log() -> None:
         (CredentialsRejected("x"), "log in again"),
         (CredentialsRejected("x", cause="no_device_login"), "login --browser"),
         (CredentialsRejected("x", cause="no_browser_login"), "run `oidc-proxy login`"),
+        (CredentialsRejected("x", cause="no_answer"), "redirect URI"),
         (CredentialsRejected("x", cause="no_refresh_token"), "--scope"),
         (CredentialsRejected("x", cause="mix_up"), "check the address of the page before you enter your password"),
         (CredentialsRejected("x", cause="no_auth_method"), "OPEN_ID_CONNECT_CLIENT_AUTH"),
