@@ -212,6 +212,7 @@ class TokenCycle:
             # With eager tasks, this coroutine would otherwise run before `_refresh` is set.
             await asyncio.sleep(delay)
             started_at = self._now()
+            is_first = self._token is None
             self._token = await self._next_token()
             self._refresh_at = refresh_time(self._token, latency=self._now() - started_at)
         except TokenError as error:
@@ -229,7 +230,7 @@ class TokenCycle:
             had_failed = self._error is not None
             self._error, self._failures, self._retry_at = None, 0, 0.0
             if had_failed:
-                log(f"access tokens{self._whose} are available again")
+                log(f"access tokens{self._whose} are available" + ("" if is_first else " again"))
             return None
         finally:
             self._refresh = None

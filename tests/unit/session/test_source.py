@@ -354,11 +354,18 @@ async def test_a_failure_is_logged_once_and_so_is_its_end(
         with pytest.raises(TokenError):
             await source.token()
         clock.time += 5
-    await source.token()
+    first = await source.token()
     messages = [record.getMessage() for record in caplog.records]
     assert [message for message in messages if "down" in message] == ["no new access token (issuer_unavailable): down"]
     assert sum("no new access token (credentials_rejected)" in message for message in messages) == 1
-    assert messages[-1] == "access tokens are available again"
+    assert messages[-1] == "access tokens are available"
+    issuer.answers = [IssuerUnavailable("down")]
+    clock.time = first.ends_at
+    with pytest.raises(TokenError):
+        await source.token()
+    clock.time += 5
+    await source.token()
+    assert caplog.messages[-1] == "access tokens are available again"
 
 
 async def test_a_log_that_raises_costs_nothing(
