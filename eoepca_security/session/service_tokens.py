@@ -21,13 +21,6 @@ class Sources:
     login: TokenSource
     services: dict[str, TokenCycle]
 
-    async def finish(self) -> None:
-        """Wait briefly for running refreshes, and save the session."""
-        for cycle in self.services.values():
-            if cycle is not self.login:
-                await cycle.finish()
-        await self.login.finish()
-
 
 def shared_tokens(login: TokenSource, **options: Any) -> TokenCycle:
     """Return a source of the login's own access tokens. `options` are those of TokenCycle."""

@@ -234,6 +234,11 @@ class RefreshSession:
         is_newer = self._store is not None and self._store.changed_at() not in (0, self._seen_at)
         return is_newer or (self._logins is not None and self._logins.changed_at() not in (0, self._login_seen_at))
 
+    def wait(self) -> None:
+        """Wait until no request with the refresh token is under way; blocks."""
+        with self._mutex:
+            pass
+
     def look(self) -> None:
         """Read from the store when the session ends, without asking the issuer; blocks."""
         with contextlib.suppress(StoreError):

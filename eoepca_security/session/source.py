@@ -6,7 +6,7 @@ It knows nothing of HTTP or mitmproxy: the caller passes in the function that as
 import asyncio
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
 from eoepca_security.issuer.threads import in_thread
@@ -14,6 +14,9 @@ from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.session.session import DEFAULT_LIFETIME, AccessToken, RefreshSession, Store, number
 from eoepca_security.session.token_cycle import BRIEF, TokenCycle, bounded, log
+
+LAST_WAIT: Final = 8.0
+"""The longest time that the exit of the process waits for a refresh, in seconds."""
 
 _LAST_SAVE: Final = 1.0
 _SAVE_INTERVAL: Final = 2.0
@@ -68,8 +71,14 @@ class TokenSource(TokenCycle):
         self._retired = False
 
     async def finish(self) -> None:
-        """Wait briefly for a running refresh and save the session: it may get the only valid refresh token."""
-        await super().finish()
+        """Wait briefly for a running refresh and save the session: it may get the only valid refresh token.
+
+        This includes refreshes for services that share the session.
+        """
+        running: set[asyncio.Future[Any]] = {asyncio.ensure_future(in_thread(self.session.wait))}
+        if self._refresh is not None:
+            running.add(self._refresh)
+        await asyncio.wait(running, timeout=LAST_WAIT)
         if self.session.is_unsaved:
             await asyncio.wait({asyncio.ensure_future(in_thread(self.session.save))}, timeout=_LAST_SAVE)
 

@@ -26,9 +26,6 @@ FORCED_INTERVAL: Final = 120.0
 """Seconds between two refreshes that the service's refusals cause, so that a service that refuses everyone does not
 make us hammer the issuer."""
 
-LAST_WAIT: Final = 8.0
-"""The longest time that the exit of the process waits for a refresh, in seconds."""
-
 BRIEF: Final = 0.2
 """The shortest remaining lifetime with which a token is worth having, in seconds."""
 
@@ -145,11 +142,6 @@ class TokenCycle:
         if await self._wait_for(refresh) and (error := refresh.result()) is not None:
             raise error.with_traceback(None)
         return await self.token()
-
-    async def finish(self) -> None:
-        """Wait briefly for a running refresh: it may get the only valid refresh token."""
-        if self._refresh is not None:
-            await asyncio.wait({self._refresh}, timeout=LAST_WAIT)
 
     @property
     def at_hand(self) -> AccessToken | None:

@@ -134,7 +134,7 @@ class Configuration:
         self._use_services(settings, trust)
         state.sources = self._make_sources(settings, login=state.sources.login, hooks=self._hooks)
         self._set_guard(settings)
-        logger.log(ALERT, "the services were read again: %s", ", ".join(service.name for service in settings.services))
+        logger.log(ALERT, "the services were read again: there are %d", len(settings.services))
 
     def _read_settings(self) -> list[str]:
         """Apply the settings, or return a line for each error in them."""

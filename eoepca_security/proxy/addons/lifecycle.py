@@ -66,6 +66,7 @@ class Lifecycle:
         self._on_unloaded = on_unloaded
         self._on_reread = on_reread
         self._rereading: asyncio.Task[None] | None = None
+        self._must_reread = False
         self._first: asyncio.Future[AccessToken] | None = None
         self._admin: Admin | None = None
         self.status_page: str | None = None
@@ -90,8 +91,15 @@ class Lifecycle:
         return asyncio.get_running_loop().create_task(self._start())
 
     def _reread(self) -> None:
-        # Keep a reference, so that the task is not garbage-collected while it runs.
-        self._rereading = asyncio.get_running_loop().create_task(self._on_reread())
+        self._must_reread = True
+        if self._rereading is None or self._rereading.done():
+            self._rereading = asyncio.get_running_loop().create_task(self._reread_all())
+
+    async def _reread_all(self) -> None:
+        # The file may have changed again while it was read.
+        while self._must_reread:
+            self._must_reread = False
+            await self._on_reread()
 
     def done(self) -> "asyncio.Task[None]":
         """Let running requests and a running refresh finish; stop mitmproxy if only the add-on is unloaded.
@@ -175,8 +183,8 @@ class Lifecycle:
             logger.warning("%s", exposure(listener, settings))
 
     async def _end(self, master: Master | None) -> None:
-        sources = self._state.sources
-        finishing = asyncio.ensure_future(sources.finish()) if sources is not None else None
+        source = self._state.source
+        finishing = asyncio.ensure_future(source.finish()) if source is not None else None
         server = master.addons.get("proxyserver") if master is not None else None
         hurried = False
         if isinstance(server, Proxyserver):

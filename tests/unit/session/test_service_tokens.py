@@ -13,7 +13,6 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Token
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.session.file_store import MAX_FILE, TokenStore
 from eoepca_security.session.service_tokens import (
-    Sources,
     client_tokens,
     exchanged_tokens,
     id_tokens,
@@ -297,7 +296,7 @@ async def test_refreshed_tokens_save_the_session_and_wait_for_a_login(
     stac = refreshed_tokens(login, issuer.purpose("stac"), now=clock)
     # The login first, as its scope is needed.
     assert (await stac.token()).value == "stac-2"
-    await Sources(login, {"stac": stac}).finish()
+    await login.finish()
     kept = store_in(tmp_path).read()
     assert kept is not None
     assert kept.refresh_token == "refresh-2"
@@ -336,3 +335,50 @@ async def test_an_issuer_that_sends_no_id_token_is_named(clock: Clock) -> None:
 async def test_client_tokens_need_no_login(clock: Clock) -> None:
     source = client_tokens(lambda: TokenResponse("for-stac", 60), now=clock)
     assert (await source.token()).value == "for-stac"
+
+
+async def test_the_end_waits_for_a_services_refresh_but_not_for_an_exchange(
+    tmp_path: Path, issuer: RotatingIssuer, clock: Clock
+) -> None:
+    gate, begun = threading.Event(), threading.Semaphore(0)
+    login = TokenSource(issuer.own, refresh_token="refresh-0", store=store_in(tmp_path), now=clock)
+    await login.token()
+
+    def slow(refresh_token: str | None, _scope: str | None) -> TokenResponse:
+        begun.release()
+        assert gate.wait(10)
+        return issuer.give("stac", refresh_token)
+
+    def stuck(_subject: str) -> TokenResponse:
+        begun.release()
+        assert gate.wait(10)
+        return TokenResponse("late", 60)
+
+    stac = refreshed_tokens(login, Purpose("stac", slow), now=clock)
+    data = exchanged_tokens(login, stuck, now=clock)
+    waiting = asyncio.gather(stac.token(), data.token())
+    for _ in range(2):
+        assert await asyncio.to_thread(begun.acquire, timeout=10)
+    finishing = asyncio.ensure_future(login.finish())
+    await asyncio.sleep(0.05)
+    assert not finishing.done()
+    gate.set()
+    await finishing
+    kept = store_in(tmp_path).read()
+    assert kept is not None
+    assert kept.refresh_token == "refresh-2"
+    await waiting
+
+
+async def test_an_exchange_under_way_does_not_delay_the_end(clock: Clock) -> None:
+    gate = threading.Event()
+    login = TokenSource(Issuer(), refresh_token="first", now=clock)
+    data = exchanged_tokens(login, lambda _: TokenResponse("late", 60) if gate.wait(10) else None, now=clock)  # type: ignore[arg-type, return-value]
+    waiting = asyncio.ensure_future(data.token())
+    await login.token()
+    try:
+        await asyncio.wait_for(login.finish(), 5)
+        assert not waiting.done()
+    finally:
+        gate.set()
+    await waiting
