@@ -21,14 +21,16 @@ _CONTAINER = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the manifests refer to: images by their names, a ConfigMap and a Secret of any name, and claims' volumes.
+    """What the manifests refer to: images by their names, ConfigMaps and a Secret of any name, and claims' volumes.
 
-    `extra` are docker's arguments for the proxy's containers besides those of the manifest.
+    `settings` are for `envFrom`, and `files` for volumes. `extra` are docker's arguments for the proxy's containers
+    besides those of the manifest.
     """
 
     images: Mapping[str, str]
     settings: Mapping[str, str]
     secrets: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     claims: Mapping[str, str] = field(default_factory=dict)
     extra: Sequence[str] = ()
 
@@ -92,7 +94,12 @@ class Pod:
         return [*self._spec.get("initContainers", ()), *self._spec["containers"]]
 
     def _begin(self) -> None:
-        docker("run", "-d", "--name", self._name, BASE, "python3", "-c", "import signal; signal.pause()")
+        aliases = [
+            f"--add-host={name}:{alias['ip']}"
+            for alias in self._spec.get("hostAliases", ())
+            for name in alias["hostnames"]
+        ]
+        docker("run", "-d", "--name", self._name, *aliases, BASE, "python3", "-c", "import signal; signal.pause()")
         self._address = inspect(self._name)["NetworkSettings"]["IPAddress"]
         for volume in self._spec["volumes"]:
             self._volumes[volume["name"]] = self._make_volume(volume)
@@ -114,10 +121,11 @@ class Pod:
         # As the kubelet does for fsGroup: the group's, and so are new files in it.
         script = f"chown 0:{group} /v && chmod 2777 /v"
         given: dict[str, str] = {}
-        if "secret" in volume:
-            given = {f"S{index}": value for index, value in enumerate(self._cluster.secrets.values())}
-            mode = volume["secret"]["defaultMode"] | 0o440
-            for index, key in enumerate(self._cluster.secrets):
+        if "secret" in volume or "configMap" in volume:
+            contents = self._cluster.secrets if "secret" in volume else self._cluster.files
+            given = {f"S{index}": value for index, value in enumerate(contents.values())}
+            mode = volume["secret"]["defaultMode"] | 0o440 if "secret" in volume else 0o644
+            for index, key in enumerate(contents):
                 script += f' && printf %s "$S{index}" >/v/{key} && chown 0:{group} /v/{key} && chmod {mode:o} /v/{key}'
         mount = f"type=volume,src={name},dst=/v,volume-nocopy"
         docker("run", "--rm", "--user", "0", "--mount", mount, *options(given), BASE, "sh", "-c", script)

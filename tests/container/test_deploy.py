@@ -7,7 +7,9 @@ import copy
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +34,14 @@ pytestmark = [pytest.mark.container, pytest.mark.timeout(300)]
 FOLDER = ROOT / "deploy" / "kubernetes"
 MANIFESTS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "kustomization.yaml")
 SECRET = "client-secret-of-the-cluster"
+
+# What to change in the kustomization to have a sidecar for several services, and nothing else.
+SEVERAL = (
+    ("  # - cronjob.yaml", "  - cronjob.yaml"),
+    ("# components:", "components:"),
+    ("  - deployment.yaml\n  - session.yaml\n  - login.yaml\n", ""),
+    ("      - REMOTE_PROTECTED_DOMAIN=https://service.example:9200\n", ""),
+)
 
 # The first with native sidecars, and a newer one.
 VERSIONS = ("1.29", "1.37")
@@ -221,6 +231,39 @@ def test_the_egress_policy_is_for_all_pods_with_a_proxy_and_allows_names_and_two
     assert {port["port"] for port in outside_["ports"]} == ports
 
 
+def test_the_sidecar_for_several_services_is_valid_and_finds_them_all(tmp_path: Path) -> None:
+    found = rendered(tmp_path, *SEVERAL)
+    for version in VERSIONS:
+        for document in found:
+            assert validator.validate(document, version, strict=True) == version
+    (pod,) = (pod_in(each)["spec"] for each in found if each["metadata"]["name"] == "tool")
+    (aliases,) = pod["hostAliases"]
+    names = tomllib.loads((FOLDER / "services" / "services.toml").read_text())["service"]
+    assert aliases == {"ip": "127.0.0.1", "hostnames": [f"{name}.localhost" for name in names]}
+    (proxy,), (tool,) = pod["initContainers"], pod["containers"]
+    (folder,) = (mount["mountPath"] for mount in proxy["volumeMounts"] if mount["name"] == "services")
+    assert {"name": "PROXY_SERVICES", "value": f"{folder}/services.toml"} in proxy["env"]
+    assert all(name in tool["command"][-1] for name in names)
+    # What cronjob.yaml has, is there as well.
+    assert {"PROXY_HOST", "OPEN_ID_CONNECT_GRANT"} <= {variable["name"] for variable in proxy["env"]}
+    assert {volume["name"] for volume in pod["volumes"]} == {"state", "secrets", "services"}
+
+
+def test_another_file_of_services_is_what_the_next_run_gets(tmp_path: Path) -> None:
+    def mounted(text: str) -> str:
+        changes = tmp_path / "kubernetes" / "services" / "services.toml"
+        rendered(tmp_path, *SEVERAL)
+        changes.write_text(text)
+        built = subprocess.run(
+            ["kubectl", "kustomize", tmp_path / "kubernetes"], capture_output=True, text=True, timeout=60, check=True
+        )
+        (pod,) = (pod_in(each)["spec"] for each in yaml.safe_load_all(built.stdout) if each["kind"] == "CronJob")
+        (name,) = (volume["configMap"]["name"] for volume in pod["volumes"] if volume["name"] == "services")
+        return str(name)
+
+    assert mounted("") != mounted("# changed") != mounted("# again")
+
+
 # --- run ---------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +292,29 @@ def test_the_cron_job_with_a_sidecar(image: str, tmp_path: Path) -> None:
                 httpx.get(f"http://{pod.address}:{port}/", trust_env=False, timeout=10)
         assert pod.stop("proxy") == 0
         assert there.issuer.requests[0].form["grant_type"] == "client_credentials"
+
+
+def test_the_sidecar_for_several_services(image: str, tmp_path: Path) -> None:
+    (job,) = (each for each in rendered(tmp_path, *SEVERAL) if each["kind"] == "CronJob")
+    spec = pod_in(job)["spec"]
+    (there_is,) = {each["image"] for each in spec["initContainers"]}
+    with outside(tmp_path, client_secret=SECRET) as there:
+        text = (FOLDER / "services" / "services.toml").read_text()
+        # The tokens of this issuer have the same audience for all scopes.
+        text = re.sub(r"^audience = .*$", "", re.sub(r"https://\w+\.example", there.service_url, text), flags=re.M)
+        given = cluster(image, there)
+        given = replace(
+            given,
+            images={**given.images, there_is: image},
+            settings={key: value for key, value in given.settings.items() if key != "REMOTE_PROTECTED_DOMAIN"},
+            files={"services.toml": text},
+        )
+        with Pod(spec, given) as pod:
+            assert pod.exit_code("tool") == 0, pod.logs("tool")
+            assert pod.stop("proxy") == 0
+        assert [(seen.target, seen.authorized) for seen in there.seen] == [("/", True), ("/ogc-api/", True)]
+        scopes = [request.form.get("scope") for request in there.issuer.requests]
+        assert {"stac-api", "processes-api"} <= set(scopes)
 
 
 def test_the_login_and_the_deployment_after_it(image: str, tmp_path: Path) -> None:
