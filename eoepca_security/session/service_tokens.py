@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from eoepca_security.errors import CredentialsRejected, TokenInvalid
+from eoepca_security.errors import CredentialsRejected, TokenError, TokenInvalid
 from eoepca_security.issuer.threads import in_thread
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.oauth.verify import unverified_claims
@@ -20,6 +20,10 @@ class Sources:
 
     login: TokenSource
     services: dict[str, TokenCycle]
+
+    def is_own(self, error: TokenError, service: str) -> bool:
+        """Return whether an error of this service's source is its own, and not the login's."""
+        return self.services.get(service) is self.login or error is not self.login.error
 
 
 def shared_tokens(login: TokenSource, **options: Any) -> TokenCycle:

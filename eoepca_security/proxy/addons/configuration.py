@@ -188,7 +188,9 @@ class Configuration:
     def _hooks(self, service: Service | None) -> Hooks:
         apisix = self._state.apisix.get(service.name) if service is not None else None
         return Hooks(
-            partial(self._observe, service), self._state.describe, apisix.learn if apisix is not None else None
+            partial(self._observe, service),
+            partial(self._state.describe, service=service),
+            apisix.learn if apisix is not None else None,
         )
 
     def _trust_of(self, services: Iterable[Service]) -> dict[Site, Trust]:

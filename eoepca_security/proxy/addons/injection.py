@@ -50,10 +50,10 @@ class Injection:
         except TokenError as error:
             flow.metadata[CODE] = error.code
             if source is None or error is not source.error:  # the refresh already reported its own error
-                flow.metadata |= {DETAIL: str(error), REMEDY: self._state.remedy(error)}
+                flow.metadata |= {DETAIL: str(error), REMEDY: self._state.remedy(error, service)}
             flow.response = messages.answer(
                 error.code,
-                self._state.describe(error),
+                self._state.describe(error, service),
                 method=flow.request.method,
                 retry_after=source.retry_after() if source is not None else 1.0,
             )

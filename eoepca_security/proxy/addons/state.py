@@ -74,10 +74,12 @@ class State:
         """Whether the add-on has started, with settings that are right."""
         return self.is_running and self.source is not None and not self.problems
 
-    def remedy(self, error: TokenError) -> str:
-        """Return the remedy for an error that leaves the proxy without a token."""
-        return failure_remedy(error, self.settings, in_container=self.in_container)
+    def remedy(self, error: TokenError, service: Service | None = None) -> str:
+        """Return the remedy for an error that leaves the proxy without a token, for `service` if it is given."""
+        if service is not None and (self.sources is None or not self.sources.is_own(error, service.name)):
+            service = None
+        return failure_remedy(error, self.settings, service, in_container=self.in_container)
 
-    def describe(self, error: TokenError) -> str:
+    def describe(self, error: TokenError, service: Service | None = None) -> str:
         """Return what happened and the remedy, in one line."""
-        return told(error, self.remedy(error))
+        return told(error, self.remedy(error, service))

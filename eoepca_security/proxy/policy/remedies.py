@@ -5,7 +5,7 @@ The errors do not name settings or commands, because other programs use that cod
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,8 @@ from eoepca_security.oauth.text import printable
 from eoepca_security.oauth.urls import WELL_KNOWN, is_loopback
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.config.command import Command
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.services import DEFAULT
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import (
     ALLOW_HTTP,
     ASSERTION_AUDIENCE,
@@ -33,6 +34,7 @@ from eoepca_security.proxy.config.variables import (
     ISSUER_NAME,
     REFRESH_TOKEN,
     SCOPE,
+    UPSTREAM,
 )
 from eoepca_security.session.session import SESSION_ERRORS, number
 
@@ -61,11 +63,15 @@ _PROXY: Final = (
 
 @dataclass(frozen=True)
 class Place:
-    """A peer that was contacted: where the user set its address, its URL, and whether we run in a container."""
+    """A peer that was contacted: where the user set its address, its URL, and whether we run in a container.
+
+    `ca_file` is where the user sets which CAs to trust.
+    """
 
     name: str
     url: str
     in_container: bool
+    ca_file: str = CA_FILE.env
 
 
 @dataclass(frozen=True)
@@ -87,21 +93,26 @@ def told(what: object, remedy: str) -> str:
     return f"{what}; {remedy}" if remedy else str(what)
 
 
-def failure_remedy(error: TokenError, settings: Settings | None, *, in_container: bool) -> str:
+def failure_remedy(
+    error: TokenError, settings: Settings | None, service: Service | None = None, *, in_container: bool
+) -> str:
     """Return the remedy for an error that leaves a running proxy without a token, from the error alone.
 
-    `settings` is None when the proxy has no valid settings.
+    `settings` is None when the proxy has no valid settings. `service` is the one whose own token cannot be had, or
+    None when the login's cannot.
     """
     if settings is None:
         return SEE_LOG
     if not isinstance(error, IssuerUnavailable) or error.cause == "not_configured":
-        return command_remedy(error, settings, in_container=in_container)
+        return command_remedy(error, settings, service, in_container=in_container)
     remedy = _issuer_remedy(_issuer(settings, error, in_container), error, settings.command)
     return f"{remedy}; {_BY_ITSELF}" if remedy else f"{_BY_ITSELF}; if the error persists, {_check(settings)}"
 
 
-def command_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
+def command_remedy(error: TokenError, settings: Settings, service: Service | None = None, *, in_container: bool) -> str:
     """Do the same for a command, which does not retry."""
+    if service is not None and (remedy := _service_remedy(error, settings, service)) is not None:
+        return remedy
     match error:
         case IssuerUnavailable():
             return _issuer_remedy(_issuer(settings, error, in_container), error, settings.command) or (
@@ -115,7 +126,46 @@ def command_remedy(error: TokenError, settings: Settings, *, in_container: bool)
             return BINDING_REMEDY
         case TokenInvalid(cause="clock"):
             return CLOCK
+        case TokenInvalid(cause="no_id_token"):
+            return _openid_remedy(settings)
     return f"{CHECK_CLIENT}; {_check(settings)}"
+
+
+def key_name(service: Service, key: str, settings: Settings) -> str:
+    """Return where the user sets `key` of a service, which is `url`, `audience` or `scope` for the default service."""
+    if service.name == DEFAULT and (settings.upstream is not None or settings.services_file is None):
+        variable = {"url": UPSTREAM, "audience": AUDIENCE, "scope": SCOPE}[key]
+        return settings.name(variable)
+    return f"[service.{service.name}] {key}"
+
+
+def _service_remedy(error: TokenError, settings: Settings, service: Service) -> str | None:
+    """Return the remedy for an error of a service's own token, or None if it is none of the service's settings."""
+    match error:
+        case CredentialsRejected() if service.token == "exchange":  # noqa: S105  the kind of token
+            return exchange_remedy(
+                error, settings.client.client_id, service.audience, whose=f"[service.{service.name}]"
+            )
+        case CredentialsRejected(issuer_error="invalid_scope") if service.scope is not None:
+            return (
+                f"{settings.command.run('login')}, which asks for it; or let the client request it at the issuer "
+                f"(Keycloak: Clients > {printable(settings.client.client_id)} > Client scopes > Add client scope), or "
+                f"correct {key_name(service, 'scope', settings)}"
+            )
+        case CredentialsRejected(issuer_error="invalid_target") if service.resource is not None:
+            return (
+                f"{settings.command.run('login')}, which asks for it; or let the client request it at the issuer, or "
+                f"correct {key_name(service, 'resource', settings)}"
+            )
+        case TokenInvalid(claim="aud") if service.audience is not None:
+            name = key_name(service, "audience", settings)
+            return audience_remedy(settings.client.client_id, service.audience, name=name)
+    return None
+
+
+def _openid_remedy(settings: Settings) -> str:
+    login = settings.command.run("login")
+    return login if settings.scope is None else f"add openid to {SCOPE.env}, and {login}"
 
 
 def login_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
@@ -198,10 +248,38 @@ def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
         case "unsupported_grant_type":
             return f"set {GRANT.env} to a grant that the issuer supports"
         case "invalid_scope":
-            return CHOOSE_SCOPE
+            return scope_remedy(settings)
         case "no_auth_method":
             return CHOOSE_CLIENT_AUTH
     return f"compare the client's settings at the issuer with yours; {_check(settings)}"
+
+
+def scope_remedy(settings: Settings) -> str:
+    """Return the remedy for a refused scope of the login's own tokens."""
+    if settings.scope is None and (narrowing := narrowing_services(settings)):
+        return widening_remedy(settings, narrowing)
+    return CHOOSE_SCOPE
+
+
+def narrowing_services(settings: Settings) -> list[Service]:
+    """Return the services whose refreshes ask for less than the login has."""
+    return [service for service in settings.services if service.token == "scope"]  # noqa: S105  the kind of token
+
+
+def widening_remedy(settings: Settings, services: Sequence[Service]) -> str:
+    """Return the remedy where a refresh for one of these services takes scopes from the session for good."""
+    return (
+        "this issuer does not give a session's scopes again after a refresh for fewer: set another `token` for "
+        f"{_list(service.name for service in services)}, and {settings.command.run('login')}"
+    )
+
+
+def _list(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{', '.join(names[:_MOST_NAMED])} and others"
+
+
+_MOST_NAMED: Final = 10
 
 
 def _new_session(settings: Settings) -> str:
@@ -265,7 +343,7 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
             f"{host} to NO_PROXY"
         )
     if by_proxy and cause == "unknown_ca":
-        return f"the proxy on the network path may replace certificates: set {CA_FILE.env} to its CA's PEM file"
+        return f"the proxy on the network path may replace certificates: set {place.ca_file} to its CA's PEM file"
     other = "http" if urlsplit(place.url).scheme == "https" else "https"
     return {
         "refused": f"is it running? If not, start it; otherwise check the host and port in {name}"
@@ -273,7 +351,7 @@ def network_remedy(place: Place, cause: Cause, *, by_proxy: bool) -> str:
         "unknown_host": f"check the host in {name}{_only_containers(host)}; if only a proxy can resolve it, set "
         "HTTPS_PROXY",
         "timeout": f"check the host and port in {name}, and firewalls; if only a proxy can reach it, set HTTPS_PROXY",
-        "unknown_ca": f"set {CA_FILE.env} to a PEM file with the CA that signed it",
+        "unknown_ca": f"set {place.ca_file} to a PEM file with the CA that signed it",
         "certificate": f"check the host in {name}, or renew its certificate",
         "no_tls": f"check the port and scheme in {name}: should it be {other}://?",
         "proxy": _PROXY,
@@ -376,25 +454,27 @@ def session_remedy(
     return f"the session has ended, was logged out, or was used up by another program: {login}"
 
 
-def audience_remedy(client_id: str, audience: str) -> str:
-    """Return the remedy for an access token that is not for `audience`."""
+def audience_remedy(client_id: str, audience: str, *, name: str = AUDIENCE.env) -> str:
+    """Return the remedy for an access token that is not for `audience`, which the user has set in `name`."""
     client = printable(client_id)
     return (
         f"add it to this client's tokens at the issuer (Keycloak: Clients > {client} > Client scopes > "
         f"{client}-dedicated > Add mapper > By configuration > Audience, with {audience} as Included Custom Audience "
-        f"and Add to access token on), or set {AUDIENCE.env} to the audience that the service expects"
+        f"and Add to access token on), or set {name} to the audience that the service expects"
     )
 
 
-def exchange_remedy(error: CredentialsRejected, client_id: str, audience: str | None) -> str | None:
+def exchange_remedy(
+    error: CredentialsRejected, client_id: str, audience: str | None, *, whose: str = "the service"
+) -> str | None:
     """Return the remedy for a refused exchange (RFC 8693), or None if the exchange itself is not what was refused.
 
-    `audience` is the one that was asked for, or None.
+    `audience` is the one that was asked for, or None. `whose` names the table with the service's settings.
     """
     client, service = printable(client_id), printable(audience or "the service's")
     match error.cause or error.issuer_error:
         case "no_exchange" if error.issuer_error == "unsupported_grant_type":
-            return 'the issuer does not exchange tokens: set `token` of the service to "scope", "resource" or "shared"'
+            return f'the issuer does not exchange tokens: set `token` of {whose} to "scope", "resource" or "shared"'
         case "no_exchange":
             return (
                 f"let the client exchange tokens at the issuer (Keycloak: Clients > {client} > Settings > Capability "
@@ -403,11 +483,11 @@ def exchange_remedy(error: CredentialsRejected, client_id: str, audience: str | 
         case "public_client":
             return (
                 f"only clients with a secret or a key may exchange tokens: turn on Client authentication for {client} "
-                f'at the issuer, and set {CLIENT_SECRET.env}; or set `token` of the service to "scope"'
+                f'at the issuer, and set {CLIENT_SECRET.env}; or set `token` of {whose} to "scope"'
             )
         case "unknown_audience":
             return (
-                f"no client with this name is enabled at the issuer: correct `audience` of the service, or register "
+                f"no client with this name is enabled at the issuer: correct `audience` of {whose}, or register "
                 f"{service} (Keycloak: Clients > Create client, with {service} as Client ID)"
             )
         case "no_audience":
@@ -415,12 +495,12 @@ def exchange_remedy(error: CredentialsRejected, client_id: str, audience: str | 
                 f"let the client ask for {service} at the issuer (Keycloak: Client scopes > Create client scope; "
                 f"there, Mappers > Configure a new mapper > Audience, with {service} as Included Client Audience; then "
                 f"Clients > {client} > Client scopes > Add client scope), and if that scope is an optional one, set "
-                "`scope` of the service to it"
+                f"`scope` of {whose} to it"
             )
         case "subject_token":
             return f"the session's access token was refused: it has ended, or was not issued to {client}"
         case "invalid_scope":
-            return f"set `scope` of the service to scopes that {client} may request, or leave it out"
+            return f"set `scope` of {whose} to scopes that {client} may request, or leave it out"
         case "access_denied":
             return f"the issuer does not allow this user a token for {service}: ask its operator"
     return None

@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
 import eoepca_security
 from eoepca_security.errors import Cause, CredentialsRejected, IssuerUnavailable, TokenError, TokenInvalid
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import UPSTREAM
 from eoepca_security.proxy.policy.remedies import (
     Place,
@@ -216,3 +216,60 @@ def test_a_refused_exchange_names_the_switch(code: str, cause: Cause | None, rem
 def test_what_is_no_fault_of_the_exchange_has_another_remedy() -> None:
     for code in ("invalid_client", "unauthorized_client", "invalid_request"):
         assert exchange_remedy(CredentialsRejected("x", issuer_error=code), "proxy", "stac-api") is None
+
+
+STAC = Service("stac", "https://stac.example")
+SERVICES = replace(SETTINGS, services_file=Path("services.toml"), services=(STAC,))
+
+
+@pytest.mark.parametrize(
+    ("error", "changes", "remedy"),
+    [
+        (TokenInvalid("x", claim="aud"), {"audience": "stac-api"}, "with stac-api as Included Custom Audience"),
+        (TokenInvalid("x", claim="aud"), {"audience": "stac-api"}, "set [service.stac] audience"),
+        (rejected("invalid_scope"), {"token": "scope", "scope": "read"}, "run `oidc-proxy login`, which asks for it"),
+        (rejected("invalid_scope"), {"token": "scope", "scope": "read"}, "correct [service.stac] scope"),
+        (rejected("invalid_target"), {"token": "resource", "resource": "urn:x"}, "correct [service.stac] resource"),
+        (rejected("invalid_scope"), {"token": "exchange", "scope": "read"}, "set `scope` of [service.stac]"),
+        (
+            CredentialsRejected("x", cause="no_exchange", issuer_error="invalid_request"),
+            {"token": "exchange"},
+            "Standard Token Exchange",
+        ),
+        (rejected("invalid_grant"), {"token": "scope", "scope": "read"}, "expired, was revoked or used up"),
+        (rejected("invalid_client"), {"token": "exchange", "audience": "a"}, "OPEN_ID_CONNECT_CLIENT_SECRET"),
+        (TokenInvalid("x", cause="no_id_token"), {"credential": "id_token"}, "run `oidc-proxy login`"),
+    ],
+)
+def test_the_remedy_for_a_services_own_token_names_its_settings(
+    error: TokenError, changes: dict[str, Any], remedy: str
+) -> None:
+    said = command_remedy(error, SERVICES, replace(STAC, **changes), in_container=False)
+    assert remedy in said
+    assert "OPEN_ID_CONNECT_AUDIENCE" not in said
+    assert failure_remedy(error, SERVICES, replace(STAC, **changes), in_container=False) == said
+
+
+def test_the_service_of_the_other_settings_keeps_their_names() -> None:
+    service = Service("default", "https://service.example", audience="service")
+    settings = replace(SERVICES, upstream=service.upstream, services=(service, STAC))
+    said = command_remedy(TokenInvalid("x", claim="aud"), settings, service, in_container=False)
+    assert "set OPEN_ID_CONNECT_AUDIENCE" in said
+    in_file = replace(settings, upstream=None)
+    said = command_remedy(TokenInvalid("x", claim="aud"), in_file, service, in_container=False)
+    assert "set [service.default] audience" in said
+
+
+def test_scopes_of_a_login_without_openid_are_to_have_it() -> None:
+    settings = replace(SERVICES, scope="read")
+    said = command_remedy(TokenInvalid("x", cause="no_id_token"), settings, STAC, in_container=False)
+    assert said == "add openid to OPEN_ID_CONNECT_SCOPE, and run `oidc-proxy login`"
+
+
+def test_scopes_that_a_narrower_refresh_took_away_name_the_services_that_do_it() -> None:
+    narrow = tuple(replace(STAC, name=f"s{number}", token="scope", scope="read") for number in range(12))
+    said = command_remedy(rejected("invalid_scope"), replace(SERVICES, services=narrow), in_container=False)
+    assert "set another `token` for s0, s1" in said
+    assert said.endswith("s9 and others, and run `oidc-proxy login`")
+    with_scope = replace(SERVICES, services=narrow, scope="read")
+    assert "set OPEN_ID_CONNECT_SCOPE" in command_remedy(rejected("invalid_scope"), with_scope, in_container=False)
