@@ -19,19 +19,22 @@ import click
 
 from eoepca_security.errors import SettingsError, StoreError, TokenError
 from eoepca_security.issuer.ca_trust import begin_to_trust
+from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.cli.help import Command, Group, write_lines
 from eoepca_security.proxy.config.command import Command as Called
 from eoepca_security.proxy.config.command import this_command
-from eoepca_security.proxy.config.factory import make_source
+from eoepca_security.proxy.config.factory import make_source, make_sources
 from eoepca_security.proxy.config.loading import ENV_FILE, read_dotenv, settings_in
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.services import services_of
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import COMMON_FLAGS, SERVE_FLAGS, TOKEN_STORE, VARIABLES, Variable
 from eoepca_security.proxy.patches import seams
 from eoepca_security.proxy.patches.lazy_imports import lazy_imports
 from eoepca_security.proxy.policy.remedies import command_remedy, login_remedy, runs_in_container, told
 from eoepca_security.proxy.runtime.output import print_error, say, waiting
+from eoepca_security.session.service_tokens import Sources
 from eoepca_security.session.session import AccessToken
-from eoepca_security.session.source import TokenSource
+from eoepca_security.session.token_cycle import TokenCycle
 
 LOG_FORMAT: Final = "--log-format"
 
@@ -42,6 +45,7 @@ _METAVARS: Final = {
     "--host": "ADDRESS",
     "--port": "PORT",
     "--admin": "HOST:PORT",
+    "--services": "FILE",
     "--workers": "NUMBER",
 }
 
@@ -105,7 +109,10 @@ def _flags(*flags: Callable[[F], F]) -> Callable[[F], F]:
 def _setting(variable: Variable, *, is_hidden: bool = False) -> Callable[[F], F]:
     name = str(variable.flag)
     help_text = f"{variable.help.removesuffix('.')} ({variable.env})."
-    return _flag(name, is_hidden=is_hidden, metavar=_METAVARS[name], help=help_text)
+    metavar = _METAVARS[name]
+    # A shell completes the names of files.
+    kind = {"type": click.Path()} if metavar == "FILE" else {}
+    return _flag(name, is_hidden=is_hidden, metavar=metavar, help=help_text, **kind)
 
 
 def _common(*, is_hidden: bool = False) -> Callable[[F], F]:
@@ -211,10 +218,18 @@ def serve(call: Call) -> int:
         return 1
 
 
-@cli.command(cls=Command, examples=(("token", ""), ("TOKEN=$({command} token)", "in a script")))
+@cli.command(
+    cls=Command,
+    examples=(
+        ("token", ""),
+        ("token --services services.toml --service stac", ""),
+        ("TOKEN=$({command} token)", "in a script"),
+    ),
+)
 @_common()
+@click.option("--service", metavar="NAME", help="Print the token that this service gets, instead of the login's.")
 @click.pass_obj
-def token(call: Call) -> int:
+def token(call: Call, *, service: str | None) -> int:
     """Print a new access token, and nothing else, to standard output."""
     _refuse(call, "token")
     # The error that main() prints is enough.
@@ -223,11 +238,18 @@ def token(call: Call) -> int:
     settings = _settings(call, need_upstream=False, show_exposed=False)
     if settings.refresh_token is not None or settings.grant != "refresh_token":
         settings = replace(settings, access_token=None)  # request a new one instead
-    source = make_source(settings)
-    with _told(settings, command_remedy), waiting(f"waiting for a token from {settings.known_as}"):
-        token = asyncio.run(_fresh(source))
+    chosen = _chosen(settings, service) if service is not None else None
+    sources = make_sources(settings) if chosen is not None else Sources(make_source(settings), {})
+    source = sources.services[chosen.name] if chosen is not None else sources.login
+
+    def remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
+        whose = chosen if chosen is not None and sources.is_own(error, chosen.name) else None
+        return command_remedy(error, settings, whose, in_container=in_container)
+
+    with _told(settings, remedy), waiting(f"waiting for a token from {settings.known_as}"):
+        token = asyncio.run(_fresh(source, sources))
     click.echo(token.value)
-    if source.rotated and settings.token_store is None:
+    if sources.login.rotated and settings.token_store is None:
         say(
             "warning: the issuer replaced the refresh token, so the one in the settings may be used up. This command "
             "does not store the new one; a running proxy does",
@@ -329,12 +351,19 @@ def demo(call: Call, *, once: bool) -> int:
     return run(once=once)
 
 
-async def _fresh(source: TokenSource) -> AccessToken:
+def _chosen(settings: Settings, name: str) -> Service:
+    services = {service.name: service for service in services_of(settings)}
+    if name not in services:
+        raise click.UsageError(f"--service: {printable(name, 80)!r} is unknown: use one of {', '.join(services)}")
+    return services[name]
+
+
+async def _fresh(source: TokenCycle, sources: Sources) -> AccessToken:
     try:
         return await source.token()
     finally:
         # A running refresh may get the only valid refresh token.
-        await source.finish()
+        await sources.login.finish()
 
 
 @contextlib.contextmanager

@@ -95,7 +95,8 @@ class Hooks:
 
 def make_source(settings: Settings) -> TokenSource:
     """Return the source of the login's own tokens. It does not ask the issuer yet."""
-    return make_sources(replace(settings, services=(), services_file=None)).login
+    (service,) = services_of(replace(settings, services=()))
+    return _login_source(settings, make_provider(settings), service, Hooks(), continues=None, joins=False)
 
 
 def make_sources(
@@ -144,7 +145,7 @@ def _login_source(
 
     def request_token(refresh_token: str | None) -> TokenResponse:
         # After a refresh for less, some issuers give no more than that unless they are asked (RFC 6749 §6).
-        scope = source.session.scope if service is None else None
+        scope = source.session.scope if settings.services_file is not None else None
         return provider.request_token(_session_token(settings, refresh_token), scope=settings.scope or scope)
 
     source = TokenSource(

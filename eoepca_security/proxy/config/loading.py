@@ -125,6 +125,8 @@ def read_settings(
     With `need_session=False`, a session is optional. Raises SettingsError with one line for each wrong setting, which
     names the variable and the remedy.
     """
+    # All of our commands know all services; with mitmdump -s, its mode says where the default one is.
+    knows_upstream = need_upstream or flags is not None
     flags = flags or {}
     reader = Reader(flags, options or {}, environ, dotenv or {})
     command = _with_options(command, flags, reader)
@@ -163,7 +165,8 @@ def read_settings(
         reader.warnings.append(NO_VERIFY.format(TLS_NO_VERIFY.env))
     host, port = reader.host(), reader.port()
     services_file = reader.services_file()
-    upstream = reader.upstream(host, port, is_required=services_file is None) if need_upstream else None
+    reads_upstream = need_upstream if services_file is None else knows_upstream
+    upstream = reader.upstream(host, port, is_required=services_file is None) if reads_upstream else None
     admin, admin_is_set = reader.admin(is_on=need_upstream)
     if admin_is_set and admin is not None and admin.port and (admin.host, admin.port) == (host, port):
         reader.problem(ADMIN, f"{admin} is the address of the proxy itself: choose another port")

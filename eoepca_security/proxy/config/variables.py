@@ -142,6 +142,7 @@ SERVICES: Final = Variable(
     "TOML file with several protected services behind one login, each with a token of its own.",
     "It has a table `[service.NAME]` for each, with at least a `url`. The service in REMOTE_PROTECTED_DOMAIN, if that "
     "is set, is `default`.",
+    flag="--services",
 )
 ENDPOINT: Final = Variable(
     "REMOTE_PROTECTED_ENDPOINT",
@@ -298,7 +299,7 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
 )
 VARIABLES: Final = tuple(variable for group in GROUPS.values() for variable in group)
 OPTIONS: Final = tuple(variable for variable in VARIABLES if variable.option is not None)
-COMMON_FLAGS: Final = (ISSUER, CLIENT_ID)
+COMMON_FLAGS: Final = (ISSUER, CLIENT_ID, SERVICES)
 """The settings that every command has an option for."""
 SERVE_FLAGS: Final = tuple(variable for variable in VARIABLES if variable.flag and variable not in COMMON_FLAGS)
 """The settings that `serve` and `check` also have an option for."""

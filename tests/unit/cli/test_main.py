@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.cli import launch
 from eoepca_security.proxy.cli.main import cli
 from eoepca_security.proxy.cli.main import main as run
@@ -49,6 +50,105 @@ def test_token_prints_an_access_token_and_nothing_else(
         out, err = capsys.readouterr()
         assert issuer.accepts(out.removesuffix("\n"))
         assert err == ""
+
+
+def write_services(folder: Path) -> str:
+    """Write a file with a service of each kind, and return its path."""
+    file = folder / "services.toml"
+    file.write_text(
+        """
+        [service.stac]
+        url = "https://stac.example"
+        token = "exchange"
+        audience = "stac-api"
+        format = "oidc/{token}"
+        [service.data]
+        url = "https://data.example"
+        token = "scope"
+        scope = "data:read"
+        [service.plain]
+        url = "https://plain.example"
+        """
+    )
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("service", "claims"),
+    [
+        ("stac", {"aud": "stac-api"}),
+        ("data", {"scope": "data:read openid offline_access"}),
+        ("plain", {"aud": "service"}),
+        ("default", {"aud": "service"}),
+    ],
+)
+def test_token_prints_that_of_a_service_and_nothing_else(
+    service: str,
+    claims: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with FakeIssuer(Behaviour(scope="openid offline_access data:read")) as issuer:
+        set_environment(monkeypatch, issuer, REMOTE_PROTECTED_DOMAIN="https://service.example")
+        assert main(["token", "--services", write_services(tmp_path), "--service", service]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        token = out.removesuffix("\n")
+        assert issuer.accepts(token)
+        assert unverified_claims(token).items() >= claims.items()
+
+
+def test_the_token_of_an_unknown_service_ends_with_2_and_the_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer() as issuer:
+        set_environment(monkeypatch, issuer, PROXY_SERVICES=write_services(tmp_path))
+        assert main(["token", "--service", "geo"]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "--service: 'geo' is unknown: use one of stac, data, plain" in err
+        monkeypatch.delenv("PROXY_SERVICES")
+        assert main(["token", "--service", "stac"]) == 2
+        assert "use one of default" in capsys.readouterr().err
+        assert issuer.requests == []
+
+
+def test_a_refused_token_of_a_service_names_what_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer(Behaviour(exchange=False)) as issuer:
+        set_environment(monkeypatch, issuer, PROXY_SERVICES=write_services(tmp_path))
+        assert main(["token", "--service", "stac"]) == 1
+        assert "Standard Token Exchange" in capsys.readouterr().err
+        issuer.end_sessions()
+        assert main(["token", "--service", "stac"]) == 1
+        err = capsys.readouterr().err
+        assert "login --services" not in err  # the environment has the file
+        assert "run `oidc-proxy login`" in err
+
+
+def test_the_logins_token_has_all_its_scopes_after_that_of_a_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer(Behaviour(scope="openid data:read", refresh_tokens="rotate")) as issuer:
+        services = write_services(tmp_path)
+        set_environment(monkeypatch, issuer, PROXY_SERVICES=services, OPEN_ID_TOKEN_STORE=str(tmp_path / "store"))
+        assert main(["token", "--service", "data"]) == 0
+        assert main(["token"]) == 0
+        assert capsys.readouterr().err == ""
+        assert issuer.requests[-1].form["scope"] == "openid data:read"
+        assert issuer.reuses == 0
+
+
+def test_the_token_of_a_service_warns_when_the_refresh_token_is_used_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer(Behaviour(refresh_tokens="rotate")) as issuer:
+        set_environment(monkeypatch, issuer, PROXY_SERVICES=write_services(tmp_path))
+        assert main(["token", "--service", "data"]) == 0
+        assert "replaced the refresh token" in capsys.readouterr().err
+        assert issuer.reuses == 0
 
 
 def test_an_empty_first_argument_is_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +325,7 @@ def test_help_of_each_command_has_an_example(verb: str, capsys: pytest.CaptureFi
     [
         ("log", {"login", "logout"}),
         ("--", {"--version", "--env-file", "--log-format", "--help", *FLAGS}),
-        ("token --", {"--env-file", "--issuer", "--client-id", "--help"}),
+        ("token --", {"--env-file", "--issuer", "--client-id", "--services", "--service", "--help"}),
         ("serve --p", {"--port"}),
     ],
 )

@@ -289,10 +289,24 @@ def test_a_file_has_further_services(tmp_path: Path) -> None:
     assert settings.services[1] == Service("stac", "http://stac", port=8090)
     (warning,) = settings.warnings
     assert warning.startswith("PROXY_SERVICES: [service.stac] url is plain http")
-    assert read_settings(GOOD, options={"services": str(file)}) == settings
+    by_option = read_settings(GOOD, options={"services": str(file)})
+    for found in (by_option, read_settings(GOOD, flags={"--services": str(file)})):
+        assert found.services == settings.services
+        assert found.command.line("login") == f"oidc-proxy login --services {file}"
     for changed in ({"PROXY_PORT": "8090"}, {"PROXY_ADMIN": "localhost:8090"}):
         (line,) = problems(GOOD | {"PROXY_SERVICES": str(file)} | changed)
         assert line.startswith("PROXY_SERVICES: [service.stac] port: 8090 is the port of the ")
+
+
+def test_all_of_our_commands_know_the_default_service_where_there_are_others(tmp_path: Path) -> None:
+    file = tmp_path / "services.toml"
+    file.write_text('[service.stac]\nurl = "https://stac.example"')
+    named = GOOD | {"PROXY_SERVICES": str(file)}
+    of_ours = read_settings(named, flags={}, need_upstream=False)
+    of_mitmdump = read_settings(named, need_upstream=False)
+    assert [service.name for service in of_ours.services] == ["default", "stac"]
+    assert [service.name for service in of_mitmdump.services] == ["stac"]
+    assert read_settings(GOOD, flags={}, need_upstream=False).services == ()
 
 
 def test_the_upstream_or_a_file_of_services_is_enough(tmp_path: Path) -> None:

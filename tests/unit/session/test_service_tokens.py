@@ -13,6 +13,7 @@ from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, Token
 from eoepca_security.oauth.protocol import TokenResponse
 from eoepca_security.session.file_store import MAX_FILE, TokenStore
 from eoepca_security.session.service_tokens import (
+    Sources,
     client_tokens,
     exchanged_tokens,
     id_tokens,
@@ -263,11 +264,13 @@ async def test_a_refused_exchange_is_the_services_own_error_and_costs_no_refresh
         raise CredentialsRejected("the issuer answered unauthorized_client", issuer_error="unauthorized_client")
 
     stac = exchanged_tokens(login, refuse, now=clock)
+    sources = Sources(login, {"stac": stac})
     for _ in range(2):
-        with pytest.raises(CredentialsRejected):
+        with pytest.raises(CredentialsRejected) as caught:
             await stac.token()
     assert login.error is None
     assert len(issuer.asked) == 1
+    assert sources.is_own(caught.value, "stac")
 
 
 async def test_the_logins_error_is_logged_once_and_ends_for_all_at_once(
@@ -280,10 +283,12 @@ async def test_the_logins_error_is_logged_once_and_ends_for_all_at_once(
         shared_tokens(login, now=clock),
         exchanged_tokens(login, lambda subject: TokenResponse(f"for-{subject}", 60), now=clock),
     ]
+    sources = Sources(login, {"shared": services[0], "exchange": services[1], "alone": login})
     with caplog.at_level(logging.WARNING, "eoepca_security.session.token_cycle"):
         for service in services:
-            with pytest.raises(IssuerUnavailable, match="away"):
+            with pytest.raises(IssuerUnavailable, match="away") as caught:
                 await service.token()
+            assert [sources.is_own(caught.value, name) for name in sources.services] == [False, False, True]
     assert sum("away" in message for message in caplog.messages) == 1
     clock.time += 26
     assert [(await service.token()).value for service in services] == ["token-2", "for-token-2"]
