@@ -163,10 +163,15 @@ class Provider:
             answer.status, answer.body, retry_after=_retry_after(answer), secrets=self._secrets(request)
         )
 
-    def begin_device_login(self, scope: str) -> DeviceAuthorization:
-        """Start a login that the user confirms elsewhere (RFC 8628). Raises the same errors as `request_token`."""
+    def begin_device_login(self, scope: str, resources: Collection[str] = ()) -> DeviceAuthorization:
+        """Start a login that the user confirms elsewhere (RFC 8628). Raises the same errors as `request_token`.
+
+        `resources` are the URIs of the services that later refreshes ask for (RFC 8707).
+        """
         verifier = new_verifier()
-        request = build_device_request(self._client, self.metadata(), scope, verifier, now=self.now())
+        request = build_device_request(
+            self._client, self.metadata(), scope, verifier, now=self.now(), resources=resources
+        )
         answer = self._post(request)
         return read_device_response(
             answer.status, answer.body, verifier, secrets=self._secrets(request), allow_http=self._allow_http
@@ -263,7 +268,8 @@ class Provider:
         return answer
 
     def _post(self, request: TokenRequest) -> Answer:
-        return self._transport.post(request.url, form=request.form, headers=request.headers, timeout=TOKEN_TIMEOUT)
+        form = {**request.form, "resource": request.resources} if request.resources else request.form
+        return self._transport.post(request.url, form=form, headers=request.headers, timeout=TOKEN_TIMEOUT)
 
     def _secrets(self, request: TokenRequest) -> tuple[str, ...]:
         return (*request.secrets, self._client.secret or "")

@@ -7,7 +7,7 @@ import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final, Protocol, TypeVar
@@ -28,6 +28,8 @@ from eoepca_security.oauth.urls import is_loopback
 MAX_BODY: Final = 256 * 1024
 """The longest answer that is read, in bytes."""
 
+Form = Mapping[str, str | Sequence[str]]
+"""The parameters of a POST; those with several values are sent several times."""
 
 T = TypeVar("T")
 
@@ -47,7 +49,7 @@ class Transport(Protocol):
     def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
         """Return the answer to a GET within `timeout` seconds."""
 
-    def post(self, url: str, *, form: Mapping[str, str], headers: Mapping[str, str], timeout: float) -> Answer:
+    def post(self, url: str, *, form: Form, headers: Mapping[str, str], timeout: float) -> Answer:
         """Return the answer to a form POST within `timeout` seconds."""
 
 
@@ -67,7 +69,7 @@ class HttpTransport:
         """Return the answer to a GET within `timeout` seconds; raises IssuerUnavailable."""
         return self._exchange(requests.Request("GET", url, headers=dict(headers or {})), timeout)
 
-    def post(self, url: str, *, form: Mapping[str, str], headers: Mapping[str, str], timeout: float) -> Answer:
+    def post(self, url: str, *, form: Form, headers: Mapping[str, str], timeout: float) -> Answer:
         """Return the answer to a form POST within `timeout` seconds; raises IssuerUnavailable."""
         return self._exchange(requests.Request("POST", url, data=dict(form), headers=dict(headers)), timeout)
 

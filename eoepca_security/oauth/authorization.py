@@ -10,7 +10,7 @@ import hmac
 import re
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 from urllib.parse import urlencode
@@ -76,18 +76,29 @@ def new_verifier() -> str:
 
 
 def build_device_request(
-    client: Client, metadata: ProviderMetadata, scope: str, verifier: str, *, now: float
+    client: Client,
+    metadata: ProviderMetadata,
+    scope: str,
+    verifier: str,
+    *,
+    now: float,
+    resources: Collection[str] = (),
 ) -> TokenRequest:
     """Build a device authorization request (RFC 8628 §3.1).
 
-    It includes PKCE, which RFC 8628 does not mention: Keycloak requires it here if it does for browsers. Raises
-    CredentialsRejected when the issuer does not offer this login.
+    `resources` are the URIs that later refreshes ask for (RFC 8707 §2.1).
+
+    The request includes PKCE, which RFC 8628 does not mention: Keycloak requires it here if it does for browsers.
+    Raises CredentialsRejected when the issuer does not offer this login.
     """
     url = metadata.device_authorization_endpoint
     if url is None:
         raise CredentialsRejected("the issuer does not offer the device authorization grant", cause="no_device_login")
     form = {**client.params, "client_id": client.client_id, "scope": scope, **_challenge(verifier)}
-    return build_client_request(client, metadata, url, form, now=now)
+    # A login is for that of the client's own parameters, too.
+    own = (form.pop("resource"),) if "resource" in form else ()
+    request = build_client_request(client, metadata, url, form, now=now)
+    return replace(request, resources=_each_once(*own, *resources))
 
 
 def read_device_response(
@@ -145,11 +156,12 @@ def read_device_token_response(
 
 
 def build_authorization_request(
-    client: Client, metadata: ProviderMetadata, scope: str, *, redirect_uri: str
+    client: Client, metadata: ProviderMetadata, scope: str, *, redirect_uri: str, resources: Collection[str] = ()
 ) -> AuthorizationRequest:
     """Build the URL that the browser opens (OpenID Connect Core §3.1.2.1), with PKCE's S256.
 
-    Raises CredentialsRejected when the issuer does not offer this login.
+    `resources` are the URIs that later refreshes ask for (RFC 8707 §2.1). Raises CredentialsRejected when the issuer
+    does not offer this login.
     """
     endpoint = metadata.authorization_endpoint
     if endpoint is None:
@@ -168,7 +180,9 @@ def build_authorization_request(
     if "offline_access" in scope.split():
         # Without it, the issuer may omit the refresh token (OpenID Connect Core §11).
         parameters.setdefault("prompt", "consent")
-    url = f"{endpoint}{'&' if '?' in endpoint else '?'}{urlencode(parameters)}"
+    own = (parameters.pop("resource"),) if "resource" in parameters else ()
+    query = urlencode([*parameters.items(), *(("resource", uri) for uri in _each_once(*own, *resources))])
+    url = f"{endpoint}{'&' if '?' in endpoint else '?'}{query}"
     return AuthorizationRequest(url, redirect_uri, state, nonce, verifier)
 
 
@@ -246,6 +260,10 @@ def read_revocation_response(status: int, body: bytes, *, secrets: Collection[st
     """
     if not 200 <= status < 300:
         read_answer(status, body, secrets=secrets, endpoint="revocation")
+
+
+def _each_once(*values: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(values))
 
 
 def _challenge(verifier: str) -> dict[str, str]:

@@ -159,11 +159,15 @@ class ProviderMetadata:
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A POST with client authentication. `form` and `headers` carry secrets, so the repr omits them."""
+    """A POST with client authentication. `form` and `headers` carry secrets, so the repr omits them.
+
+    `resources` are sent besides the form, each as a `resource` (RFC 8707 §2).
+    """
 
     url: str
     form: Mapping[str, str] = field(repr=False)
     headers: Mapping[str, str] = field(repr=False)
+    resources: tuple[str, ...] = ()
 
     @property
     def secrets(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self
-from urllib.parse import parse_qsl, unquote_plus, urlsplit
+from urllib.parse import parse_qs, unquote_plus, urlsplit
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -423,7 +423,7 @@ class FakeIssuer:
                     case "POST", path if path in posts:
                         self.answer(*posts[path](authorization, self.read_body()))
                     case "GET", "/auth":
-                        query = dict(parse_qsl(urlsplit(self.path).query))
+                        query = _parameters(urlsplit(self.path).query)
                         target = issuer.logins.begin_by_browser(issuer.behaviour.login, query)
                         self.answer(303 if target else 400, {}, {"Location": target} if target else {})
                     case _:
@@ -433,4 +433,9 @@ class FakeIssuer:
 
 
 def _form(body: bytes) -> dict[str, str]:
-    return dict(parse_qsl(body.decode(), keep_blank_values=True))
+    return _parameters(body.decode())
+
+
+def _parameters(query: str) -> dict[str, str]:
+    """Return the parameters, with spaces between the values of one that is there several times (RFC 8707 §2)."""
+    return {name: " ".join(values) for name, values in parse_qs(query, keep_blank_values=True).items()}

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 import click
@@ -31,9 +31,9 @@ from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.proxy.cli.redirect_server import RedirectServer
 from eoepca_security.proxy.config.factory import make_logins, make_provider, make_store
-from eoepca_security.proxy.config.settings import Settings
-from eoepca_security.proxy.config.variables import GRANT, REFRESH_TOKEN, TOKEN_STORE
-from eoepca_security.proxy.policy.remedies import command_remedy, runs_in_container, told
+from eoepca_security.proxy.config.settings import Service, Settings
+from eoepca_security.proxy.config.variables import GRANT, REFRESH_TOKEN, SCOPE, TOKEN_STORE
+from eoepca_security.proxy.policy.remedies import command_remedy, named, runs_in_container, told
 from eoepca_security.proxy.runtime.output import say, waiting
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import Stored
@@ -65,21 +65,25 @@ def login(settings: Settings, *, scope: str | None, browser: bool, port: int = 0
     with store.locked():
         store.read()
     provider = make_provider(settings)
-    scope = scope or _join_scopes(DEFAULT_SCOPE, settings.scope)
+    chosen, scope = scope, scope or _login_scope(settings)
+    if missing := _missing_scopes(settings, scope):
+        name = "--scope" if chosen else SCOPE.env
+        say(f"warning: the login is without {missing}, which services want: add it to {name}", err=True)
 
     def finish(response: TokenResponse, request: AuthorizationRequest | None) -> str:
         with waiting(ISSUER_ANSWERS):
             claims = _identity_claims(provider, settings.client.client_id, response, scope, request)
-        _keep(store, response)
+        _keep(store, response, scope)
         return identity(claims)
 
     who = (
         by_browser(provider, settings, scope, finish, port=port)
         if browser
-        else finish(by_device(provider, scope), None)
+        else finish(by_device(provider, scope, _resources(settings)), None)
     )
+    services = f" for {named(settings.services)}" if settings.services_file is not None else ""
     say(
-        f"Logged in as {who}.\nThe session is stored in {store.place}.\n"
+        f"Logged in as {who}{services}.\nThe session is stored in {store.place}.\n"
         f"A running proxy with these settings uses it from now on. To start one, {settings.command.run('serve')}."
     )
     return 0
@@ -127,6 +131,7 @@ def logout(settings: Settings) -> int:
 def by_device(
     provider: Provider,
     scope: str,
+    resources: Collection[str] = (),
     *,
     sleep: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.monotonic,
@@ -136,7 +141,7 @@ def by_device(
     `now` returns seconds of any clock. Raises CredentialsRejected when the user refuses or does not confirm in time.
     """
     with waiting(ISSUER_ANSWERS):
-        device = provider.begin_device_login(scope)
+        device = provider.begin_device_login(scope, resources)
     ends_at = now() + device.expires_in
     _show_device(device)
     interval = device.interval
@@ -175,7 +180,13 @@ def by_browser(
     except OSError as error:
         raise SettingsError(f"--port: cannot listen on 127.0.0.1:{port}: {error.strerror}") from None
     with server as loopback:
-        request = build_authorization_request(settings.client, metadata, scope, redirect_uri=loopback.redirect_uri)
+        request = build_authorization_request(
+            settings.client,
+            metadata,
+            scope,
+            redirect_uri=loopback.redirect_uri,
+            resources=_resources(settings),
+        )
         loopback.is_expected = lambda parameters: is_answer_to(request, parameters)
         # Two addresses, in case the browser that opens is not the right one.
         opened, shown = loopback.one_time_address(request.url), loopback.one_time_address(request.url)
@@ -220,14 +231,17 @@ def _identity_claims(
     return claims
 
 
-def _keep(store: TokenStore, response: TokenResponse) -> None:
+def _keep(store: TokenStore, response: TokenResponse, scope: str) -> None:
     if response.refresh_token is None:
         raise CredentialsRejected("the issuer sent no refresh token", cause="no_refresh_token")
     lifetime = response.refresh_expires_in
+    session_ends_at = time.time() + lifetime if lifetime else None
     with store.locked():
         store.read()  # so that the new session's serial number is higher
         # Without the access token: a starting proxy gets its own in any case.
-        store.write(Stored(response.refresh_token, session_ends_at=time.time() + lifetime if lifetime else None))
+        # An issuer that grants what was asked for may leave the scope out (RFC 6749 §5.1).
+        granted = response.scope or scope
+        store.write(Stored(response.refresh_token, session_ends_at=session_ends_at, scope=granted))
 
 
 def _show_device(device: DeviceAuthorization) -> None:
@@ -247,6 +261,28 @@ def _show_device(device: DeviceAuthorization) -> None:
 
 def _waiting_for(what: str, seconds: float) -> str:
     return f"Waiting for {what}, at most {max(seconds / 60, 1):.0f} min (Ctrl-C to cancel)."
+
+
+def _login_scope(settings: Settings) -> str:
+    """Return the scope to ask for: refreshes for services cannot get more than the login had (RFC 6749 §6)."""
+    if settings.scope is not None:
+        return _join_scopes(DEFAULT_SCOPE, settings.scope)
+    return _join_scopes(DEFAULT_SCOPE, *map(_refresh_scope, settings.services))
+
+
+def _missing_scopes(settings: Settings, scope: str) -> str:
+    wanted = ("openid" if service.credential == "id_token" else None for service in settings.services)
+    names = _join_scopes(*wanted, *map(_refresh_scope, settings.services)).split()
+    return " ".join(name for name in names if name not in scope.split())
+
+
+def _refresh_scope(service: Service) -> str | None:
+    return service.scope if service.token in ("scope", "resource") else None
+
+
+def _resources(settings: Settings) -> list[str]:
+    """Return the resources that refreshes ask for: a login has to name them all (RFC 8707 §2.2)."""
+    return [service.resource for service in settings.services if service.token == "resource" and service.resource]  # noqa: S105
 
 
 def _join_scopes(*scopes: str | None) -> str:

@@ -176,6 +176,11 @@ def login_remedy(error: TokenError, settings: Settings, *, in_container: bool) -
                 text, arguments = _LOGIN_REMEDIES[reason]
                 return text + (settings.command.run(arguments) if arguments else "")
     match error:
+        case CredentialsRejected(issuer_error="invalid_target") if settings.services_file is not None:
+            return (
+                f"let the client ask at the issuer for each `resource` in {printable(str(settings.services_file))}, or "
+                "correct them"
+            )
         case CredentialsRejected(issuer_error=str(said)) if said in CLIENT_ERRORS:
             remedy = _client_remedy(settings)
             return f"{remedy}; {_ALLOW_LOGIN}" if said == "unauthorized_client" else remedy
@@ -270,12 +275,13 @@ def widening_remedy(settings: Settings, services: Sequence[Service]) -> str:
     """Return the remedy where a refresh for one of these services takes scopes from the session for good."""
     return (
         "this issuer does not give a session's scopes again after a refresh for fewer: set another `token` for "
-        f"{_list(service.name for service in services)}, and {settings.command.run('login')}"
+        f"{named(services)}, and {settings.command.run('login')}"
     )
 
 
-def _list(names: Iterable[str]) -> str:
-    names = list(names)
+def named(services: Iterable[Service]) -> str:
+    """Return the names of services, of which there may be hundreds, for a message."""
+    names = [service.name for service in services]
     return ", ".join(names) if len(names) <= _MOST_NAMED else f"{', '.join(names[:_MOST_NAMED])} and others"
 
 

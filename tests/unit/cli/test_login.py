@@ -104,6 +104,81 @@ def test_other_scopes(run: Run, issuer: FakeIssuer) -> None:
     assert [seen["scope"] for seen in issuer.logins.seen] == ["openid offline_access read", "profile"]
 
 
+SERVICES = """
+    [service.stac]
+    url = "https://stac.example"
+    token = "resource"
+    resource = "https://stac.example"
+    scope = "stac:read"
+    [service.data]
+    url = "https://data.example"
+    token = "scope"
+    scope = "data:read stac:read"
+    [service.geo]
+    url = "https://geo.example"
+    token = "resource"
+    resource = "urn:geo"
+    [service.tiles]
+    url = "https://tiles.example"
+    token = "exchange"
+    audience = "tiles"
+    scope = "tiles:read"
+    [service.ids]
+    url = "https://ids.example"
+    credential = "id_token"
+    """
+
+
+@pytest.mark.parametrize("arguments", [("login",), ("login", "--browser")])
+def test_a_login_is_for_what_services_will_ask_for(
+    arguments: tuple[str, ...], run: Run, issuer: FakeIssuer, tmp_path: Path, visits: list[httpx.Response]
+) -> None:
+    (tmp_path / "services.toml").write_text(SERVICES)
+    code, out, err = run(*arguments, "--services", "services.toml")
+    assert (code, err) == (0, "")
+    assert "Logged in as alice (sub u-1) for stac, data, geo, tiles, ids.\n" in out
+    (seen,) = issuer.logins.seen
+    assert seen["scope"] == "openid offline_access stac:read data:read"
+    assert seen["resource"] == "https://stac.example urn:geo"
+    session = stored(issuer, tmp_path)
+    assert session is not None
+    assert session.scope == seen["scope"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "name"),
+    [(("--scope", "openid data:read"), {}, "--scope"), ((), {"OPEN_ID_CONNECT_SCOPE": "data:read"}, "_CONNECT_SCOPE")],
+)
+def test_scopes_that_were_chosen_stay_and_what_services_miss_is_told(
+    arguments: tuple[str, ...], more: dict[str, str], name: str, run: Run, issuer: FakeIssuer, tmp_path: Path
+) -> None:
+    (tmp_path / "services.toml").write_text(SERVICES)
+    code, _, err = run("login", *arguments, PROXY_SERVICES="services.toml", **more)
+    assert code == 0
+    (line,) = err.splitlines()
+    assert line.startswith("warning: the login is without stac:read, which services want: add it to ")
+    assert line.endswith(name)
+    assert "stac:read" not in issuer.logins.seen[0]["scope"]
+    code, _, err = run("login", "--scope", "stac:read data:read", PROXY_SERVICES="services.toml")
+    assert "without openid, which" in err
+
+
+def test_the_scope_that_the_issuer_granted_is_kept(run: Run, issuer: FakeIssuer, tmp_path: Path) -> None:
+    issuer.behaviour.scope = "openid"
+    assert run("login")[0] == 0
+    session = stored(issuer, tmp_path)
+    assert session is not None
+    assert session.scope == "openid"
+
+
+def test_a_refused_resource_names_the_file(run: Run, issuer: FakeIssuer, tmp_path: Path) -> None:
+    (tmp_path / "services.toml").write_text(SERVICES)
+    issuer.behaviour.login.polls = ["invalid_target"]
+    code, _, err = run("login", PROXY_SERVICES="services.toml")
+    assert code == 1
+    assert "each `resource` in services.toml" in err
+
+
 def test_a_login_belongs_to_the_settings_it_was_made_with(run: Run, issuer: FakeIssuer, tmp_path: Path) -> None:
     assert run("login", OPEN_ID_REFRESH_TOKEN="used-up")[0] == 0
     assert stored(issuer, tmp_path) is None

@@ -20,7 +20,7 @@ from eoepca_security.issuer.provider import (
     TOKEN_TIMEOUT,
     Provider,
 )
-from eoepca_security.issuer.transport import Answer, HttpTransport
+from eoepca_security.issuer.transport import Answer, Form, HttpTransport
 from eoepca_security.oauth.protocol import Client, ProviderMetadata
 from eoepca_security.session.file_store import LOCK_TIMEOUT
 from eoepca_security.session.token_cycle import _GIVE_UP
@@ -46,7 +46,7 @@ class FakeTransport:
         self.replies: dict[str, Reply] = {DISCOVERY: discovery(**changes), KEYS: ok({"keys": []})}
         self.gets: list[str] = []
         self.get_headers: Mapping[str, str] | None = None
-        self.posts: list[tuple[str, Mapping[str, str], Mapping[str, str]]] = []
+        self.posts: list[tuple[str, Form, Mapping[str, str]]] = []
         self.timeouts: set[float] = set()
 
     def get(self, url: str, *, timeout: float, headers: Mapping[str, str] | None = None) -> Answer:
@@ -55,7 +55,7 @@ class FakeTransport:
         self.timeouts.add(timeout)
         return self._reply(url)
 
-    def post(self, url: str, *, form: Mapping[str, str], headers: Mapping[str, str], timeout: float) -> Answer:
+    def post(self, url: str, *, form: Form, headers: Mapping[str, str], timeout: float) -> Answer:
         self.posts.append((url, form, headers))
         self.timeouts.add(timeout)
         return self._reply(url)
@@ -585,10 +585,10 @@ def test_a_secret_that_is_a_word_of_an_error_code_does_not_change_its_meaning(
         provider.request_token(REFRESH_TOKEN)
 
 
-def secrets_of(form: Mapping[str, str], headers: Mapping[str, str]) -> list[str]:
+def secrets_of(form: Form, headers: Mapping[str, str]) -> list[str]:
     """Return our secrets, and how the client's was sent."""
     as_sent = headers.get("Authorization") or form.get("client_assertion") or form["client_secret"]
-    return [REFRESH_TOKEN, SECRET, as_sent]
+    return [REFRESH_TOKEN, SECRET, str(as_sent)]
 
 
 ECHOES: list[Any] = [

@@ -5,7 +5,7 @@ import hashlib
 import json
 from dataclasses import replace
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import pytest
 
@@ -206,6 +206,25 @@ def test_each_step_of_a_login_carries_the_clients_own_parameters() -> None:
     assert [form["audience"] for form in forms] == ["https://api.example"] * 4
     assert [form["client_id"] for form in forms] == ["c"] * 4
     assert forms[2]["prompt"] == "login"
+
+
+@pytest.mark.parametrize(
+    ("params", "sent"),
+    [
+        ({}, ["https://stac.example", "urn:data"]),
+        ({"resource": "urn:own"}, ["urn:own", "https://stac.example", "urn:data"]),
+        ({"resource": "urn:data"}, ["urn:data", "https://stac.example"]),
+    ],
+)
+def test_a_login_names_each_resource_once(params: dict[str, str], sent: list[str]) -> None:
+    client, wanted = Client("c", params=params), ["https://stac.example", "urn:data", "urn:data"]
+    device = build_device_request(client, METADATA, "openid", "v", now=0, resources=wanted)
+    browser = build_authorization_request(
+        client, METADATA, "openid", redirect_uri="http://127.0.0.1:1/cb", resources=wanted
+    )
+    assert list(device.resources) == sent
+    assert "resource" not in device.form
+    assert parse_qs(urlsplit(browser.url).query)["resource"] == sent
 
 
 def test_an_authorization_request(request_: AuthorizationRequest) -> None:
