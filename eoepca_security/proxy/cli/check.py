@@ -1,56 +1,52 @@
 """The command `check`: finds errors and their remedies, step by step, in the proxy's own order."""
 
-import http.client
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Final, NoReturn
 
 from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, StoreError, TokenInvalid
 from eoepca_security.issuer.ca_trust import trust
-from eoepca_security.issuer.transport import HttpTransport, explain
+from eoepca_security.issuer.transport import HttpTransport
 from eoepca_security.oauth.protocol import MAX_LIFETIME, Client, choose_auth_method
-from eoepca_security.oauth.text import identity, printable, without_secrets
-from eoepca_security.oauth.verify import looks_like_jwt, unverified_claims
-from eoepca_security.proxy.cli.probes import UPSTREAM_TIMEOUT, Recorder, ask, bounded, is_our_proxy
-from eoepca_security.proxy.config.factory import make_logins, make_provider, make_store
+from eoepca_security.oauth.text import identity, printable
+from eoepca_security.oauth.verify import unverified_claims
+from eoepca_security.proxy.cli.check_services import Login, check_services, skip_services
+from eoepca_security.proxy.cli.probes import Recorder, is_our_proxy
+from eoepca_security.proxy.cli.service_steps import check_audience, check_upstream
+from eoepca_security.proxy.cli.steps import NotOk, Step, not_tried
+from eoepca_security.proxy.config.factory import make_logins, make_provider, make_sources, make_store
 from eoepca_security.proxy.config.port_check import USE_LOCAL, cannot_listen
+from eoepca_security.proxy.config.services import default_service
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import (
     ACCESS_TOKEN,
     ADMIN,
-    AUDIENCE,
     GRANT,
     HOST,
     ISSUER,
     PORT,
     REFRESH_TOKEN,
     TOKEN_STORE,
-    UPSTREAM,
 )
 from eoepca_security.proxy.policy.remedies import (
-    BINDING_REMEDY,
     CHECK_CLIENT,
     CHOOSE_CLIENT_AUTH,
-    CHOOSE_SCOPE,
     CLIENT_ERRORS,
     CLOCK,
     Place,
-    Reply,
-    audience_remedy,
     client_remedy,
     command_remedy,
     issuer_remedy,
-    network_remedy,
-    refusal_remedy,
+    named,
+    scope_remedy,
     session_remedy,
-    unproven_remedy,
 )
 from eoepca_security.proxy.runtime.output import waiting
-from eoepca_security.session.session import SESSION_ERRORS, AccessToken, RefreshSession, number
+from eoepca_security.session.service_tokens import Sources
+from eoepca_security.session.session import SESSION_ERRORS, AccessToken, number
 
 MAX_SKEW: Final = 10.0
 """The difference to the issuer's clock, in seconds, above which tokens may seem expired or from the future."""
@@ -62,37 +58,15 @@ _WAITS: Final = {
     "upstream": "the protected service",
 }
 
-_NETWORK_ERRORS: Final = (OSError, http.client.HTTPException, ValueError)
 
-
-@dataclass(frozen=True)
-class Step:
-    """The result of one step.
-
-    `status` is `ok`, `unproven` (it ran, and shows nothing), `fault` or `skipped`. Where it is `unproven` or `fault`,
-    `remedy` says what to set or do.
-    """
-
-    name: str
-    status: str
-    detail: str
-    remedy: str | None = None
-
-
-class _NotOk(Exception):
-    def __init__(self, detail: str, remedy: str | None = None, *, status: str = "fault") -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.remedy = remedy
-        self.status = status
-
-
-def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = time.time) -> Iterator[Step]:
+def check(settings: Settings, *, in_container: bool) -> Iterator[Step]:
     """Check everything that must work, and yield the result of each step.
 
-    A step is skipped if one that it needs has a fault, or if there is nothing to look at. `now` returns epoch seconds.
+    A step is skipped if one that it needs has a fault, or if there is nothing to look at. With a file of services, each
+    has steps of its own, and those of a service come together.
     """
-    run = _Run(settings, in_container=in_container, now=now)
+    run = _Run(settings, in_container=in_container)
+    has_services = settings.services_file is not None
     steps: tuple[tuple[str, tuple[str, ...], Callable[[], str]], ...] = (
         ("settings", (), run.settings),
         ("store", (), run.store),
@@ -102,44 +76,51 @@ def check(settings: Settings, *, in_container: bool, now: Callable[[], float] = 
         # If the store does not work, do not use up a refresh token that is valid only once.
         ("client", ("store", "discovery"), run.client),
         ("token", ("client",), run.token),
-        ("audience", ("token",), run.audience),
-        ("upstream", ("audience",), run.upstream),
+        *(() if has_services else (("audience", ("token",), run.audience), ("upstream", ("audience",), run.upstream))),
     )
     causes: dict[str, str] = {}  # the step with the fault, by each step that did not succeed because of it
     for name, needs, look in steps:
         cause = next((causes[need] for need in needs if need in causes), None)
         if cause is not None:
             causes[name] = cause
-            yield Step(name, "skipped", f"not tried, because of {cause}")
+            yield not_tried(name, cause)
             continue
         try:
             with waiting(f"waiting for {_WAITS.get(name, 'the identity provider')}"):
                 detail = look()
             yield Step(name, "ok", detail)
-        except _NotOk as result:
+        except NotOk as result:
             if result.status == "fault":
                 causes[name] = name
-            yield Step(name, result.status, result.detail, result.remedy)
+            yield result.step(name)
+    if has_services:
+        yield from skip_services(settings, causes["token"]) if "token" in causes else run.services()
 
 
 class _Run:
-    def __init__(self, settings: Settings, *, in_container: bool, now: Callable[[], float]) -> None:
+    def __init__(self, settings: Settings, *, in_container: bool) -> None:
         self._settings = settings
-        self._now = now
+        self._now = time.time
         self._in_container = in_container
-        self._transport = Recorder(HttpTransport(partial(trust, settings.ca_file)), now)
+        self._transport = Recorder(HttpTransport(partial(trust, settings.ca_file)), self._now)
         self._provider = make_provider(settings, self._transport)
         self._store = make_store(settings)
         self._issuer = Place(settings.name(ISSUER), settings.issuer_url, in_container)
         self._refresh_token = settings.refresh_token
         self._obtained: AccessToken | CredentialsRejected | TokenInvalid | None = None
         self._token = AccessToken("", 0, 0)
-        self._rotated = self._is_login = False
+        self._sources: Sources | None = None
+        self._service = default_service(
+            str(settings.upstream), audience=settings.audience, tls_no_verify=settings.tls_no_verify
+        )
 
     def settings(self) -> str:
         settings = self._settings
         client = printable(settings.client.client_id)
-        return f"client {client}, issuer {settings.issuer_url}, service {settings.upstream}"
+        what = f"service {settings.upstream}"
+        if settings.services_file is not None:
+            what = f"services {named(settings.services)}"
+        return f"client {client}, issuer {settings.issuer_url}, {what}"
 
     def store(self) -> str:
         if self._store is None:
@@ -152,9 +133,9 @@ class _Run:
                     pass
         except (StoreError, OSError) as error:
             remedy = f"fix that, or set {TOKEN_STORE.env} to a folder that this user can write to"
-            raise _NotOk(str(error), remedy) from None
+            raise NotOk(str(error), remedy) from None
         except IssuerUnavailable as error:
-            raise _NotOk(str(error), "wait for that process to finish, or stop it") from None
+            raise NotOk(str(error), "wait for that process to finish, or stop it") from None
         if stored is None:
             return f"no session yet in {self._store.place.parent}"
         self._refresh_token = stored.refresh_token
@@ -167,15 +148,23 @@ class _Run:
         found = _listens(
             Address(settings.host, settings.port), settings.name(HOST), f"set {settings.name(PORT)} to another port"
         )
+        self._service_ports()
         if admin is None:
             return found
         name = settings.name(ADMIN)
         try:
             return f"{found}; admin: {_listens(admin, name, f'set {name} to another address, or off')}"
-        except _NotOk as error:
+        except NotOk as error:
             if settings.admin_is_set:
                 raise
             return f"{found}; there will be no admin listener: {error.detail}"
+
+    def _service_ports(self) -> None:
+        settings = self._settings
+        for service in settings.services:
+            if service.port is not None:
+                address = Address(settings.host, service.port)
+                _listens(address, settings.name(HOST), f"set [service.{service.name}] port to another one")
 
     def discovery(self) -> str:
         try:
@@ -186,10 +175,10 @@ class _Run:
     def clock(self) -> str:
         skew = self._transport.skew
         if skew is None:
-            raise _NotOk("not compared, because the issuer's answers have no date", status="skipped")
+            raise NotOk("not compared, because the issuer's answers have no date", status="skipped")
         if self._is_off():
             direction = "behind" if skew > 0 else "ahead of"
-            raise _NotOk(f"this machine's clock is {abs(skew):.0f} s {direction} the issuer's", CLOCK)
+            raise NotOk(f"this machine's clock is {abs(skew):.0f} s {direction} the issuer's", CLOCK)
         return "agrees with the issuer's clock"
 
     def _is_off(self) -> bool:
@@ -201,32 +190,33 @@ class _Run:
         try:
             method = choose_auth_method(client, self._provider.metadata())
         except CredentialsRejected as error:
-            raise _NotOk(str(error), CHOOSE_CLIENT_AUTH) from None
+            raise NotOk(str(error), CHOOSE_CLIENT_AUTH) from None
         refusal = self._obtain()
         if refusal is not None and refusal.issuer_error in CLIENT_ERRORS:
-            raise _NotOk(str(refusal), self._client_remedy(refusal.issuer_error))
+            raise NotOk(str(refusal), self._client_remedy(refusal.issuer_error))
         how = "no client authentication" if method == "none" else method
         return f"the issuer accepts {printable(client.client_id)} ({how})"
 
     def token(self) -> str:
         settings, token = self._settings, self._obtained
         if token is None:
-            raise _NotOk(
+            raise NotOk(
                 "there is no session yet",
                 f"{settings.command.run('login')}, or set {REFRESH_TOKEN.env} to the refresh token of a login",
             )
         if isinstance(token, CredentialsRejected):
-            raise _NotOk(str(token), self._token_remedy(token))
+            raise NotOk(str(token), self._token_remedy(token))
         if isinstance(token, TokenInvalid):
-            raise _NotOk(str(token), CHECK_CLIENT)
+            raise NotOk(str(token), CHECK_CLIENT)
         if token.ends_at <= self._now():
-            raise _NotOk("the access token has already expired", "correct the clock first" if self._is_off() else CLOCK)
+            raise NotOk("the access token has already expired", "correct the clock first" if self._is_off() else CLOCK)
         self._token = token
         claims = unverified_claims(token.value)
         detail = f"for {identity(claims)}, valid for {token.ends_at - token.obtained_at:.0f} s"
-        if self._is_login:
+        session = self._sources.login.session if self._sources is not None else None
+        if session is not None and session.login_took_over:
             detail += f", from the stored login: the issuer rejected {REFRESH_TOKEN.env}"
-        if self._rotated and settings.token_store is None:
+        if session is not None and session.rotated and settings.token_store is None:
             detail += (
                 f"; warning: the issuer replaced the refresh token, and {TOKEN_STORE.env} is none, so the one in the "
                 "settings may be used up"
@@ -234,88 +224,49 @@ class _Run:
         return detail
 
     def audience(self) -> str:
-        settings, token = self._settings, self._token
-        is_opaque = not looks_like_jwt(token.value)
-        if settings.audience is None:
-            seen = "is opaque" if is_opaque else f"is for {_audience(token)}"
-            return f"none required, because {AUDIENCE.env} is not set; the token {seen}"
-        if is_opaque:
-            raise _NotOk("not compared, because the token is opaque: only the service can read it", status="skipped")
         try:
-            self._provider.verify(token.value, settings.audience)
+            return check_audience(self._settings, self._service, self._provider, self._token)
         except IssuerUnavailable as error:
             self._raise(error)
-        except TokenInvalid as error:
-            if error.claim == "cnf":
-                raise _NotOk(str(error), BINDING_REMEDY) from None
-            if error.claim != "aud":
-                raise _NotOk(str(error), CLOCK if error.cause == "clock" else CHECK_CLIENT) from None
-            remedy = audience_remedy(settings.client.client_id, settings.audience)
-            raise _NotOk(f"{error} (it is for {_audience(token)})", remedy) from None
-        return f"the token is for {settings.audience}"
 
     def upstream(self) -> str:
-        settings = self._settings
-        url = str(settings.upstream)
-        place = Place(settings.name(UPSTREAM), url, self._in_container)
-        try:
-            reply = bounded(lambda: ask(settings, self._token.value), UPSTREAM_TIMEOUT)
-        except _NETWORK_ERRORS as error:
-            cause, reason = explain(error)
-            raise _NotOk(f"{url} cannot be reached: {reason}", network_remedy(place, cause, by_proxy=False)) from None
-        answered = f"{url}{settings.endpoint} answered {self._outcome(reply)} with the token"
-        without: Reply | None = None
-        try:
-            without = bounded(lambda: ask(settings, None), UPSTREAM_TIMEOUT)
-            other = " and without it" if without.status == reply.status else f" and {without.status} without it"
-        except _NETWORK_ERRORS as error:
-            other = f", but a request without it failed: {explain(error)[1]}"
-        if (remedy := refusal_remedy(place, reply, without, audience=_audience(self._token))) is not None:
-            raise _NotOk(answered, remedy)
-        if (remedy := unproven_remedy(reply, without)) is not None:
-            raise _NotOk(f"{answered}{other}, which shows nothing about the token", remedy, status="unproven")
-        return f"{answered}{other}"
-
-    def _outcome(self, reply: Reply) -> str:
-        """Return the status, and where the answer leads or what it asks for."""
-        said = reply.headers.get("www-authenticate", "")
-        if (location := reply.headers.get("location")) and 300 <= reply.status < 400:
-            # The host, or the path on this one: the rest may be long, and hold anything.
-            elsewhere = re.match(r"((?:https?:)?//)(?:[^/?#]*@)?([^/?#]*)", location)
-            said = f"to {elsewhere[1]}{elsewhere[2]}" if elsewhere else f"to {re.split('[?#]', location)[0]}"
-        said = without_secrets(said, (self._token.value,))
-        return f"{reply.status} ({said})" if said else str(reply.status)
+        return check_upstream(self._settings, self._service, self._token, in_container=self._in_container)
 
     def _obtain(self) -> CredentialsRejected | None:
         """Get an access token; return the issuer's refusal, which the client or the session may be the reason for.
 
-        Raises _NotOk when the issuer does not say anything about the client.
+        Raises NotOk when the issuer does not say anything about the client.
         """
         settings = self._settings
         if settings.grant == "refresh_token" and self._refresh_token is None:
             if settings.access_token is not None:
+                self._sources = self._make_sources(settings)
                 end = number(unverified_claims(settings.access_token).get("exp")) or self._now()
                 self._obtained = AccessToken(settings.access_token, self._now(), min(end, self._now() + MAX_LIFETIME))
-                raise _NotOk(f"not tried, because {ACCESS_TOKEN.env} is used as it is", status="skipped")
+                raise NotOk(f"not tried, because {ACCESS_TOKEN.env} is used as it is", status="skipped")
             if (refusal := self._try_client(settings.client)) is None:
                 remedy = settings.command.run("login")
-                raise _NotOk("the issuer does not say whether it accepts the client", remedy, status="unproven")
+                raise NotOk("the issuer does not say whether it accepts the client", remedy, status="unproven")
             return refusal
-        session = RefreshSession(
-            self._provider.request_token,
-            settings.refresh_token,
-            store=self._store,
-            logins=make_logins(settings),
-            now=self._now,
-        )
+        self._sources = self._make_sources(replace(settings, access_token=None))  # to request a new one instead
         try:
-            self._obtained = session.renew(None)
+            self._obtained = self._sources.login.session.renew(None)
         except (CredentialsRejected, TokenInvalid) as error:
             self._obtained = error
         except IssuerUnavailable as error:
             self._raise(error)
-        self._rotated, self._is_login = session.rotated, session.login_took_over
         return self._obtained if isinstance(self._obtained, CredentialsRejected) else None
+
+    def _make_sources(self, settings: Settings) -> Sources:
+        # They start with the token that the step `client` gets and stores.
+        return make_sources(settings, provider=self._provider, joins=True, verifies=False)
+
+    def services(self) -> Iterator[Step]:
+        """Yield the steps of each service, once there is a token."""
+        if self._sources is None:
+            raise RuntimeError("there is no token")
+        login = Login(self._provider, self._sources, self._token, in_container=self._in_container)
+        return check_services(self._settings, login)
 
     def _try_client(self, client: Client) -> CredentialsRejected | None:
         """Return the issuer's error for an invalid refresh token: it shows whether the issuer accepts the client."""
@@ -361,16 +312,18 @@ class _Run:
                 issuer=self._provider.metadata().issuer,
                 now=self._now(),
             )
-        return CHOOSE_SCOPE if error.issuer_error == "invalid_scope" else f"{CHECK_CLIENT}, and {GRANT.env}"
+        if error.issuer_error == "invalid_scope":
+            return scope_remedy(self._settings)
+        return f"{CHECK_CLIENT}, and {GRANT.env}"
 
     def _raise(self, error: IssuerUnavailable) -> NoReturn:
-        raise _NotOk(
+        raise NotOk(
             str(error), issuer_remedy(self._issuer, error, self._transport.last, self._settings.command)
         ) from None
 
 
 def _listens(address: Address, name: str, other: str) -> str:
-    """Return whether the address is free or a proxy of ours uses it; otherwise raises _NotOk.
+    """Return whether the address is free or a proxy of ours uses it; otherwise raises NotOk.
 
     `name` is where the user set the host, and `other` an alternative remedy for an address in use.
     """
@@ -378,12 +331,7 @@ def _listens(address: Address, name: str, other: str) -> str:
     if obstacle is None:
         return f"{address} is free"
     if obstacle.is_foreign:
-        raise _NotOk(obstacle.detail, f"change {name}: {USE_LOCAL}")
+        raise NotOk(obstacle.detail, f"change {name}: {USE_LOCAL}")
     if is_our_proxy(*address):
         return f"{address} is in use by a running OIDC proxy"
-    raise _NotOk(obstacle.detail, f"stop the program that uses it, or {other}")
-
-
-def _audience(token: AccessToken) -> str:
-    audience = unverified_claims(token.value).get("aud", "no particular audience")
-    return printable(", ".join(map(str, audience)) if isinstance(audience, list) else audience)
+    raise NotOk(obstacle.detail, f"stop the program that uses it, or {other}")

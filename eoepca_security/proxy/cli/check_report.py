@@ -7,24 +7,42 @@ from dataclasses import asdict
 
 import click
 
-from eoepca_security.proxy.cli.check import Step
+from eoepca_security.proxy.cli.steps import LAST, Step
 from eoepca_security.proxy.runtime.output import width, wrapped
 
 
 def report(steps: Iterable[Step], *, as_json: bool, strict: bool = False) -> int:
     """Show each step when it is done, or with `as_json` all at the end; return the exit code.
 
-    It is 1 if a step has a fault; with `strict`, also if one is unproven.
+    Those of a service are one line if all is well. The exit code is 1 if a step has a fault; with `strict`, also if one
+    is unproven.
     """
     show = (lambda _step: None) if as_json else _at_terminal() if sys.stdout.isatty() else _show_plainly
-    seen = []
+    seen: list[Step] = []
+    of_service: list[Step] = []
     for step in steps:
-        show(step)
         seen.append(step)
+        of_service += [step] if step.service else []
+        if not step.service:
+            show(step)
+        elif step.name.startswith(LAST):
+            for line in _lines(of_service):
+                show(line)
+            of_service.clear()
     ok = not any(step.status == "fault" or (strict and step.status == "unproven") for step in seen)
     if as_json:
         click.echo(json.dumps({"ok": ok, "steps": [asdict(step) for step in seen]}, indent=2))
     return 0 if ok else 1
+
+
+def _lines(steps: list[Step]) -> list[Step]:
+    """Return what to show of one service: all in one line, or only what is wrong, and not what follows from that."""
+    if wrong := [step for step in steps if step.status in ("unproven", "fault")]:
+        return wrong
+    name, last = steps[0].service, steps[-1]
+    if last.status == "skipped":
+        return [Step(name, "skipped", last.detail)]
+    return [Step(name, "ok", "; ".join(step.detail for step in steps if step.status == "ok"))]
 
 
 def _show_plainly(step: Step) -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from eoepca_security.issuer.ca_trust import trust
 from eoepca_security.issuer.threads import in_thread
 from eoepca_security.issuer.transport import Answer, Transport
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.policy.access import PROBE_HOST
 from eoepca_security.proxy.policy.problem_details import ERROR_HEADER
 from eoepca_security.proxy.policy.remedies import Reply
@@ -21,6 +21,9 @@ UPSTREAM_TIMEOUT: Final = 10.0
 
 PROBE_TIMEOUT: Final = 2.0
 """The time limit in seconds for the program on our port to answer."""
+
+NETWORK_ERRORS: Final = (OSError, http.client.HTTPException, ValueError)
+"""What a request may raise."""
 
 T = TypeVar("T")
 
@@ -66,22 +69,22 @@ def bounded(function: Callable[[], T], timeout: float) -> T:
     return asyncio.run(call())
 
 
-def ask(settings: Settings, token: str | None) -> Reply:
-    """Send a request to the protected service like the proxy does: directly, ignoring HTTPS_PROXY.
+def ask(service: Service, target: str, token: str | None) -> Reply:
+    """Send a GET for `target` to a service like the proxy does: directly, ignoring HTTPS_PROXY.
 
     With None, the request has no token.
     """
-    parts = urlsplit(str(settings.upstream))
+    parts = urlsplit(service.upstream)
     host, port = parts.hostname or "", parts.port
     connection = http.client.HTTPConnection(host, port, timeout=UPSTREAM_TIMEOUT)
     if parts.scheme == "https":
-        context = trust(settings.ca_file)
-        if settings.tls_no_verify:
+        context = trust(service.ca_file)
+        if service.tls_no_verify:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(host, port, timeout=UPSTREAM_TIMEOUT, context=context)
     try:
-        credentials = {"Authorization": f"Bearer {token}"} if token is not None else {}
-        connection.request("GET", settings.endpoint, headers={**credentials, "Accept": "*/*"})
+        credentials = {service.header: service.header_value(token)} if token is not None else {}
+        connection.request("GET", target, headers={**credentials, "Accept": "*/*"})
         response = connection.getresponse()
         headers = {name.lower(): response.getheader(name, "") for name, _ in response.getheaders()}
         return Reply(response.status, headers, response.read(4096) if response.status == 400 else b"")

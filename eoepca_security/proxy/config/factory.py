@@ -103,6 +103,8 @@ def make_sources(
     settings: Settings,
     *,
     login: TokenSource | None = None,
+    provider: Provider | None = None,
+    verifies: bool = True,
     continues: TokenSource | None = None,
     joins: bool = False,
     hooks: Callable[[Service | None], Hooks] = lambda _service: Hooks(),
@@ -110,10 +112,11 @@ def make_sources(
     """Return the token sources of the login and of each service. They do not ask the issuer yet.
 
     `login` is the source of the login's own tokens if there is one already; otherwise `continues` and `joins` are the
-    same as for TokenSource. `hooks` returns those of a service, or those of the login for None. The service of the
-    settings without a file shares the login's source.
+    same as for TokenSource. `provider` is that of the settings, if there is one already. Without `verifies`, the tokens
+    of services are not compared with what they must be for. `hooks` returns those of a service, or those of the login
+    for None. The service of the settings without a file shares the login's source.
     """
-    provider = make_provider(settings)
+    provider = provider or make_provider(settings)
     services = services_of(settings)
     if settings.services_file is None:
         login = _login_source(settings, provider, services[0], hooks(services[0]), continues=continues, joins=joins)
@@ -123,7 +126,7 @@ def make_sources(
     for service in services:
         own = hooks(service)
         options: dict[str, Any] = {
-            "check": _check(provider, service, own),
+            "check": _check(provider, service if verifies else None, own),
             "observe": own.observe,
             "describe": own.describe,
             "service": service.name,

@@ -111,13 +111,23 @@ def failure_remedy(
 
 def command_remedy(error: TokenError, settings: Settings, service: Service | None = None, *, in_container: bool) -> str:
     """Do the same for a command, which does not retry."""
+    if remedy := known_remedy(error, settings, service, in_container=in_container):
+        return remedy
+    match error:
+        case IssuerUnavailable():
+            return f"try again later; if the error persists, {_check(settings)}"
+        case CredentialsRejected():
+            return f"compare the client's settings at the issuer with yours; {_check(settings)}"
+    return f"{CHECK_CLIENT}; {_check(settings)}"
+
+
+def known_remedy(error: TokenError, settings: Settings, service: Service | None = None, *, in_container: bool) -> str:
+    """Do the same, but return an empty string if only `check` could say more."""
     if service is not None and (remedy := _service_remedy(error, settings, service)) is not None:
         return remedy
     match error:
         case IssuerUnavailable():
-            return _issuer_remedy(_issuer(settings, error, in_container), error, settings.command) or (
-                f"try again later; if the error persists, {_check(settings)}"
-            )
+            return _issuer_remedy(_issuer(settings, error, in_container), error, settings.command)
         case CredentialsRejected():
             return _rejection_remedy(error, settings)
         case TokenInvalid(claim="aud") if settings.audience is not None:
@@ -128,7 +138,7 @@ def command_remedy(error: TokenError, settings: Settings, service: Service | Non
             return CLOCK
         case TokenInvalid(cause="no_id_token"):
             return _openid_remedy(settings)
-    return f"{CHECK_CLIENT}; {_check(settings)}"
+    return ""
 
 
 def key_name(service: Service, key: str, settings: Settings) -> str:
@@ -147,25 +157,34 @@ def _service_remedy(error: TokenError, settings: Settings, service: Service) -> 
                 error, settings.client.client_id, service.audience, whose=f"[service.{service.name}]"
             )
         case CredentialsRejected(issuer_error="invalid_scope") if service.scope is not None:
-            return (
-                f"{settings.command.run('login')}, which asks for it; or let the client request it at the issuer "
-                f"(Keycloak: Clients > {printable(settings.client.client_id)} > Client scopes > Add client scope), or "
-                f"correct {key_name(service, 'scope', settings)}"
-            )
+            return f"{login_scope_remedy(settings)}, or correct {key_name(service, 'scope', settings)}"
         case CredentialsRejected(issuer_error="invalid_target") if service.resource is not None:
             return (
                 f"{settings.command.run('login')}, which asks for it; or let the client request it at the issuer, or "
                 f"correct {key_name(service, 'resource', settings)}"
             )
+        case TokenInvalid(claim="aud") if service.audience is not None and service.token == "exchange":  # noqa: S105
+            return exchanged_audience_remedy(settings.client.client_id, service.audience)
         case TokenInvalid(claim="aud") if service.audience is not None:
             name = key_name(service, "audience", settings)
             return audience_remedy(settings.client.client_id, service.audience, name=name)
     return None
 
 
+def login_scope_remedy(settings: Settings) -> str:
+    """Return the remedy for scopes that services want, and that the login is without."""
+    add = f"add them to {SCOPE.env}, and " if settings.scope is not None else ""
+    return (
+        f"{add}{settings.command.run('login')}, which asks for them; if that does not help, let the client request "
+        f"them at the issuer (Keycloak: Clients > {printable(settings.client.client_id)} > Client scopes > Add client "
+        "scope)"
+    )
+
+
 def _openid_remedy(settings: Settings) -> str:
     login = settings.command.run("login")
-    return login if settings.scope is None else f"add openid to {SCOPE.env}, and {login}"
+    asks = f"{login}, which asks for openid" if settings.scope is None else f"add openid to {SCOPE.env}, and {login}"
+    return f"{asks}; if that does not help, this issuer sends ID tokens only at the login: use another `credential`"
 
 
 def login_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
@@ -256,7 +275,7 @@ def _rejection_remedy(error: CredentialsRejected, settings: Settings) -> str:
             return scope_remedy(settings)
         case "no_auth_method":
             return CHOOSE_CLIENT_AUTH
-    return f"compare the client's settings at the issuer with yours; {_check(settings)}"
+    return ""
 
 
 def scope_remedy(settings: Settings) -> str:
@@ -470,6 +489,16 @@ def audience_remedy(client_id: str, audience: str, *, name: str = AUDIENCE.env) 
     )
 
 
+def exchanged_audience_remedy(client_id: str, audience: str) -> str:
+    """Return the remedy for an exchange (RFC 8693) that gave, or can give, no token for `audience`."""
+    client, service = printable(client_id), printable(audience)
+    return (
+        f"let the client ask for {service} at the issuer (Keycloak: Client scopes > Create client scope; there, "
+        f"Mappers > Configure a new mapper > Audience, with {service} as Included Client Audience; then Clients > "
+        f"{client} > Client scopes > Add client scope)"
+    )
+
+
 def exchange_remedy(
     error: CredentialsRejected, client_id: str, audience: str | None, *, whose: str = "the service"
 ) -> str | None:
@@ -498,10 +527,8 @@ def exchange_remedy(
             )
         case "no_audience":
             return (
-                f"let the client ask for {service} at the issuer (Keycloak: Client scopes > Create client scope; "
-                f"there, Mappers > Configure a new mapper > Audience, with {service} as Included Client Audience; then "
-                f"Clients > {client} > Client scopes > Add client scope), and if that scope is an optional one, set "
-                f"`scope` of {whose} to it"
+                f"{exchanged_audience_remedy(client_id, service)}, and if that scope is an optional one, set `scope` "
+                f"of {whose} to it"
             )
         case "subject_token":
             return f"the session's access token was refused: it has ended, or was not issued to {client}"
@@ -512,7 +539,9 @@ def exchange_remedy(
     return None
 
 
-def refusal_remedy(place: Place, reply: Reply, without: Reply | None, *, audience: str) -> str | None:
+def refusal_remedy(
+    place: Place, reply: Reply, without: Reply | None, service: Service, settings: Settings, *, audience: str
+) -> str | None:
     """Return the remedy for the protected service's answer to a request with the token, or None for no error.
 
     `without` is its answer without the token, or None. `audience` describes the token's audience.
@@ -524,11 +553,13 @@ def refusal_remedy(place: Place, reply: Reply, without: Reply | None, *, audienc
         case 401:
             return (
                 f"the service does not accept the token, which is for {audience}: compare with the issuer and audience "
-                f"that the service expects, and set {AUDIENCE.env} accordingly"
+                f"that the service expects, and set {key_name(service, 'audience', settings)} accordingly"
             )
         case 403 if "insufficient_scope" in challenge:
             wanted = re.search(r'scope="([^"]*)"', challenge)
             scope = printable(wanted[1]) if wanted else "the required scope"
+            if service.token != "shared":  # noqa: S105  the kind of token
+                return f"set {key_name(service, 'scope', settings)} so that the token has {scope}"
             return f"log in again with --scope, or set {SCOPE.env}, so that the token has {scope}"
         case 403:
             is_for_all = without is not None and without.status == 403

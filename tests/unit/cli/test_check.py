@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from eoepca_security.oauth.protocol import Client
-from eoepca_security.proxy.cli import check as check_module
-from eoepca_security.proxy.cli.check import Step, check
+from eoepca_security.proxy.cli import service_steps
+from eoepca_security.proxy.cli.check import check
 from eoepca_security.proxy.cli.main import main
+from eoepca_security.proxy.cli.steps import Step
 from eoepca_security.proxy.config.factory import make_store
 from eoepca_security.proxy.config.settings import Address, Settings
 from eoepca_security.proxy.config.variables import VARIABLES
@@ -618,7 +619,7 @@ def test_a_service_that_is_not_there(settings: Settings) -> None:
 
 
 def test_a_service_that_does_not_answer(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_module, "UPSTREAM_TIMEOUT", 0.2)
+    monkeypatch.setattr(service_steps, "UPSTREAM_TIMEOUT", 0.2)
     with RawServer(says_nothing) as server:
         said = remedy(replace(settings, upstream=f"http://127.0.0.1:{server.port}"), "upstream")
     assert "firewalls" in said

@@ -227,7 +227,7 @@ SERVICES = replace(SETTINGS, services_file=Path("services.toml"), services=(STAC
     [
         (TokenInvalid("x", claim="aud"), {"audience": "stac-api"}, "with stac-api as Included Custom Audience"),
         (TokenInvalid("x", claim="aud"), {"audience": "stac-api"}, "set [service.stac] audience"),
-        (rejected("invalid_scope"), {"token": "scope", "scope": "read"}, "run `oidc-proxy login`, which asks for it"),
+        (rejected("invalid_scope"), {"token": "scope", "scope": "read"}, "run `oidc-proxy login`, which asks for them"),
         (rejected("invalid_scope"), {"token": "scope", "scope": "read"}, "correct [service.stac] scope"),
         (rejected("invalid_target"), {"token": "resource", "resource": "urn:x"}, "correct [service.stac] resource"),
         (rejected("invalid_scope"), {"token": "exchange", "scope": "read"}, "set `scope` of [service.stac]"),
@@ -263,7 +263,7 @@ def test_the_service_of_the_other_settings_keeps_their_names() -> None:
 def test_scopes_of_a_login_without_openid_are_to_have_it() -> None:
     settings = replace(SERVICES, scope="read")
     said = command_remedy(TokenInvalid("x", cause="no_id_token"), settings, STAC, in_container=False)
-    assert said == "add openid to OPEN_ID_CONNECT_SCOPE, and run `oidc-proxy login`"
+    assert said.startswith("add openid to OPEN_ID_CONNECT_SCOPE, and run `oidc-proxy login`; ")
 
 
 def test_scopes_that_a_narrower_refresh_took_away_name_the_services_that_do_it() -> None:
