@@ -40,7 +40,6 @@ from eoepca_security.proxy.policy.remedies import (
     client_remedy,
     command_remedy,
     issuer_remedy,
-    named,
     scope_remedy,
     session_remedy,
 )
@@ -119,7 +118,7 @@ class _Run:
         client = printable(settings.client.client_id)
         what = f"service {settings.upstream}"
         if settings.services_file is not None:
-            what = f"services {named(settings.services)}"
+            what = f"{len(settings.services)} services"
         return f"client {client}, issuer {settings.issuer_url}, {what}"
 
     def store(self) -> str:

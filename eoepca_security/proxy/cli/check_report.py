@@ -3,21 +3,25 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from typing import Final
 
 import click
 
 from eoepca_security.proxy.cli.steps import LAST, Step
+from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.runtime.output import width, wrapped
 
+_COLUMN: Final = 10
+_MEMBERS: Final = ("name", "status", "detail", "remedy")
 
-def report(steps: Iterable[Step], *, as_json: bool, strict: bool = False) -> int:
+
+def report(steps: Iterable[Step], *, as_json: bool, strict: bool = False, column: int = _COLUMN) -> int:
     """Show each step when it is done, or with `as_json` all at the end; return the exit code.
 
-    Those of a service are one line if all is well. The exit code is 1 if a step has a fault; with `strict`, also if one
-    is unproven.
+    Those of a service are one line if all is well. `column` is how wide the names are. The exit code is 1 if a step has
+    a fault; with `strict`, also if one is unproven.
     """
-    show = (lambda _step: None) if as_json else _at_terminal() if sys.stdout.isatty() else _show_plainly
+    show = (lambda _step: None) if as_json else _at_terminal(column) if sys.stdout.isatty() else _plainly(column)
     seen: list[Step] = []
     of_service: list[Step] = []
     for step in steps:
@@ -31,8 +35,17 @@ def report(steps: Iterable[Step], *, as_json: bool, strict: bool = False) -> int
             of_service.clear()
     ok = not any(step.status == "fault" or (strict and step.status == "unproven") for step in seen)
     if as_json:
-        click.echo(json.dumps({"ok": ok, "steps": [asdict(step) for step in seen]}, indent=2))
+        click.echo(
+            json.dumps(
+                {"ok": ok, "steps": [{name: getattr(step, name) for name in _MEMBERS} for step in seen]}, indent=2
+            )
+        )
     return 0 if ok else 1
+
+
+def column_for(services: Iterable[Service]) -> int:
+    """Return how wide the names of steps are with these services, of which some may be very long."""
+    return min(max(_COLUMN, *(len(service.name) for service in services), 0), 3 * _COLUMN)
 
 
 def _lines(steps: list[Step]) -> list[Step]:
@@ -42,15 +55,18 @@ def _lines(steps: list[Step]) -> list[Step]:
     name, last = steps[0].service, steps[-1]
     if last.status == "skipped":
         return [Step(name, "skipped", last.detail)]
-    return [Step(name, "ok", "; ".join(step.detail for step in steps if step.status == "ok"))]
+    return [Step(name, "ok", "; ".join(step.brief for step in steps if step.brief))]
 
 
-def _show_plainly(step: Step) -> None:
-    remedy = f"; remedy: {step.remedy}" if step.remedy else ""
-    click.echo(f"{step.name:<10} {step.status:<8} {step.detail}{remedy}")
+def _plainly(column: int) -> Callable[[Step], None]:
+    def show(step: Step) -> None:
+        remedy = f"; remedy: {step.remedy}" if step.remedy else ""
+        click.echo(f"{step.name:<{column}} {step.status:<8} {step.detail}{remedy}")
+
+    return show
 
 
-def _at_terminal() -> Callable[[Step], None]:
+def _at_terminal(column: int) -> Callable[[Step], None]:
     from rich.console import Console  # noqa: PLC0415  not needed elsewhere
     from rich.text import Text  # noqa: PLC0415
 
@@ -61,7 +77,7 @@ def _at_terminal() -> Callable[[Step], None]:
 
     def show(step: Step) -> None:
         symbol, style = marks[step.status]
-        head = f"{symbol} {step.name:<10} "
+        head = f"{symbol} {step.name:<{column}} "
         console.print(Text.assemble((head, style), wrapped(step.detail, width(), len(head))), soft_wrap=True)
         if step.remedy:
             remedy = f"{'':{len(head)}}{wrapped(step.remedy, width(), len(head))}"

@@ -100,19 +100,20 @@ class _Services:
         settings, login = self._settings, self._login
         token = AccessToken("", 0, 0)
 
-        async def get_token() -> str:
+        async def get_token() -> tuple[str, str]:
             nonlocal token
             token = await self._token(service)
             return _describe(service, token)
 
-        async def audience() -> str:
+        async def audience() -> tuple[str, str]:
             try:
-                return await in_thread(lambda: check_audience(settings, service, login.provider, token))
+                return await in_thread(lambda: check_audience(settings, service, login.provider, token)), ""
             except IssuerUnavailable as error:
                 raise NotOk(str(error), self._remedy(error, None)) from None
 
-        async def upstream() -> str:
-            return await in_thread(lambda: check_upstream(settings, service, token, in_container=login.in_container))
+        async def upstream() -> tuple[str, str]:
+            said = await in_thread(lambda: check_upstream(settings, service, token, in_container=login.in_container))
+            return said, said.removeprefix(f"{service.upstream}{service.path}{settings.endpoint} ")
 
         steps: list[Step] = []
         cause = None
@@ -181,12 +182,13 @@ class _Services:
         return f"{after}, the issuer gives all scopes of the login again"
 
 
-async def _step(name: str, cause: str | None, look: Callable[[], Awaitable[str]], ends_at: float) -> Step:
+async def _step(name: str, cause: str | None, look: Callable[[], Awaitable[tuple[str, str]]], ends_at: float) -> Step:
     if cause is not None:
         return not_tried(name, cause)
     try:
         async with asyncio.timeout_at(ends_at):
-            return Step(name, "ok", await look())
+            detail, brief = await look()
+            return Step(name, "ok", detail, brief=brief)
     except NotOk as result:
         return result.step(name)
     except TimeoutError:
@@ -194,7 +196,8 @@ async def _step(name: str, cause: str | None, look: Callable[[], Awaitable[str]]
         return Step(name, "fault", f"not finished: all services together took over {TOTAL:g} s", remedy)
 
 
-def _describe(service: Service, token: AccessToken) -> str:
+def _describe(service: Service, token: AccessToken) -> tuple[str, str]:
+    """Return what the token is, and the same in brief."""
     lifetime = f"valid for {token.ends_at - token.obtained_at:.0f} s"
     kind = service.credential if service.credential != "access_token" else service.token
     what = {
@@ -204,7 +207,11 @@ def _describe(service: Service, token: AccessToken) -> str:
         "scope": f"for the scope {service.scope}",
         "resource": f"for the resource {service.resource}",
     }[kind]
-    return f"{printable(what)}, for {identity(unverified_claims(token.value))}, {lifetime}"
+    audience = f", for {service.audience}" if service.audience is not None else ""
+    return (
+        f"{printable(what)}, for {identity(unverified_claims(token.value))}, {lifetime}",
+        printable(f"{what}{audience}"),
+    )
 
 
 def _scopes(scope: str | None) -> set[str]:

@@ -322,7 +322,7 @@ def logout(call: Call) -> int:
 def check(call: Call, *, as_json: bool, strict: bool) -> int:
     """Check everything from the settings to the protected service, and show remedies."""
     from eoepca_security.proxy.cli.check import check as run  # noqa: PLC0415  as in serve
-    from eoepca_security.proxy.cli.check_report import report  # noqa: PLC0415
+    from eoepca_security.proxy.cli.check_report import column_for, report  # noqa: PLC0415
     from eoepca_security.proxy.cli.steps import Step  # noqa: PLC0415
 
     _refuse(call, "check")
@@ -333,7 +333,8 @@ def check(call: Call, *, as_json: bool, strict: bool) -> int:
             report((Step("settings", "fault", problem) for problem in error.problems), as_json=True)
         raise
     with _without_warnings("eoepca_security.session"):  # which the steps repeat
-        return report(run(settings, in_container=runs_in_container()), as_json=as_json, strict=strict)
+        steps = run(settings, in_container=runs_in_container())
+        return report(steps, as_json=as_json, strict=strict, column=column_for(settings.services))
 
 
 @cli.command(cls=Command, examples=(("demo", ""), ("demo --once", "")))

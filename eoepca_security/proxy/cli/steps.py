@@ -19,13 +19,15 @@ class Step:
     """The result of one step.
 
     `name` ends in `:` and a service's name where it is about one of several. `status` is `ok`, `unproven` (it ran, and
-    shows nothing), `fault` or `skipped`. Where it is `unproven` or `fault`, `remedy` says what to set or do.
+    shows nothing), `fault` or `skipped`. Where it is `unproven` or `fault`, `remedy` says what to set or do. `brief` is
+    what the line about a service that works has of `detail`.
     """
 
     name: str
     status: str
     detail: str
     remedy: str | None = None
+    brief: str = ""
 
     @property
     def service(self) -> str:
