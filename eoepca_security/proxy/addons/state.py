@@ -76,7 +76,7 @@ class State:
 
     def remedy(self, error: TokenError, service: Service | None = None) -> str:
         """Return the remedy for an error that leaves the proxy without a token, for `service` if it is given."""
-        if service is not None and (self.sources is None or not self.sources.is_own(error, service.name)):
+        if service is not None and self.sources is not None and not self.sources.is_own(error, service.name):
             service = None
         return failure_remedy(error, self.settings, service, in_container=self.in_container)
 

@@ -1,6 +1,7 @@
 """The add-on's hooks, on flows made by hand, in mitmproxy's own test context."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,13 +17,14 @@ from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.proxy.mode_specs import ProxyMode
 from mitmproxy.test import taddons, tflow, tutils
 
-from eoepca_security.errors import CredentialsRejected, IssuerUnavailable
+from eoepca_security.errors import CredentialsRejected, IssuerUnavailable, TokenInvalid
 from eoepca_security.oauth.protocol import Client
 from eoepca_security.proxy.addons.addresses import browser_address, exposure
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.config.command import Command
+from eoepca_security.proxy.config.factory import Hooks
 from eoepca_security.proxy.config.services import services_of
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import OPTIONS
 from eoepca_security.proxy.patches.http_clients import outgoing
 from eoepca_security.proxy.policy import clearance
@@ -524,6 +526,30 @@ LOCAL = Guard(["localhost", "*.localhost"])
 def test_browsers_get_a_name_of_the_proxys_own(listener: str, upstream: str, expected: str | None) -> None:
     assert browser_address(listener, upstream, LOCAL) == expected
     assert browser_address(listener, upstream, Guard(["localhost", "127.0.0.1"])) is None
+
+
+async def test_what_ails_one_services_token_is_told_with_its_own_settings(context: Any) -> None:
+    stac = Service("stac", "https://stac.example", audience="stac-api")
+    failure = TokenInvalid("not for stac-api", claim="aud")
+    source, login = StubSource(failure), StubSource()
+    described: list[str] = []
+
+    def make_sources(*_: object, hooks: Callable[[Service | None], Hooks], **__: object) -> Sources:
+        described.append(hooks(stac).describe(failure))
+        return Sources(login, {"stac": source, "default": login})  # type: ignore[arg-type, dict-item]
+
+    settings = replace(SETTINGS, services=(DEFAULT_SERVICE, stac), services_file=Path("services.toml"))
+    addon = OIDCAuthProxy(settings, make_sources=make_sources)
+    context.master.addons.add(addon)
+    context.options.update(mode=["reverse:https://service.example"])
+    assert all("set [service.stac] audience" in text for text in described)
+    flow = flow_for()
+    flow.request.host_header = "stac.localhost:8080"
+    await addon.request_flow.requestheaders(flow)
+    assert flow.response is not None
+    assert "set [service.stac] audience" in json.loads(flow.response.content or b"")["detail"]
+    login.error = TokenInvalid("not for the service", claim="aud")
+    assert "[service.stac]" not in addon.state.describe(login.error, stac)
 
 
 async def test_while_it_ends_clients_are_told_to_close_their_connections(context: Any) -> None:
