@@ -104,7 +104,7 @@ class Monitoring:
         if error is not None:
             # The login has told of its own errors.
             if is_login or login is None or error is not login.error:
-                self._recent_errors.add(error.code, str(error), state.remedy(error), "" if is_login else name)
+                self._recent_errors.add(error.code, str(error), state.remedy(error, service), "" if is_login else name)
         elif token is not None and is_login:
             self._claims = unverified_claims(token.value)
 
@@ -115,7 +115,8 @@ class Monitoring:
             sources = self._state.sources
             source = self._state.source if name is None or sources is None else sources.services.get(name)
             error = await status.unready(source)
-            return Unready(error.code, self._state.describe(error)) if error is not None else None
+            service = self._state.services.get(name) if name is not None else None
+            return Unready(error.code, self._state.describe(error, service)) if error is not None else None
 
         async def told() -> dict[str, Any]:
             return self.status()

@@ -108,9 +108,10 @@ class State:
         """Whether its services have names, which a file gives them."""
         return self.settings is not None and self.settings.services_file is not None
 
-    def remedy(self, error: TokenError) -> str:
+    def remedy(self, error: TokenError, service: Service | None = None) -> str:
         """Return the remedy for an error that leaves the proxy or a service without a token."""
-        return failure_remedy(error, self.settings, in_container=self.in_container)
+        whose = service if error is not self.error else None
+        return failure_remedy(error, self.settings, whose, in_container=self.in_container)
 
 
 async def unready(source: TokenCycle | None) -> TokenError | None:
@@ -191,7 +192,7 @@ def _service(one: ServiceState, state: State) -> dict[str, Any]:
         "token_kind": service.token,
         "state": _name(one.token, error, one.last_refresh),
         "code": error.code if error is not None else None,
-        "detail": told(error, state.remedy(error)) if error is not None else None,
+        "detail": told(error, state.remedy(error, service)) if error is not None else None,
         "token": _token(one.token, state.at) if one.token is not None else None,
         "last_refresh": _refresh(one.last_refresh) if one.last_refresh is not None else None,
         "last_answer": {"at": round(answer.at, 3), "status": answer.status} if answer is not None else None,
@@ -218,13 +219,13 @@ def _problems(state: State) -> list[dict[str, str]]:
         name = one.service.name
         # What the session lacks is no news about each of its services.
         if one.error is not None and one.error is not state.error:
-            found.append(_token_problem(one.error, state) | _named(name))
+            found.append(_token_problem(one.error, state, one.service) | _named(name))
         found += [problem | _named(name) for problem in _answer_problems(one.fault, one.last_answer, state.settings)]
     return found
 
 
-def _token_problem(error: TokenError, state: State) -> dict[str, str]:
-    return _problem("token", problem_details.title(error.code), str(error), state.remedy(error))
+def _token_problem(error: TokenError, state: State, service: Service | None = None) -> dict[str, str]:
+    return _problem("token", problem_details.title(error.code), str(error), state.remedy(error, service))
 
 
 def _answer_problems(fault: RecentError | None, last: Answer | None, settings: Settings) -> list[dict[str, str]]:

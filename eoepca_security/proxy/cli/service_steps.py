@@ -17,11 +17,10 @@ from eoepca_security.proxy.policy.remedies import (
     CLOCK,
     Place,
     Reply,
-    audience_remedy,
-    exchanged_audience_remedy,
     key_name,
     network_remedy,
     refusal_remedy,
+    service_audience_remedy,
     unproven_remedy,
 )
 from eoepca_security.session.session import AccessToken
@@ -30,25 +29,24 @@ from eoepca_security.session.session import AccessToken
 def check_audience(settings: Settings, service: Service, provider: Provider, token: AccessToken) -> str:
     """Return whom the token is for; raises NotOk when that is not the service, and IssuerUnavailable."""
     is_opaque = not looks_like_jwt(token.value)
+    wanted = service.audience or service.resource
     name = key_name(service, "audience", settings)
-    if service.audience is None:
+    if wanted is None:
         seen = "is opaque" if is_opaque else f"is for {audience_of(token)}"
         return f"none required, because {name} is not set; the token {seen}"
     if is_opaque:
         raise NotOk("not compared, because the token is opaque: only the service can read it", status="skipped")
     try:
-        provider.verify(token.value, service.audience)
+        provider.verify(token.value, wanted)
     except TokenInvalid as error:
         if error.claim == "cnf":
             raise NotOk(str(error), BINDING_REMEDY) from None
         if error.claim != "aud":
             raise NotOk(str(error), CLOCK if error.cause == "clock" else CHECK_CLIENT) from None
-        client_id = settings.client.client_id
-        remedy = audience_remedy(client_id, service.audience, name=name)
-        if service.token == "exchange":  # noqa: S105  the kind of token
-            remedy = exchanged_audience_remedy(client_id, service.audience)
-        raise NotOk(f"{error} (it is for {audience_of(token)})", remedy) from None
-    return f"the token is for {service.audience}"
+        raise NotOk(
+            f"{error} (it is for {audience_of(token)})", service_audience_remedy(settings, service, wanted)
+        ) from None
+    return f"the token is for {wanted}"
 
 
 def check_upstream(settings: Settings, service: Service, token: AccessToken, *, in_container: bool) -> str:

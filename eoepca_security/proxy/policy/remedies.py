@@ -163,12 +163,20 @@ def _service_remedy(error: TokenError, settings: Settings, service: Service) -> 
                 f"{settings.command.run('login')}, which asks for it; or let the client request it at the issuer, or "
                 f"correct {key_name(service, 'resource', settings)}"
             )
-        case TokenInvalid(claim="aud") if service.audience is not None and service.token == "exchange":  # noqa: S105
-            return exchanged_audience_remedy(settings.client.client_id, service.audience)
-        case TokenInvalid(claim="aud") if service.audience is not None:
-            name = key_name(service, "audience", settings)
-            return audience_remedy(settings.client.client_id, service.audience, name=name)
+        case TokenInvalid(claim="aud") if wanted := service.audience or service.resource:
+            return service_audience_remedy(settings, service, wanted)
     return None
+
+
+def service_audience_remedy(settings: Settings, service: Service, audience: str) -> str:
+    """Return the remedy for a service's token that is not for `audience`."""
+    client_id = settings.client.client_id
+    if service.token == "exchange":  # noqa: S105  the kind of token
+        return exchanged_audience_remedy(client_id, audience)
+    remedy = audience_remedy(client_id, audience, name=key_name(service, "audience", settings))
+    if service.token != "resource":  # noqa: S105  as above
+        return remedy
+    return f"some issuers ignore `resource`: then set another `token` for {service.name}; or {remedy}"
 
 
 def login_scope_remedy(settings: Settings) -> str:

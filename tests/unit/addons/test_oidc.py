@@ -538,10 +538,12 @@ async def test_what_ails_one_services_token_is_told_with_its_own_settings(contex
         described.append(hooks(stac).describe(failure))
         return Sources(login, {"stac": source, "default": login})  # type: ignore[arg-type, dict-item]
 
-    settings = replace(SETTINGS, services=(DEFAULT_SERVICE, stac), services_file=Path("services.toml"))
+    plain = Service("default", "https://service.example")
+    settings = replace(SETTINGS, services=(plain, stac), services_file=Path("services.toml"))
     addon = OIDCAuthProxy(settings, make_sources=make_sources)
     context.master.addons.add(addon)
     context.options.update(mode=["reverse:https://service.example"])
+    assert described
     assert all("set [service.stac] audience" in text for text in described)
     flow = flow_for()
     flow.request.host_header = "stac.localhost:8080"

@@ -347,6 +347,15 @@ def test_what_the_session_lacks_is_one_problem() -> None:
     assert "<strong>No token</strong>" in page(told)
 
 
+def test_what_ails_a_services_token_is_told_with_its_own_settings() -> None:
+    told = status(with_states(stac={"error": OVER, "token": None}))
+    [problem] = told["problems"]
+    assert "Standard Token Exchange" in problem["remedy"]
+    assert "Standard Token Exchange" in told["services"][0]["detail"]
+    other = status(replace(STATE, error=OVER))
+    assert "Standard Token Exchange" not in other["detail"]
+
+
 def test_very_many_problems_are_counted_on_the_page() -> None:
     services = tuple(Service(f"s{number}", "https://s.example") for number in range(500))
     states = tuple(ServiceState(one, OTHER_TOKEN, fault=FAULT) for one in services[1:])

@@ -76,7 +76,7 @@ def settings(issuer: FakeIssuer, protected: Protected, tmp_path: Path) -> Settin
         replace(stac, format="oidc/{token}"),
         Service("data", protected.url, "/data", token="scope", scope="data:read"),
         Service("geo", protected.url, "/geo", token="scope", scope="geo:read"),
-        Service("tiles", protected.url, "/tiles", token="resource", resource="urn:tiles", audience="urn:tiles"),
+        Service("tiles", protected.url, "/tiles", token="resource", resource="urn:tiles"),
         Service("plain", protected.url, "/plain"),
     )
     settings = Settings(
@@ -125,6 +125,7 @@ def test_all_is_well(settings: Settings, issuer: FakeIssuer, protected: Protecte
     assert steps["token:stac"].detail.startswith("by exchange, for alice (sub u-1), valid for ")
     assert steps["token:data"].detail.startswith("for the scope data:read, for alice")
     assert steps["audience:stac"].detail == "the token is for stac-api"
+    assert steps["audience:tiles"].detail == "the token is for urn:tiles"
     assert "[service.plain] audience is not set" in steps["audience:plain"].detail
     assert steps["upstream:stac"].detail == (
         f"{protected.url}/stac/me?f=json answered 200 with the token and 401 without it"
@@ -380,7 +381,7 @@ def test_a_service_that_works_is_one_line_and_another_one_only_what_is_wrong(
         ["scope", "ok"],
     ]
     assert lines[3] == (
-        "tiles      ok       for the resource urn:tiles, for urn:tiles; answered 200 with the token and 401 without it"
+        "tiles      ok       for the resource urn:tiles; answered 200 with the token and 401 without it"
     )
 
 

@@ -227,6 +227,16 @@ SERVICES = replace(SETTINGS, services_file=Path("services.toml"), services=(STAC
     [
         (TokenInvalid("x", claim="aud"), {"audience": "stac-api"}, "with stac-api as Included Custom Audience"),
         (TokenInvalid("x", claim="aud"), {"audience": "stac-api"}, "set [service.stac] audience"),
+        (
+            TokenInvalid("x", claim="aud"),
+            {"token": "resource", "resource": "urn:x"},
+            "some issuers ignore `resource`: then set another `token` for stac; or add it",
+        ),
+        (
+            TokenInvalid("x", claim="aud"),
+            {"token": "exchange", "audience": "stac-api"},
+            "with stac-api as Included Client Audience",
+        ),
         (rejected("invalid_scope"), {"token": "scope", "scope": "read"}, "run `oidc-proxy login`, which asks for them"),
         (rejected("invalid_scope"), {"token": "scope", "scope": "read"}, "correct [service.stac] scope"),
         (rejected("invalid_target"), {"token": "resource", "resource": "urn:x"}, "correct [service.stac] resource"),
