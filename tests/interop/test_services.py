@@ -1,7 +1,7 @@
 """Several services behind one login, through the launcher, with real issuers and services of one audience each."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -79,6 +79,7 @@ def user_with(
         "OPEN_ID_CONNECT_URL": issuer,
         "OPEN_ID_CONNECT_CLIENT_ID": client.client_id,
         "PROXY_SERVICES": str(folder / "services.toml"),
+        "REMOTE_PROTECTED_ENDPOINT": "/",
         **({"OPEN_ID_CONNECT_CLIENT_SECRET": client.secret} if client.secret is not None else {}),
         **({"OPEN_ID_REFRESH_TOKEN": refresh_token} if refresh_token is not None else {}),
         **more,
@@ -95,6 +96,12 @@ def log_in(keycloak: Keycloak, client: Client, scope: str) -> str:
 def asks(user: User, name: str, path: str = "/") -> httpx.Response:
     headers = {"Host": f"{name}.localhost:{user.port}"}
     return httpx.get(f"http://127.0.0.1:{user.port}{path}", headers=headers, trust_env=False, timeout=20)
+
+
+def all_is_well(user: User) -> None:
+    """Have `check` go through all services."""
+    wrong = {name: step for name, step in user.checks().items() if step["status"] not in ("ok", "skipped")}
+    assert wrong == {}
 
 
 def serve_for(user: User, seconds: float, names: tuple[str, ...], proxy: Child) -> None:
@@ -163,6 +170,7 @@ def test_three_services_get_what_keycloak_exchanges_for_each(
         assert answer.status_code == 200, answer.text + proxy.output()
         assert answer.json()["claims"]["aud"] == audience
     serve_for(user, 3 * LIFETIME, names, proxy)
+    all_is_well(user)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
@@ -177,20 +185,22 @@ def test_a_public_client_narrows_for_each_service_for_ten_lifetimes(
     serve_for(user, LIFETIMES * LIFETIME, names, proxy)
     assert "rejected" not in proxy.output()
     # Reuse would have ended the session.
-    code, output, errors = user.does("token")
-    assert (code, output.count("\n")) == (0, 1), errors
+    all_is_well(user)
+    for arguments in ((), ("--service", "stac")):
+        code, output, errors = user.does("token", *arguments)
+        assert (code, output.count("\n")) == (0, 1), errors
 
 
-def test_oidc_provider_gives_each_resource_its_own(
-    stack: ExitStack, tmp_path: Path, node: Issuer, log_in_at: Callable[[Issuer], str]
-) -> None:
+def test_oidc_provider_gives_each_resource_its_own(stack: ExitStack, tmp_path: Path, node: Issuer) -> None:
     names = {"stac": AUDIENCE, "data": OTHER_AUDIENCE}
     urls = serve_all(stack, node.url, names)
     text = "".join(
         f'[service.{name}]\nurl = "{urls[name]}"\ntoken = "resource"\nresource = "{names[name]}"\n' for name in names
     )
     client = Client(node.settings["OPEN_ID_CONNECT_CLIENT_ID"])
-    user = user_with(stack, tmp_path, text, node.url, client, log_in_at(node))
+    user = user_with(stack, tmp_path, text, node.url, client, None)
+    assert "Logged in as " in user.logs_in(node.person, *node.device_options)
+    all_is_well(user)
     proxy = user.serves()
     for name, audience in names.items():
         answer = asks(user, name)
@@ -203,23 +213,6 @@ def test_oidc_provider_gives_each_resource_its_own(
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Issuer]:
     with issuer_oidc_provider.jwt_and_public(tmp_path_factory.mktemp("node")) as issuer:
         yield issuer
-
-
-@pytest.fixture
-def log_in_at() -> Callable[[Issuer], str]:
-    """Log in by device for both resources; return the refresh token."""
-
-    def log_in(node: Issuer) -> str:
-        document = httpx.get(f"{node.url}/.well-known/openid-configuration", trust_env=False, timeout=10).json()
-        client = {"client_id": node.settings["OPEN_ID_CONNECT_CLIENT_ID"]}
-        form = {**client, "scope": "openid offline_access read", "resource": [AUDIENCE, OTHER_AUDIENCE]}
-        device = httpx.post(document["device_authorization_endpoint"], data=form, trust_env=False).json()
-        node.person(device["verification_uri_complete"])
-        grant = "urn:ietf:params:oauth:grant-type:device_code"
-        form = {**client, "grant_type": grant, "device_code": device["device_code"]}
-        return str(httpx.post(document["token_endpoint"], data=form, trust_env=False).json()["refresh_token"])
-
-    return log_in
 
 
 def test_links_in_bodies_lead_back_to_the_proxy(stack: ExitStack, tmp_path: Path) -> None:
