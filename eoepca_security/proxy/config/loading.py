@@ -10,6 +10,7 @@ from dotenv.parser import parse_stream
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.oauth.protocol import GRANTS
+from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.services import ServicesFile, default_service, read_services
 from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
@@ -20,6 +21,7 @@ from eoepca_security.proxy.config.variables import (
     ALLOW_HTTP,
     ALLOWED_HOSTS,
     AUDIENCE,
+    AUTH_FILE,
     CLIENT_KEY_FILE,
     CLIENT_SECRET,
     COMMON_FLAGS,
@@ -28,13 +30,16 @@ from eoepca_security.proxy.config.variables import (
     FORWARD_AS,
     FORWARD_AS_CHOICES,
     GRANT,
+    HOST,
     INJECT_HOSTS,
+    MODE,
+    MODES,
     REFRESH_TOKEN,
     SCOPE,
     SERVE_FLAGS,
     SERVICES,
+    TERMINATION_ENDPOINT,
     TLS_NO_VERIFY,
-    UPSTREAM,
     VARIABLES,
     Variable,
 )
@@ -164,15 +169,10 @@ def read_settings(
     if tls_no_verify:
         reader.warnings.append(NO_VERIFY.format(TLS_NO_VERIFY.env))
     host, port = reader.host(), reader.port()
-    services_file = reader.services_file()
-    reads_upstream = need_upstream if services_file is None else knows_upstream
-    upstream = reader.upstream(host, port, is_required=services_file is None) if reads_upstream else None
+    forwarding = _forwarding(reader, host, port, need_upstream=need_upstream, knows_upstream=knows_upstream)
     admin, admin_is_set = reader.admin(is_on=need_upstream)
     if admin_is_set and admin is not None and admin.port and (admin.host, admin.port) == (host, port):
         reader.problem(ADMIN, f"{admin} is the address of the proxy itself: choose another port")
-    inject_hosts = reader.hosts(INJECT_HOSTS)
-    if need_upstream and inject_hosts:
-        reader.warnings.append(f"{INJECT_HOSTS.env} is not used: the launcher only forwards to {reader.name(UPSTREAM)}")
     unknown = reader.unknown_names()
     reader.warnings += unknown
     settings = Settings(
@@ -187,8 +187,6 @@ def read_settings(
         allow_http=allow_http,
         ca_file=ca_file,
         token_store=token_store,
-        upstream=upstream,
-        services_file=services_file,
         endpoint=reader.endpoint(),
         tls_no_verify=tls_no_verify,
         host=host,
@@ -203,9 +201,9 @@ def read_settings(
         workers=reader.workers(),
         client_timeout=reader.client_timeout(),
         held_bytes=reader.held_bytes(),
-        inject_hosts=inject_hosts,
         exposed=tuple(reader.exposed),
         command=command,
+        **forwarding,
         flags=frozenset(flag for flag, value in flags.items() if value),
     )
     settings = _with_services(settings, reader)
@@ -213,6 +211,43 @@ def read_settings(
         # A misspelled name may be why a setting is missing.
         raise SettingsError(*unknown, *reader.problems, is_missing=reader.is_missing)
     return replace(settings, warnings=tuple(reader.warnings))
+
+
+def _forwarding(reader: Reader, host: str, port: int, *, need_upstream: bool, knows_upstream: bool) -> dict[str, Any]:
+    """Return the settings that say how clients use the proxy, and for what. `host` and `port` are its own."""
+    mode, proxy_auth, inject_hosts = reader.choice(MODE, MODES), reader.proxy_auth(), reader.hosts(INJECT_HOSTS)
+    is_forward, services_file = mode == "forward", reader.services_file()
+    if need_upstream and is_forward:
+        _check_forward_mode(reader, host)
+    elif need_upstream:
+        if proxy_auth is not None:
+            reader.problem(AUTH_FILE, f"works only with {MODE.env}=forward: set that, or unset this")
+        if inject_hosts:
+            reader.warnings.append(f"{INJECT_HOSTS.env} is not used: it needs {MODE.env}=forward")
+            inject_hosts = ()
+    is_enough = services_file is not None or (is_forward and reader.is_given(INJECT_HOSTS))
+    reads_upstream = need_upstream if services_file is None else knows_upstream
+    upstream = reader.upstream(host, port, is_required=not is_enough) if reads_upstream else None
+    return {
+        "mode": mode,
+        "proxy_auth": proxy_auth,
+        "inject_hosts": inject_hosts,
+        "services_file": services_file,
+        "upstream": upstream,
+    }
+
+
+def _check_forward_mode(reader: Reader, host: str) -> None:
+    """Add problems and warnings about settings that do not fit forward mode to the reader's."""
+    if not (reader.is_given(AUTH_FILE) or is_loopback(host)):
+        reader.problem(
+            AUTH_FILE,
+            f"is required, so that not everybody who reaches {host} can use the proxy: name a file with user:password, "
+            f"or set {reader.name(HOST)} to {HOST.default}",
+        )
+    for variable in (ALLOWED_HOSTS, TERMINATION_ENDPOINT):
+        if reader.is_given(variable):
+            reader.warnings.append(f"{variable.env} is not used with {MODE.env}=forward")
 
 
 def _with_services(settings: Settings, reader: Reader) -> Settings:
@@ -257,6 +292,7 @@ def _services(settings: Settings, source: str) -> ServicesFile:
         port=settings.port,
         admin=settings.admin,
         default=default,
+        is_forward=settings.mode == "forward",
         source=source,
     )
     problems = [

@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -76,8 +77,15 @@ def default_service(
 
 
 def services_of(settings: Settings) -> tuple[Service, ...]:
-    """Return all services. Without any in the settings, there is one whose address mitmproxy's mode says."""
-    return settings.services or (default_service("", audience=settings.audience, forward_as=settings.forward_as),)
+    """Return all services.
+
+    Without any in the settings, there is one whose address mitmproxy's mode says. `default` also gets the requests to
+    the hosts in `inject_hosts`.
+    """
+    services = settings.services
+    if services and not (settings.inject_hosts and all(service.name != DEFAULT for service in services)):
+        return services
+    return (default_service("", audience=settings.audience, forward_as=settings.forward_as), *services)
 
 
 def read_services(
@@ -87,12 +95,14 @@ def read_services(
     port: int,
     admin: Address | None,
     default: Service | None = None,
+    is_forward: bool = False,
     source: str = "PROXY_SERVICES",
 ) -> ServicesFile:
     """Read the `[service.NAME]` tables of a TOML file.
 
     `host`, `port` and `admin` are the proxy's own addresses, and `default` is the service of the other settings, which
-    comes first if there is one. Raises SettingsError with one line for each problem, beginning with `source`.
+    comes first if there is one. With `is_forward`, clients call the services by their own addresses, so `port` and
+    `hosts` have no effect. Raises SettingsError with one line for each problem, beginning with `source`.
     """
     try:
         tables, problems = _tables(_content(path))
@@ -110,14 +120,25 @@ def read_services(
     services = [*([default] if default is not None else []), *(reader.service() for reader in readers)]
     for reader in readers:
         problems += reader.problems
+    unused: list[str] = []
+    if is_forward:
+        unused = [service.name for service in services if service.port is not None or service.hosts]
+        services = [replace(service, port=None, hosts=()) for service in services]
     listeners = [Address(host, port), *([admin] if admin is not None else [])]
     problems += [*_port_conflicts(services, listeners), *_name_conflicts(services)]
     with_url = [service for service in services if service.upstream]
     problems += [*_loops(with_url, services, listeners), *_site_conflicts(with_url)]
     if problems:
         raise SettingsError(*(f"{source}: {problem}" for problem in problems))
-    warnings = [f"{source}: {warning}" for service in with_url if service is not default for warning in _risks(service)]
-    return ServicesFile(tuple(services), tuple(warnings))
+    warnings = [
+        warning for service in with_url if service.name != DEFAULT or default is None for warning in _risks(service)
+    ]
+    if unused:
+        warnings.append(
+            f"port and hosts of {', '.join(unused)} are not used: in forward mode, clients call services by their own "
+            "addresses"
+        )
+    return ServicesFile(tuple(services), tuple(f"{source}: {warning}" for warning in warnings))
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -127,6 +127,8 @@ class Settings:
 
     `services` are those in `services_file`, and before them the one at `upstream`, if there is one.
 
+    `mode` is `reverse` or `forward`. `proxy_auth` is `user:password`, which clients have to send in forward mode.
+
     `exposed` are warnings about files with secrets that all users can read. `command` calls this program with these
     settings, for messages. `flags` are the options that set some of them.
     """
@@ -147,6 +149,8 @@ class Settings:
     services: tuple[Service, ...] = ()
     endpoint: str = "/"
     tls_no_verify: bool = False
+    mode: str = "reverse"
+    proxy_auth: str | None = field(default=None, repr=False)
     host: str = "127.0.0.1"
     port: int = 8080
     admin: Address | None = None

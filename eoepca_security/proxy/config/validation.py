@@ -36,6 +36,7 @@ from eoepca_security.proxy.config.variables import (
     ALLOW_HTTP,
     ALLOWED_ORIGINS,
     ASSERTION_AUDIENCE,
+    AUTH_FILE,
     CA_FILE,
     CLIENT_AUTH,
     CLIENT_ID,
@@ -115,10 +116,10 @@ class Reader:
             if value:
                 return value
             if file:
-                return self._from_file(variable, Path(file))
+                return self._from_file(variable, f"{variable.env}_FILE", Path(file))
         return None
 
-    def _from_file(self, variable: Variable, path: Path) -> str | None:
+    def _from_file(self, variable: Variable, name: str, path: Path) -> str | None:
         value, error_text = None, "is empty"
         try:
             with path.open("rb") as stream:
@@ -130,11 +131,9 @@ class Reader:
             error_text = f"cannot be read ({_reason(error)})"
         if not value:
             self._unreadable.add(variable)
-            self.problems.append(
-                f"{variable.env}_FILE: {_shown(path)} {error_text}: put the secret there, readable by this user"
-            )
+            self.problems.append(f"{name}: {_shown(path)} {error_text}: put the secret there, readable by this user")
             return None
-        self._check_readers(f"{variable.env}_FILE", path)
+        self._check_readers(name, path)
         return value
 
     def _check_readers(self, name: str, path: Path) -> None:
@@ -158,6 +157,10 @@ class Reader:
     def is_unset(self, *variables: Variable) -> bool:
         """Return whether none of these was set, even to an unusable value: only then report that one is required."""
         return self._unreadable.isdisjoint(variables)
+
+    def is_given(self, variable: Variable) -> bool:
+        """Return whether there is a value, right or wrong. Not for secrets."""
+        return bool((self.raw(variable) or "").strip())
 
     def text(self, variable: Variable) -> str | None:
         value = self.raw(variable)
@@ -207,6 +210,19 @@ class Reader:
             self.is_missing = True
             self.problem(variable, f"is required: {hint}")
         return value or ""
+
+    def proxy_auth(self) -> str | None:
+        """Return `user:password` (RFC 7617 §2), or None."""
+        path = self.text(AUTH_FILE)
+        value = self._from_file(AUTH_FILE, AUTH_FILE.env, Path(path)) if path else None
+        if value is None:
+            return None
+        user, _, password = value.partition(":")
+        if not (user and password and value.isprintable()):
+            self._unreadable.add(AUTH_FILE)
+            self.problem(AUTH_FILE, "does not have user:password on one line, without control characters: write it so")
+            return None
+        return value
 
     def issuer(self, *, allow_http: bool) -> str:
         url = self.required(ISSUER, "set it to the issuer's URL, e.g. https://keycloak.example/realms/eoepca")

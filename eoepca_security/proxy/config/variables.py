@@ -12,6 +12,7 @@ from eoepca_security.oauth.protocol import ASSERTION_AUDIENCES, CLIENT_AUTH_METH
 
 FORWARD_AS_CHOICES: Final = ("bearer", "apisix")
 COOKIES_CHOICES: Final = ("pass", "drop")
+MODES: Final = ("reverse", "forward")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ UPSTREAM: Final = Variable(
     "REMOTE_PROTECTED_DOMAIN",
     None,
     "Scheme, host and port of the protected service, without a path, e.g. https://service.example:9200",
-    "(Not required with PROXY_SERVICES. mitmdump -s: use `--mode reverse:` instead.)",
+    "(Not required with PROXY_SERVICES, or with PROXY_INJECT_HOSTS in forward mode. mitmdump -s: use `--mode reverse:` "
+    "instead.)",
     required=True,
     flag="--upstream",
 )
@@ -162,6 +164,21 @@ CA_FILE: Final = Variable(
     "TLS_CA_FILE",
     None,
     "PEM file with CA certificates to trust in addition to the system's, for the issuer and the service.",
+)
+MODE: Final = Variable(
+    "PROXY_MODE",
+    None,
+    f"How clients use the proxy: {' or '.join(MODES)}.",
+    "In reverse mode, they call the proxy instead of the service. In forward mode, they call the services by their "
+    "real addresses, with the proxy as their HTTP proxy; all other connections pass untouched. (mitmdump -s: use "
+    "`--mode` instead.)",
+    default=MODES[0],
+)
+AUTH_FILE: Final = Variable(
+    "PROXY_AUTH_FILE",
+    None,
+    "In forward mode: file with `user:password`, which clients of the proxy must then send.",
+    "Required when the proxy listens beyond this machine. Without TLS, anyone on the network path can read it.",
 )
 HOST: Final = Variable(
     "PROXY_HOST",
@@ -254,8 +271,8 @@ HELD_BYTES: Final = Variable(
 INJECT_HOSTS: Final = Variable(
     "PROXY_INJECT_HOSTS",
     "inject_hosts",
-    "In regular mode (mitmdump -s --mode regular): hosts that get the token, separated by commas, with :port if it is "
-    "not the scheme's default.",
+    "In forward mode (mitmdump -s: `--mode regular`): hosts that get the token, separated by commas, with :port if it "
+    "is not the scheme's default.",
     "Hosts must match exactly, and only over https, except on this machine.",
 )
 ALLOW_HTTP: Final = Variable(
@@ -281,6 +298,8 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
         "The session": (REFRESH_TOKEN, ACCESS_TOKEN, GRANT, TOKEN_STORE, AUDIENCE, SCOPE),
         "The protected service": (UPSTREAM, SERVICES, ENDPOINT, TLS_NO_VERIFY, CA_FILE),
         "The proxy": (
+            MODE,
+            AUTH_FILE,
             HOST,
             PORT,
             ADMIN,

@@ -327,3 +327,13 @@ def test_a_certificate_that_no_ca_made_is_no_surprise(file: Path) -> None:
     (file.parent / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(b"nothing"))
     (line,) = problems(file, f"[service.a]\n{URL}ca_file = 'ca.pem'")
     assert line.startswith("[service.a] ca_file: ")
+
+
+def test_in_forward_mode_ports_and_names_at_the_proxy_have_no_effect(file: Path) -> None:
+    file.write_text(
+        f'[service.stac]\n{URL}port = 8080\nhosts = ["stac.svc"]\n[service.data]\nurl = "http://10.0.0.1"\n'
+    )
+    services, warnings = read_services(file, host="127.0.0.1", port=8080, admin=ADMIN, is_forward=True)
+    assert [(service.port, service.hosts) for service in services] == [(None, ()), (None, ())]
+    assert any("data" in warning and "plain http" in warning for warning in warnings)
+    assert any("port and hosts of stac are not used" in warning for warning in warnings)

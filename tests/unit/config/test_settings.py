@@ -3,6 +3,7 @@
 import os
 import ssl
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.factory import make_store
 from eoepca_security.proxy.config.loading import read_dotenv, read_settings, settings_in
+from eoepca_security.proxy.config.services import services_of
 from eoepca_security.proxy.config.settings import Service, TerminationEndpoint
 from eoepca_security.proxy.config.variables import VARIABLES
 from eoepca_security.session.file_store import TokenStore
@@ -167,6 +169,8 @@ def test_secrets_do_not_show() -> None:
                 "ftp://proxy/end",
             )
         ),
+        ({"PROXY_MODE": "regular"}, "PROXY_MODE", "reverse, forward"),
+        ({"PROXY_AUTH_FILE": "a\nb"}, "PROXY_AUTH_FILE", "line break"),
         ({"PROXY_FORWARD_AS": "nginx"}, "PROXY_FORWARD_AS", "bearer, apisix"),
         ({"PROXY_COOKIES": "no"}, "PROXY_COOKIES", "pass, drop"),
         ({"PROXY_INJECT_HOSTS": "*"}, "PROXY_INJECT_HOSTS", "not a valid host"),
@@ -718,3 +722,75 @@ def test_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "fork")
     assert read_settings(GOOD | {"PROXY_WORKERS": "1"}).workers == 1
     assert problems(GOOD | {"PROXY_WORKERS": "2"}) == ("PROXY_WORKERS: must be 1 on this system, which cannot fork",)
+
+
+# --- forward mode ------------------------------------------------------------------------------------------------
+
+FORWARD = GOOD | {"PROXY_MODE": "forward"}
+
+
+def test_forward_mode_needs_one_of_the_settings_that_name_a_service(tmp_path: Path) -> None:
+    services = tmp_path / "services.toml"
+    services.write_text('[service.stac]\nurl = "https://stac.example"\n')
+    alone = FORWARD | {"REMOTE_PROTECTED_DOMAIN": ""}
+    assert problems(alone)[0].startswith("REMOTE_PROTECTED_DOMAIN: is required")
+    assert [service.name for service in read_settings(FORWARD).services] == ["default"]
+    settings = read_settings(alone | {"PROXY_INJECT_HOSTS": "a.example"})
+    assert (settings.mode, settings.services, settings.inject_hosts) == ("forward", (), ("a.example",))
+    settings = read_settings(alone | {"PROXY_SERVICES": str(services), "PROXY_INJECT_HOSTS": "a.example"})
+    assert [service.name for service in settings.services] == ["stac"]
+    assert [service.name for service in services_of(settings)] == ["default", "stac"]
+    assert services_of(replace(settings, inject_hosts=())) == settings.services
+
+
+def test_beyond_this_machine_forward_mode_needs_a_password(tmp_path: Path) -> None:
+    (line,) = problems(FORWARD | {"PROXY_HOST": "0.0.0.0"})
+    assert line.startswith("PROXY_AUTH_FILE: is required")
+    for host in ("127.0.0.1", "::1", "localhost"):
+        assert read_settings(FORWARD | {"PROXY_HOST": host}).proxy_auth is None
+    file = tmp_path / "auth"
+    file.write_text("ålice:päss:word \n")
+    file.chmod(0o644)
+    settings = read_settings(FORWARD | {"PROXY_HOST": "0.0.0.0", "PROXY_AUTH_FILE": str(file)})
+    assert settings.proxy_auth == "ålice:päss:word "
+    assert "word" not in repr(settings)
+    assert settings.exposed == (f"PROXY_AUTH_FILE: all users can read {file}: set its mode to 0600",)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b"", "is empty"),
+        (b"hunter2", "user:password"),
+        (b":hunter2", "user:password"),
+        (b"user:", "user:password"),
+        (b"user:hunter2\nother:hunter2", "user:password"),
+        (b"user:\xff", "not UTF-8 text"),
+        (b"user:" + bytes(70_000), "longer than 64 KiB"),
+    ],
+)
+def test_a_password_file_that_cannot_be_used_is_one_problem_without_its_content(
+    content: bytes | None, says: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "auth"
+    if content is not None:
+        file.write_bytes(content)
+    (line,) = problems(FORWARD | {"PROXY_HOST": "0.0.0.0", "PROXY_AUTH_FILE": str(file)})
+    assert line.startswith("PROXY_AUTH_FILE: ")
+    assert says in line
+    assert "hunter2" not in line
+
+
+def test_settings_of_the_other_mode_are_told_of(tmp_path: Path) -> None:
+    file = tmp_path / "auth"
+    file.write_text("user:password")
+    file.chmod(0o600)
+    (line,) = problems(GOOD | {"PROXY_AUTH_FILE": str(file)})
+    assert line.startswith("PROXY_AUTH_FILE: works only with PROXY_MODE=forward")
+    settings = read_settings(GOOD | {"PROXY_INJECT_HOSTS": "a.example"})
+    assert (settings.inject_hosts, len(settings.warnings)) == ((), 1)
+    settings = read_settings(FORWARD | {"PROXY_ALLOWED_HOSTS": "*", "PROXY_TERMINATION_ENDPOINT": "/end"})
+    assert [line.split()[0] for line in settings.warnings] == ["PROXY_ALLOWED_HOSTS", "PROXY_TERMINATION_ENDPOINT"]
+    # mitmdump -s has a mode of its own.
+    assert read_settings(GOOD | {"PROXY_AUTH_FILE": str(file)}, need_upstream=False).proxy_auth == "user:password"
