@@ -4,7 +4,6 @@ from mitmproxy.http import HTTPFlow, Response
 
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.patches import messages
-from eoepca_security.proxy.patches.http_clients import is_origin_form
 from eoepca_security.proxy.patches.http_stream import is_misframed
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.destination import Destination
@@ -16,8 +15,7 @@ from eoepca_security.proxy.policy.rewrite import SHARING
 def answer(flow: HTTPFlow, where: Destination, state: State) -> Response | None:
     """Return the proxy's own answer to a request, or None to forward it."""
     request = flow.request
-    is_explicit = not where.is_reverse and flow.server_conn.address is None
-    if not is_one_request(request.data) or is_misframed(request) or (is_explicit and is_origin_form(request)):
+    if not is_one_request(request.data) or is_misframed(request):
         return _refuse(flow, Refusal("bad_request", "servers could disagree about its meaning"))
     # A replay was accepted before, or comes from the user of mitmproxy's console.
     if flow.is_replay is None:

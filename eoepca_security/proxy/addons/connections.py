@@ -1,4 +1,4 @@
-"""Connections to services: which host's certificate to verify, and which connections to pass through."""
+"""Connections: for which host to verify the certificate, and how long clients and services may be away."""
 
 import asyncio
 import logging
@@ -6,17 +6,15 @@ import logging
 from mitmproxy import ctx
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.connection import Client, Connection, Server
-from mitmproxy.proxy.layer import NextLayer
-from mitmproxy.proxy.layers import TCPLayer
-from mitmproxy.proxy.mode_specs import RegularMode, ReverseMode
+from mitmproxy.proxy.mode_specs import ReverseMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
 from mitmproxy.tls import TlsData
 
 from eoepca_security.oauth.text import printable
+from eoepca_security.proxy.addons.destinations import gets_a_token
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.settings import Service, Site
 from eoepca_security.proxy.patches import client_timeout, service_tls
-from eoepca_security.proxy.policy.destination import may_inject
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
 
@@ -39,10 +37,8 @@ class Connections:
 
     def server_connect(self, data: ServerConnectionHookData) -> None:
         """Verify the certificate for the host that gets the token, not for a host in the client's own TLS handshake."""
-        server, address = data.server, data.server.address
-        is_reverse = isinstance(data.client.proxy_mode, ReverseMode)
-        if address is not None and (is_reverse or self._gets_a_token(*address[:2])):
-            server.sni = address[0]
+        if self._is_to_a_service(data) and data.server.address is not None:
+            data.server.sni = data.server.address[0]
 
     def tls_start_server(self, data: TlsData) -> None:
         """Trust whom the service's settings say. mitmproxy makes the connection after that, in the same task."""
@@ -53,7 +49,7 @@ class Connections:
     def server_connect_error(self, data: ServerConnectionHookData) -> None:
         """Log why the service cannot be reached; the client gets a 502 with a code."""
         # mitmproxy also ends the attempt when the client hangs up, which says nothing about the service.
-        if data.client.timestamp_end is not None:
+        if data.client.timestamp_end is not None or not self._is_to_a_service(data):
             return
         settings = self._state.settings
         remedy = f"; {settings.command.run('check')} for the remedy" if settings is not None else ""
@@ -69,22 +65,10 @@ class Connections:
             return "the protected service"
         return f"the protected service {names[0]}" if len(names) == 1 else f"the protected services {', '.join(names)}"
 
-    def next_layer(self, data: NextLayer) -> None:
-        """In forward mode, pass connections to hosts that get no token through untouched."""
-        context, address = data.context, data.context.server.address
-        if data.layer is not None or address is None or not isinstance(context.client.proxy_mode, RegularMode):
-            return
-        if not self._gets_a_token(*address[:2]):
-            data.layer = TCPLayer(context, ignore=True)
-
-    def _gets_a_token(self, host: str, port: int) -> bool:
-        """Return whether requests to this address may get a token in forward mode."""
-        settings, routes = self._state.settings, self._state.routes
-        return any(
-            may_inject(settings, scheme, host, port)
-            or (routes is not None and bool(routes.at_site(scheme, host, port)))
-            for scheme in ("http", "https")
-        )
+    def _is_to_a_service(self, data: ServerConnectionHookData) -> bool:
+        address = data.server.address
+        is_reverse = isinstance(data.client.proxy_mode, ReverseMode)
+        return is_reverse or (address is not None and gets_a_token(self._state, *address[:2]))
 
 
 def _streams(client: Client, connection: Connection) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:

@@ -24,14 +24,13 @@ def destination_of(flow: HTTPFlow, state: State) -> Destination:
     """Return the request's destination: a service's, its mode's, or in forward mode the host that the client names."""
     request, mode, routes = flow.request, flow.client_conn.proxy_mode, state.routes
     is_reverse = isinstance(mode, ReverseMode)
-    # A flow that is replayed from a file has its own mode.
-    is_served = protects(mode, state.settings) and mode.full_spec in ctx.options.mode
+    served = is_served(mode, state.settings)
     if isinstance(mode, ReverseMode) and routes is None:
         target = _target(mode.scheme, mode.address[0], mode.address[1])
-        return Destination(target, request.path, is_reverse, is_served, state.default, state.default)
+        return Destination(target, request.path, is_reverse, served, state.default, state.default)
     # A replay has been through here before, so it names the service's own address and path.
     if is_reverse and routes is not None and flow.is_replay is None:
-        return _behind(flow, routes, is_served=is_served)
+        return _behind(flow, routes, is_served=served)
     target = _target(request.scheme, request.host, request.port)
     service, refusal = None, None
     try:
@@ -40,7 +39,7 @@ def destination_of(flow: HTTPFlow, state: State) -> Destination:
         refusal = _AMBIGUOUS
     if service is None and may_inject(state.settings, target.scheme, target.host, target.port):
         service = state.default
-    return Destination(target, request.path, is_reverse, is_served, service, service if is_reverse else None, refusal)
+    return Destination(target, request.path, is_reverse, served, service, service if is_reverse else None, refusal)
 
 
 def _behind(flow: HTTPFlow, routes: Routes, *, is_served: bool) -> Destination:
@@ -59,6 +58,20 @@ def _behind(flow: HTTPFlow, routes: Routes, *, is_served: bool) -> Destination:
     except AmbiguousPath:
         return Destination(nowhere, request.path, True, is_served, called=called, refusal=_AMBIGUOUS)
     return Destination(_target(*service.site), path, True, is_served, service, called)
+
+
+def is_served(mode: ProxyMode, settings: Settings | None) -> bool:
+    """Return whether the proxy serves this mode. A flow that is replayed from a file has a mode of its own."""
+    return protects(mode, settings) and mode.full_spec in ctx.options.mode
+
+
+def gets_a_token(state: State, host: str, port: int) -> bool:
+    """Return whether requests to this address may get a token in forward mode."""
+    settings, routes = state.settings, state.routes
+    return any(
+        may_inject(settings, scheme, host, port) or (routes is not None and bool(routes.at_site(scheme, host, port)))
+        for scheme in ("http", "https")
+    )
 
 
 def protects(mode: ProxyMode, settings: Settings | None) -> bool:

@@ -65,6 +65,10 @@ class Monitoring:
         """Count a request that ended without an answer from the service."""
         self._ended(flow)
 
+    def http_connect_error(self, flow: HTTPFlow) -> None:
+        """Count a tunnel that was refused, or whose other end cannot be reached."""
+        self._ended(flow)
+
     def request_refused(self, refusal: Refusal) -> None:
         """Count a request that was refused before it became a flow."""
         self._metrics.request_ended(400, refusal.code)
@@ -80,7 +84,7 @@ class Monitoring:
             error = self._recent_errors.add(code, flow.metadata[DETAIL], flow.metadata.get(REMEDY, ""), service)
             if code.startswith("upstream_"):
                 self._faults[service] = error
-        elif http_status is not None and not code and (sent := clearance(flow.request)) is not None:
+        elif http_status is not None and not code and (sent := clearance(flow.request)) is not None and sent.headers:
             self._last_answer = Answer(http_status, time.time())
             if sent.service is not None:
                 self._answers[service] = self._last_answer

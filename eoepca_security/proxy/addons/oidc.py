@@ -17,6 +17,7 @@ from eoepca_security.errors import TokenError
 from eoepca_security.proxy.addons.configuration import Configuration
 from eoepca_security.proxy.addons.connections import Connections
 from eoepca_security.proxy.addons.drain import disconnect, stop_listening
+from eoepca_security.proxy.addons.forward_mode import ForwardMode
 from eoepca_security.proxy.addons.lifecycle import Lifecycle, exit_if_rejected, logger
 from eoepca_security.proxy.addons.monitoring import Monitoring
 from eoepca_security.proxy.addons.request_flow import RequestFlow
@@ -57,11 +58,13 @@ class OIDCAuthProxy:
             on_unloaded=_exit_unless_replaced,
             on_reread=configuration.reread,
         )
-        self.request_flow = RequestFlow(self.state)
+        forward_mode = ForwardMode(self.state)
+        self.request_flow = RequestFlow(self.state, forward_mode)
         # The order matters: count a request as it arrives, and decide about it before anything else handles it.
         self.addons = (
             configuration,
             self.monitoring,
+            forward_mode,
             self.request_flow,
             Connections(self.state),
             self.lifecycle,

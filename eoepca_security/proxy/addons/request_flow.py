@@ -9,10 +9,12 @@ from mitmproxy.http import HTTPFlow, RequestData
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.addons import admission
 from eoepca_security.proxy.addons.destinations import destination_of
+from eoepca_security.proxy.addons.forward_mode import ForwardMode
 from eoepca_security.proxy.addons.injection import Injection
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.patches import messages
+from eoepca_security.proxy.patches.http_stream import tunnel_of
 from eoepca_security.proxy.policy.apisix import without_gateway_headers
 from eoepca_security.proxy.policy.buffering import streams_request, streams_response
 from eoepca_security.proxy.policy.clearance import Clearance, clear, clearance
@@ -40,8 +42,9 @@ from eoepca_security.proxy.policy.rewrite import (
 class RequestFlow:
     """Decides about each request before any of it leaves, and adapts its answer."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, forward_mode: ForwardMode) -> None:
         self._state = state
+        self._forward_mode = forward_mode
         self._injection = Injection(state)
 
     async def requestheaders(self, flow: HTTPFlow) -> None:
@@ -62,10 +65,13 @@ class RequestFlow:
         # Fail closed: nothing leaves without a token. Requests are answered, never killed: when mitmproxy 12 kills a
         # request whose body is still arriving, it leaves the connection open, and the client hangs.
         flow.response = messages.last_resort()
+        if (answer := self._forward_mode.answer(flow)) is not None:
+            _hide_credentials(flow)
+            flow.response = answer
+            return
         where = destination_of(flow, self._state)
         if where.is_elsewhere:
-            clear(flow.request, Clearance(where.target))
-            flow.response = None
+            _pass_on(flow, where)
             return
         if name := self._state.name_of(where.service):
             flow.metadata[SERVICE] = name
@@ -107,8 +113,10 @@ class RequestFlow:
     def responseheaders(self, flow: HTTPFlow) -> None:
         """Restrict who may read the answer, rewrite locations, and close kept connections when the proxy stops."""
         response, sent = flow.response, clearance(flow.request)
-        is_elsewhere = sent is not None and not sent.headers
-        if response is None or is_elsewhere:
+        if response is None:
+            return
+        if sent is not None and not sent.headers:
+            response.stream = response.status_code != 101  # it goes elsewhere, and nobody sends it again
             return
         if self._drops_cookies():
             response.headers.fields = without_cookies(response.headers.fields)
@@ -146,6 +154,17 @@ class RequestFlow:
     async def token_refused(self, flow: HTTPFlow) -> None:
         """Get another token after the service refused this one, and send the request again if possible."""
         await self._injection.replace(flow)
+
+
+def _pass_on(flow: HTTPFlow, where: Destination) -> None:
+    """Clear a request for a host that gets no token, and change only what a proxy must (RFC 9110 §7.6)."""
+    request = flow.request
+    request.headers.fields = without_hop_by_hop(request.data)
+    if tunnel_of(request) is None and flow.is_replay is None:
+        # The target says which host it is for (RFC 9112 §3.2.2).
+        request.host_header = where.target.authority
+    clear(request, Clearance(where.target))
+    flow.response = None
 
 
 def _code_of(flow: HTTPFlow) -> dict[str, str]:

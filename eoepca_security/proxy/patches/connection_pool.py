@@ -10,6 +10,7 @@ import collections
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
@@ -130,6 +131,10 @@ def _get_connection(layer: HttpLayer, event: GetHttpConnection, *, reuse: bool =
         handler.http_layer = layer
         if reuse and not _has_own(layer, event) and (idle := handler.take(event)) is not None:
             layer.connections[idle.server] = idle.layer
+            for around, stream in pairwise(layer.context.layers):
+                # In a tunnel, what comes from the service has to find its way through the layers around it.
+                if isinstance(around, HttpLayer) and isinstance(stream, HttpStream):
+                    around.connections[idle.server] = stream
             stream = layer.command_sources.pop(event)
             yield from layer.event_to_child(stream, GetHttpConnectionCompleted(event, (idle.server, None)))
             return

@@ -8,20 +8,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import wsproto.events
-from mitmproxy.connection import Connection
+from mitmproxy.connection import Connection, Server
 from mitmproxy.http import HTTPFlow, Request, Response
 from mitmproxy.net.http.http1 import expected_http_body_size
 from mitmproxy.net.http.status_codes import NO_RESPONSE
 from mitmproxy.net.http.validate import validate_headers
-from mitmproxy.proxy.commands import CloseConnection, Command, RequestWakeup, StartHook
+from mitmproxy.proxy.commands import CloseConnection, Command, OpenConnection, RequestWakeup, StartHook
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.events import DataReceived, Event, Wakeup
 from mitmproxy.proxy.layer import CommandGenerator
 from mitmproxy.proxy.layers import websocket
-from mitmproxy.proxy.layers.http import DropStream, HttpStream, SendHttp
+from mitmproxy.proxy.layers.http import DropStream, HTTPMode, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import (
     RequestData,
     RequestEndOfMessage,
@@ -34,6 +34,7 @@ from mitmproxy.proxy.layers.http._events import (
 )
 from mitmproxy.proxy.layers.http._hooks import HttpRequestHeadersHook, HttpResponseHeadersHook
 from mitmproxy.proxy.layers.websocket import WebsocketConnection
+from mitmproxy.proxy.mode_specs import RegularMode
 from wsproto.events import BytesMessage, TextMessage
 from wsproto.frame_protocol import Opcode
 
@@ -41,6 +42,7 @@ from eoepca_security.proxy.config.settings import HELD_BYTES
 from eoepca_security.proxy.patches import client_timeout, messages, seams
 from eoepca_security.proxy.patches.hook_cache import collect
 from eoepca_security.proxy.policy.buffering import MAX_HELD, MAX_WHOLE, Budget, Share
+from eoepca_security.proxy.policy.clearance import clearance
 from eoepca_security.proxy.policy.headers import check_answer, has_no_content, is_websocket, value_of
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, MALFORMED, REMEDY, SERVICE, upstream_error
 
@@ -75,6 +77,10 @@ late: WeakSet[Connection] = WeakSet()
 
 _misframed: WeakSet[Request] = WeakSet()
 
+_tunnels: WeakKeyDictionary[Request, Request] = WeakKeyDictionary()
+
+_connects_first: WeakSet[Request] = WeakSet()
+
 _used: WeakSet[Connection] = WeakSet()
 
 _garbage = 0
@@ -89,6 +95,24 @@ def install() -> None:
 def is_misframed(request: Request) -> bool:
     """Tell whether a request ended with its head and named another length than 0 (RFC 9113 §8.1.1)."""
     return request in _misframed
+
+
+def tunnel_of(request: Request) -> Request | None:
+    """Return the CONNECT request of the tunnel that a request came through, or None."""
+    return _tunnels.get(request)
+
+
+def connect_above(context: Context) -> Request | None:
+    """Return the CONNECT request of the tunnel that the layers of a context are in, or None."""
+    return next((layer.flow.request for layer in reversed(context.layers) if isinstance(layer, Stream)), None)
+
+
+def connect_first(request: Request) -> None:
+    """Connect before this CONNECT request is answered.
+
+    The answer can then tell that it fails, and a server that speaks first is heard.
+    """
+    _connects_first.add(request)
 
 
 def may_be_quiet(stream: HttpStream) -> bool:
@@ -213,12 +237,28 @@ class Stream(HttpStream):
     def state_wait_for_request_headers(self, event: RequestHeaders) -> CommandGenerator[None]:
         """Answer without waiting for the body where the hooks have left an answer."""
         request = event.request
+        if isinstance(self.context.client.proxy_mode, RegularMode) and self.mode is not HTTPMode.regular:
+            above = next(layer for layer in reversed(self.context.layers[:-1]) if isinstance(layer, Stream))
+            _tunnels[request] = above.flow.request
         if event.end_stream and (request.is_http2 or request.is_http3) and _names_content(request):
             _misframed.add(request)
         commands = super().state_wait_for_request_headers(event)
         yield from commands if event.end_stream else _each(commands, self._held_or_streamed)
         if self._is_in(self.state_consume_request_body) and not event.end_stream and self.flow.response is not None:
             yield from self._answer()
+
+    def handle_connect(self) -> CommandGenerator[None]:
+        """Open a tunnel. The streams of a connection share the server that is here, so each tunnel gets its own."""
+        self.context.server = self.flow.server_conn = Server(address=None)
+        yield from super().handle_connect()
+
+    def handle_connect_regular(self) -> CommandGenerator[None]:
+        """Open a tunnel in forward mode."""
+        if self.flow.response is None and self.flow.request in _connects_first:
+            reason = yield OpenConnection(self.context.server)
+            if reason:
+                self._set_blame(reason)
+        yield from super().handle_connect_regular()  # type: ignore[no-untyped-call]
 
     def _held_or_streamed(self, command: Command) -> CommandGenerator[Any]:
         """Stream a body that would be held, where the process holds enough already."""
@@ -401,6 +441,10 @@ class Stream(HttpStream):
 
     def _blame(self, reason: str) -> CommandGenerator[None]:
         """Answer that the service failed."""
+        self._set_blame(reason)
+        yield from self._answer()
+
+    def _set_blame(self, reason: str) -> None:
         request = self.flow.request
         fault = upstream_error(
             f"{request.host}:{request.port}",
@@ -410,7 +454,11 @@ class Stream(HttpStream):
         )
         self.flow.response = messages.answer(fault.code, fault.detail, method=request.method)
         self.flow.metadata |= {CODE: fault.code, DETAIL: fault.reason, REMEDY: fault.remedy}
-        yield from self._answer()
+        sent = clearance(request)
+        if sent is None or not sent.headers:
+            # It went elsewhere, which is no error of a service.
+            self.flow.response = messages.answer(fault.code, fault.reason, method=request.method)
+            del self.flow.metadata[DETAIL], self.flow.metadata[REMEDY]
 
     def _is_in(self, state: Any) -> bool:
         return bool(self.client_state == state)

@@ -10,6 +10,7 @@ from eoepca_security.errors import IssuerUnavailable
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.policy.headers import Fields
 from eoepca_security.proxy.policy.problem_details import ERROR_HEADER, HEADERS, parts
+from eoepca_security.proxy.policy.proxy_password import CHALLENGE
 
 AnyMessage = TypeVar("AnyMessage", Request, Response)
 
@@ -46,6 +47,13 @@ def error_answer(status_code: int, reason: str, *, method: str = "") -> Response
     code = "upstream_unavailable" if status_code in (502, 504) else "bad_request"
     _, headers, body = parts(code, printable(reason), status=status_code)
     return Response.make(status_code, b"" if method == "HEAD" else body, headers)
+
+
+def password_required(detail: str, *, method: str) -> Response:
+    """Return the answer to a client that has not sent the forward proxy's password (RFC 9110 §15.5.8)."""
+    response = answer("proxy_authentication_required", detail, method=method)
+    response.headers["Proxy-Authenticate"] = CHALLENGE
+    return response
 
 
 def authentication_required(is_proxy: bool) -> Response:
