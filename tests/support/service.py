@@ -50,7 +50,8 @@ class Recorder:
     release: threading.Event = field(default_factory=threading.Event)
     waiting: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
 
-    def server(self) -> LocalServer:
+    def server(self, tls: ssl.SSLContext | None = None) -> LocalServer:
+        """Return a server that writes down here what it gets. With `tls`, its `url` is right but for the scheme."""
         recorder = self
 
         class RecorderHandler(Handler):
@@ -95,7 +96,10 @@ class Recorder:
                     case _:
                         self.answer(200, {"length": len(received.body)})
 
-        return LocalServer(RecorderHandler)
+        server = LocalServer(RecorderHandler)
+        if tls is not None:
+            server._server.socket = tls.wrap_socket(server._server.socket, server_side=True)
+        return server
 
 
 def echo_one_message(handler: BaseHTTPRequestHandler, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
@@ -159,6 +163,7 @@ def http2_ask(
     *,
     server_name: str = "localhost",
     tunnel_to: str | None = None,
+    tunnel_headers: bytes = b"",
     method: str = "GET",
     path: str = "/",
     body: Sequence[bytes] = (),
@@ -166,7 +171,8 @@ def http2_ask(
 ) -> tuple[int, dict[str, str], bytes]:
     """Ask the proxy over HTTP/2 and return status, headers and body; the status is 0 when it ended the connection.
 
-    `server_name` is what TLS asks for; with `tunnel_to` all that goes through a CONNECT. A `body` has no length.
+    `server_name` is what TLS asks for; with `tunnel_to` all that goes through a CONNECT, which
+    also has `tunnel_headers`. A `body` has no length.
     """
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # mitmproxy's own CA
@@ -178,7 +184,7 @@ def http2_ask(
     with contextlib.ExitStack() as opened:
         plain = opened.enter_context(socket.create_connection(("127.0.0.1", port), 10))
         if tunnel_to is not None:
-            plain.sendall(f"CONNECT {tunnel_to} HTTP/1.1\r\nHost: {tunnel_to}\r\n\r\n".encode())
+            plain.sendall(f"CONNECT {tunnel_to} HTTP/1.1\r\nHost: {tunnel_to}\r\n".encode() + tunnel_headers + b"\r\n")
             assert b" 200 " in plain.recv(4096)
         stream = opened.enter_context(context.wrap_socket(plain, server_hostname=server_name))
         assert stream.selected_alpn_protocol() == "h2"

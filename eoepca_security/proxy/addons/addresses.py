@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from mitmproxy import ctx
 from mitmproxy.addons.proxyserver import Proxyserver
+from mitmproxy.options import CONF_BASENAME
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
 
 from eoepca_security.oauth.urls import ANY_LOCALHOST, EVERYWHERE, LOOPBACK_NAMES, Host
-from eoepca_security.proxy.admin.ways import destination
+from eoepca_security.proxy.admin.ways import destination, forward_destination
 from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.config.variables import ALLOWED_HOSTS
 from eoepca_security.proxy.policy.access import Guard
@@ -23,7 +25,7 @@ def addresses(settings: Settings | None) -> tuple[str, str]:
     mode = ProxyMode.parse(ctx.options.mode[0])
     upstream = mode.data
     if settings is not None and isinstance(mode, RegularMode):
-        upstream = ", ".join(settings.inject_hosts)
+        upstream = forward_destination(settings)
     elif settings is not None and settings.services_file is not None:
         upstream = destination(settings)
     return f"http://{f'[{host}]' if ':' in host else host}:{port}", upstream
@@ -46,8 +48,20 @@ def browser_address(listener: str, upstream: str, guard: Guard, services: Sequen
     return f"http://{host}" if guard.allows(host) else None
 
 
+def ca_for_clients() -> Path | None:
+    """Return the file with the CA that clients must trust in forward mode, or None."""
+    if not isinstance(ProxyMode.parse(ctx.options.mode[0]), RegularMode):
+        return None
+    return Path(ctx.options.confdir).expanduser() / f"{CONF_BASENAME}-ca-cert.pem"
+
+
 def exposure(listener: str, settings: Settings) -> str:
     """Return a warning about listening beyond this machine, in one line."""
+    if settings.proxy_auth is not None:
+        return (
+            f"clients send the proxy's password to {listener} in plain http: anyone on the network path can read it "
+            "and act with this identity"
+        )
     line = f"anything that can reach {listener} acts with this identity: listen on 127.0.0.1 if you can"
     if urlsplit(listener).hostname in EVERYWHERE and not settings.allowed_hosts:
         names = ", ".join((*LOOPBACK_NAMES, ANY_LOCALHOST))

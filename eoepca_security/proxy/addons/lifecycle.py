@@ -17,7 +17,7 @@ from eoepca_security.errors import CredentialsRejected, TokenError
 from eoepca_security.oauth.text import identity
 from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.oauth.verify import unverified_claims
-from eoepca_security.proxy.addons.addresses import addresses, browser_address, exposure
+from eoepca_security.proxy.addons.addresses import addresses, browser_address, ca_for_clients, exposure
 from eoepca_security.proxy.addons.configuration import OPTION_NAMES, hand_over
 from eoepca_security.proxy.addons.drain import DRAIN_TIMEOUT, drain, end_quietly, has_terminal, on_hangup
 from eoepca_security.proxy.addons.state import State
@@ -171,6 +171,10 @@ class Lifecycle:
         if not isinstance(failed, CredentialsRejected):
             for line in service_lines(listener, state.settings):
                 logger.log(ALERT, "%s", line)
+            if (ca_file := ca_for_clients()) is not None:
+                logger.log(
+                    ALERT, "clients get certificates of the proxy's own CA for these hosts: let them trust %s", ca_file
+                )
         self._on_started(listener, failed)
 
     def _warn(self, settings: Settings) -> None:

@@ -1,13 +1,16 @@
 """mitmproxy's own options: those that the add-on refuses, and those that must have a certain value."""
 
 import logging
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from mitmproxy.optmanager import OptManager
 from mitmproxy.proxy.mode_specs import ProxyMode, RegularMode
 
+from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.proxy.addons.destinations import protects
 from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.variables import AUTH_FILE
 
 # Options that would defeat the purpose of the add-on.
 _REFUSED: Final = {
@@ -54,6 +57,8 @@ def problems(options: OptManager, settings: Settings | None) -> list[str]:
         if getattr(options, name, value) != value
     ]
     modes = [ProxyMode.parse(mode) for mode in options.mode]
+    if settings is not None:
+        found += _without_password(modes, options, settings)
     # If the settings are wrong, inject_hosts is unknown.
     if not all(protects(mode, settings) or (settings is None and isinstance(mode, RegularMode)) for mode in modes):
         found.append(
@@ -61,3 +66,17 @@ def problems(options: OptManager, settings: Settings | None) -> list[str]:
             "inject_hosts"
         )
     return found
+
+
+def _without_password(modes: Iterable[ProxyMode], options: OptManager, settings: Settings) -> Iterator[str]:
+    """Return a line for each option with which clients would need no password although they should."""
+    if settings.proxy_auth is not None:
+        if not all(isinstance(mode, RegularMode) for mode in modes):
+            yield f"mode: {AUTH_FILE.env} works only in forward mode (regular): unset one of the two"
+        if getattr(options, "proxyauth", None):
+            yield f"proxyauth: cannot be used with {AUTH_FILE.env}: unset one of the two"
+    elif settings.mode == "forward":
+        for mode in modes:
+            host = mode.listen_host(options.listen_host)
+            if isinstance(mode, RegularMode) and not is_loopback(host):
+                yield f"{AUTH_FILE.env}: is required to listen on {host or 'all addresses'} in forward mode"

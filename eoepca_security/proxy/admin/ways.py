@@ -33,6 +33,8 @@ def ways_in(service: Service, listener: str, settings: Settings) -> tuple[str, .
     What works best is first. `listener` is the URL of the port that all services share.
     """
     parts, base = urlsplit(listener), called(listener, settings)
+    if settings.mode == "forward":
+        return (f"{service.upstream}{service.path}",)
     if settings.services_file is None:
         return (base,)
     own_name = f"http://{Host(service.own_name, parts.port)}"
@@ -50,9 +52,8 @@ def ways_in(service: Service, listener: str, settings: Settings) -> tuple[str, .
 
 def example(listener: str, settings: Settings) -> str:
     """Return a command that sends a request through the proxy at `listener`, by a name that it answers to."""
-    if settings.inject_hosts:
-        ca = "~/.mitmproxy/mitmproxy-ca-cert.pem"
-        return f"curl --proxy {listener} --cacert {ca} {shlex.quote(f'https://{settings.inject_hosts[0]}/')}"
+    if settings.mode == "forward" or settings.inject_hosts:
+        return _forward_example(on_this_machine(listener), settings)
     if settings.services_file is None:
         return f"curl -i {shlex.quote(called(listener, settings) + settings.endpoint)}"
     service = settings.services[0]
@@ -62,15 +63,34 @@ def example(listener: str, settings: Settings) -> str:
     return f"curl -i {shlex.quote(base + (settings.endpoint if settings.upstream is not None else '/'))}"
 
 
+def _forward_example(proxy: str, settings: Settings) -> str:
+    path = settings.endpoint if settings.upstream is not None else "/"
+    services = [f"{service.upstream}{service.path}{path}" for service in settings.services[:1]]
+    url = [*services, *(f"https://{host}/" for host in settings.inject_hosts)][0]
+    password = " --proxy-user USER:PASSWORD" if settings.proxy_auth is not None else ""
+    ca = " --cacert ~/.mitmproxy/mitmproxy-ca-cert.pem" if url.startswith("https:") else ""
+    return f"curl --proxy {proxy}{password}{ca} {shlex.quote(url)}"
+
+
+def forward_destination(settings: Settings) -> str:
+    """Return the hosts that get tokens in forward mode; only so many."""
+    sites = (service.upstream.partition("://")[2] for service in settings.services)
+    hosts = list(dict.fromkeys((*sites, *settings.inject_hosts)))
+    more = [f"and {len(hosts) - MAX_LINES} more"] if len(hosts) > MAX_LINES else []
+    return ", ".join([*hosts[:MAX_LINES], *more])
+
+
 def destination(settings: Settings) -> str:
     """Return where a proxy with a file of services forwards to, in a few words."""
+    if settings.mode == "forward":
+        return forward_destination(settings)
     first, *others = settings.services
     return f"{len(settings.services)} services" if others else f"{first.upstream}{first.path}"
 
 
 def service_lines(listener: str, settings: Settings) -> list[str]:
     """Return for each service of the file, in one line, how to reach it and where it is; only so many lines."""
-    if settings.services_file is None:
+    if settings.services_file is None or settings.mode == "forward":
         return []
     lines = []
     for service in settings.services[:MAX_LINES]:

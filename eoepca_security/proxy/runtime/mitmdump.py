@@ -116,6 +116,8 @@ def _modes(settings: Settings) -> list[str]:
 
     Where a request really goes is decided for each request.
     """
+    if settings.mode == "forward":
+        return ["regular"]
     own = [f"reverse:{service.upstream}@{service.port}" for service in settings.services if service.port is not None]
     return [f"reverse:{settings.services[0].upstream}", *own]
 

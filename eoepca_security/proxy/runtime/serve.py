@@ -29,7 +29,7 @@ def run(
     several workers. `log_format` is one of `logs.FORMATS`. If the credentials are rejected at the start, the exit code
     is 1. Raises SettingsError.
     """
-    if not settings.services:
+    if not (settings.services or (settings.mode == "forward" and settings.inject_hosts)):
         raise SettingsError(f"{UPSTREAM.env}: is required, or {SERVICES.env}")
     if message := taken_address(settings):
         print_error(message, log_format)
