@@ -267,22 +267,17 @@ def test_pages_of_other_sites_get_no_token(setup: Setup) -> None:
     assert len(setup.received()) == 2
 
 
-def test_connections_to_a_service_are_kept_for_whoever_comes_next_in_or_outside_a_tunnel(setup: Setup) -> None:
-    made: list[int] = []
-
+def test_a_connection_that_had_no_token_is_no_other_clients(setup: Setup) -> None:
     def script(server: RawServer, connection: socket.socket) -> None:
-        made.append(connection.getpeername()[1])
         while True:
             server.read_request(connection)
             connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
 
     with RawServer(script) as server:
-        target = f"127.0.0.1:{server.port}"
-        request = f"GET http://{target}/ HTTP/1.1\r\nHost: x\r\n".encode()
-        for _ in range(8):
+        for number in range(1, 5):
+            request = f"GET http://127.0.0.1:{server.port}/ HTTP/1.1\r\nHost: x\r\n".encode()
             assert statuses(exchange(setup.port, request + SHOWN + b"\r\n")) == [200]
-        assert len(server.requests) == 8
-        assert 0 < len(made) < 8
+            assert server.connections == number
 
 
 def test_a_kept_connection_serves_requests_in_tunnels_too(setup: Setup) -> None:
@@ -434,11 +429,37 @@ def one_status(stream: socket.socket) -> int:
         data += stream.recv(65536)
 
 
-def test_http2_to_the_proxy_itself_needs_the_password_too(setup: Setup) -> None:
-    host = f"127.0.0.1:{setup.ports['secure']}"
-    for method in ("GET", "CONNECT"):
-        assert http2_get(setup.port, {}, host, method=method) == 407
-    assert setup.received() == []
+def test_over_tls_the_proxy_speaks_http1_and_has_the_same_rules(setup: Setup) -> None:
+    context = ssl.create_default_context(cafile=setup.ca)
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    plain = f"127.0.0.1:{setup.ports['plain']}"
+    with (
+        socket.create_connection(("127.0.0.1", setup.port), 10) as stream,
+        context.wrap_socket(stream, server_hostname="127.0.0.1") as secure,
+    ):
+        assert secure.selected_alpn_protocol() == "http/1.1"
+        for line, head, expected in (
+            (f"GET http://{plain}/", b"", 407),
+            (f"CONNECT {plain}", b"", 407),
+            (f"GET http://{plain}/", SHOWN, 200),
+            (f"CONNECT {plain}", SHOWN, 200),
+            ("GET /", b"", 200),
+        ):
+            secure.sendall(f"{line} HTTP/1.1\r\nHost: {plain}\r\n".encode() + head + b"\r\n")
+            assert one_status(secure) == expected
+    assert [setup.audience(received) for received in setup.received()] == ["for-plain"] * 2
+
+
+def test_a_tunnel_that_cannot_be_opened_is_no_obstacle_to_the_next(setup: Setup) -> None:
+    dead, plain, other = (f"127.0.0.1:{port}" for port in (free_port(), setup.ports["plain"], setup.ports["other"]))
+    for target in (plain, other):
+        with socket.create_connection(("127.0.0.1", setup.port), 10) as stream:
+            for host, expected in ((dead, 502), (dead, 502), (target, 200)):
+                stream.sendall(f"CONNECT {host} HTTP/1.1\r\nHost: {host}\r\n".encode() + SHOWN + b"\r\n")
+                assert one_status(stream) == expected
+            stream.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert one_status(stream) == 200
+    assert [len(received.values("Authorization")) for received in setup.received()] == [1, 0]
 
 
 def test_requests_for_the_proxy_itself_are_told_what_it_is(setup: Setup) -> None:

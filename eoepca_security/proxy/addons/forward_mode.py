@@ -11,13 +11,14 @@ from mitmproxy.proxy.layer import NextLayer
 from mitmproxy.proxy.layers import TCPLayer
 from mitmproxy.proxy.mode_specs import RegularMode
 from mitmproxy.proxy.server_hooks import ServerConnectionHookData
+from mitmproxy.tls import ClientHelloData
 
 from eoepca_security.oauth.urls import EVERYWHERE, is_loopback
 from eoepca_security.proxy.addons.destinations import gets_a_token, is_served
 from eoepca_security.proxy.addons.state import State
-from eoepca_security.proxy.patches import http_stream, messages
+from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.patches.http_clients import is_origin_form
-from eoepca_security.proxy.patches.http_stream import connect_first, is_misframed, tunnel_of
+from eoepca_security.proxy.patches.http_stream import connect_above, connect_first, is_misframed, tunnel_of
 from eoepca_security.proxy.policy.access import Refusal
 from eoepca_security.proxy.policy.headers import is_one_request
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL
@@ -45,6 +46,12 @@ class ForwardMode:
         self._state = state
         self._accepted: WeakSet[Request] = WeakSet()
         self._known: WeakSet[Client] = WeakSet()
+
+    def tls_clienthello(self, data: ClientHelloData) -> None:
+        """Speak HTTP/1 with clients that call the proxy itself over TLS: mitmproxy cannot open tunnels in HTTP/2."""
+        client = data.context.client
+        if isinstance(client.proxy_mode, RegularMode) and connect_above(data.context.layers) is None:
+            client.alpn = b"http/1.1"
 
     def http_connect(self, flow: HTTPFlow) -> None:
         """Accept a tunnel, or refuse it (RFC 9110 §9.3.6)."""
@@ -80,7 +87,7 @@ class ForwardMode:
         context, address = data.context, data.context.server.address
         if data.layer is not None or address is None or not isinstance(context.client.proxy_mode, RegularMode):
             return
-        connect = http_stream.connect_above(context)
+        connect = connect_above(context.layers)
         if connect in self._accepted and not gets_a_token(self._state, *address[:2]):
             data.layer = TCPLayer(context, ignore=True)
 

@@ -169,12 +169,7 @@ class Lifecycle:
                 },
             )
         if not isinstance(failed, CredentialsRejected):
-            for line in service_lines(listener, state.settings):
-                logger.log(ALERT, "%s", line)
-            if (ca_file := ca_for_clients()) is not None:
-                logger.log(
-                    ALERT, "clients get certificates of the proxy's own CA for these hosts: let them trust %s", ca_file
-                )
+            _tell_how_to_call(listener, state.settings)
         self._on_started(listener, failed)
 
     def _warn(self, settings: Settings) -> None:
@@ -227,6 +222,13 @@ class Lifecycle:
         if self._admin is not None:
             self._admin.stop()
             self._admin = self.status_page = None
+
+
+def _tell_how_to_call(listener: str, settings: Settings) -> None:
+    for line in service_lines(listener, settings):
+        logger.log(ALERT, "%s", line)
+    if (ca_file := ca_for_clients()) is not None:
+        logger.log(ALERT, "clients get certificates of the proxy's own CA for these hosts: let them trust %s", ca_file)
 
 
 def exit_if_rejected(_listener: str, error: TokenError | None) -> None:

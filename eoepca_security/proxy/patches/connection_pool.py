@@ -26,7 +26,7 @@ from mitmproxy.proxy.server import ConnectionIO
 from mitmproxy.proxy.server_hooks import ClientDisconnectedHook, ServerConnectionHookData, ServerDisconnectedHook
 from mitmproxy.proxy.tunnel import TunnelLayer, TunnelState
 
-from eoepca_security.proxy.patches import http_stream, seams
+from eoepca_security.proxy.patches import http_clients, http_stream, seams
 
 MAX_IDLE: Final = 32
 """Most connections that are kept at a time."""
@@ -299,7 +299,7 @@ async def _end_late(connection: Connection, handler: "asyncio.Task[Any] | None")
 
 
 def _is_clean(server: Server, layer: Layer, io: ConnectionIO) -> bool:
-    """Tell whether the last exchange on a connection is over, in both directions, and the next one can follow."""
+    """Tell whether the last exchange on a connection is over, in both directions, and anybody's can follow."""
     http = layer.context.layers[-1]
     return (
         isinstance(http, Http1Client)
@@ -308,6 +308,7 @@ def _is_clean(server: Server, layer: Layer, io: ConnectionIO) -> bool:
         and not http.buf
         and server.state is ConnectionState.OPEN
         and server.via is None
+        and server not in http_clients.personal
         and (not isinstance(layer, TunnelLayer) or layer.tunnel_state is TunnelState.OPEN)
         and isinstance(io.writer, asyncio.StreamWriter)
         and not io.writer.is_closing()

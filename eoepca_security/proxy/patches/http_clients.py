@@ -17,7 +17,7 @@ from h2.errors import ErrorCodes
 from h11 import EndOfMessage, LocalProtocolError
 from h11._readers import ChunkedReader
 from h11._receivebuffer import ReceiveBuffer, blank_line_regex
-from mitmproxy.connection import ConnectionState
+from mitmproxy.connection import Connection, ConnectionState
 from mitmproxy.http import Request, Response
 from mitmproxy.net.http import http1
 from mitmproxy.net.http.validate import validate_headers
@@ -89,6 +89,10 @@ _INTERIM: Final = frozenset({100, *range(102, 200)})
 
 logger = logging.getLogger(__name__)
 
+
+personal: Final[WeakSet[Connection]] = WeakSet()
+"""Connections to servers that have had a client's own credentials, or none. Some programs (NTLM) take a connection for
+its user's, so no other client may have it."""
 
 _origin_form: WeakSet[Request] = WeakSet()
 _read_request_head = http1.read_request_head
@@ -169,6 +173,7 @@ class _Gate:
     """Replaces the headers event by what may leave; where nothing may, ends the client's connection."""
 
     def __init__(self, context: Context) -> None:
+        self._server = context.server
         address = context.server.address or ("", 0)
         self._target = Target("https" if context.server.tls else "http", address[0].lower(), address[1])
         self._has_detour = context.server.via is not None
@@ -179,6 +184,8 @@ class _Gate:
             ready = None if self._has_detour else outgoing(event.request, self._target)
             self._shut = self._shut or ready is None
             if ready is not None:
+                if ready is event.request:  # without our credentials
+                    personal.add(self._server)
                 return replace(event, request=ready)
             logger.error("a request to %s was held back: it was not cleared for it", self._target.host)
         return None if self._shut and isinstance(event, HttpEvent) else event

@@ -5,7 +5,7 @@ that fails in HTML. The streams here answer at once, and in the form that client
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary, WeakSet
@@ -19,9 +19,9 @@ from mitmproxy.net.http.validate import validate_headers
 from mitmproxy.proxy.commands import CloseConnection, Command, OpenConnection, RequestWakeup, StartHook
 from mitmproxy.proxy.context import Context
 from mitmproxy.proxy.events import DataReceived, Event, Wakeup
-from mitmproxy.proxy.layer import CommandGenerator
+from mitmproxy.proxy.layer import CommandGenerator, Layer
 from mitmproxy.proxy.layers import websocket
-from mitmproxy.proxy.layers.http import DropStream, HTTPMode, HttpStream, SendHttp
+from mitmproxy.proxy.layers.http import DropStream, HttpStream, SendHttp
 from mitmproxy.proxy.layers.http._events import (
     RequestData,
     RequestEndOfMessage,
@@ -102,9 +102,9 @@ def tunnel_of(request: Request) -> Request | None:
     return _tunnels.get(request)
 
 
-def connect_above(context: Context) -> Request | None:
-    """Return the CONNECT request of the tunnel that the layers of a context are in, or None."""
-    return next((layer.flow.request for layer in reversed(context.layers) if isinstance(layer, Stream)), None)
+def connect_above(layers: Sequence[Layer]) -> Request | None:
+    """Return the CONNECT request of the tunnel that `layers` are in, or None; the innermost layer is the last one."""
+    return next((layer.flow.request for layer in reversed(layers) if isinstance(layer, Stream)), None)
 
 
 def connect_first(request: Request) -> None:
@@ -237,9 +237,10 @@ class Stream(HttpStream):
     def state_wait_for_request_headers(self, event: RequestHeaders) -> CommandGenerator[None]:
         """Answer without waiting for the body where the hooks have left an answer."""
         request = event.request
-        if isinstance(self.context.client.proxy_mode, RegularMode) and self.mode is not HTTPMode.regular:
-            above = next(layer for layer in reversed(self.context.layers[:-1]) if isinstance(layer, Stream))
-            _tunnels[request] = above.flow.request
+        if isinstance(self.context.client.proxy_mode, RegularMode):
+            connect = connect_above(self.context.layers[:-1])
+            if connect is not None:
+                _tunnels[request] = connect
         if event.end_stream and (request.is_http2 or request.is_http3) and _names_content(request):
             _misframed.add(request)
         commands = super().state_wait_for_request_headers(event)
@@ -248,7 +249,7 @@ class Stream(HttpStream):
             yield from self._answer()
 
     def handle_connect(self) -> CommandGenerator[None]:
-        """Open a tunnel. The streams of a connection share the server that is here, so each tunnel gets its own."""
+        """Open a tunnel, each with a server of its own: one that fails leaves its mark on the connection's."""
         self.context.server = self.flow.server_conn = Server(address=None)
         yield from super().handle_connect()
 

@@ -133,12 +133,9 @@ patches/http_stream.py
     mitmproxy.proxy.layers.http
         HttpStream(context, stream_id) < HttpLayer.make_stream
         DropStream(stream_id); SendHttp(event, connection)
-    mitmproxy.proxy.layers.http HTTPMode < HttpStream.handle_connect
-    mitmproxy.proxy.layers.http:HTTPMode regular
     mitmproxy.proxy.layers.http:HttpStream
         handle_connect(self) < HttpStream.state_wait_for_request_headers
         handle_connect_regular(self) < HttpStream.handle_connect
-        mode
         _handle_event(self, event) < mitmproxy.proxy.layer:Layer.handle_event
         state_wait_for_request_headers(self, event) < HttpStream._handle_event
         state_wait_for_response_headers(self, event) < HttpStream.state_wait_for_request_headers
