@@ -277,6 +277,9 @@ addons/lifecycle.py
 addons/connections.py
     mitmproxy.addons.proxyserver:Proxyserver connections
     mitmproxy.proxy.mode_servers:ProxyConnectionHandler transports
+addons/forward_mode.py
+    mitmproxy.addons.proxyserver:Proxyserver connections
+    mitmproxy.proxy.context:Context layers
 addons/drain.py
     mitmproxy.addons.proxyserver:Proxyserver connections servers
 """
