@@ -168,6 +168,17 @@ def test_it_says_when_somebody_has_to_log_in_again(change: dict[str, Any], neede
             {"inject_hosts": ("service.example", "other.example")},
             "curl --proxy http://127.0.0.1:8080 --cacert ~/.mitmproxy/mitmproxy-ca-cert.pem https://service.example/",
         ),
+        (
+            "http://0.0.0.0:8080",
+            {
+                "mode": "forward",
+                "proxy_auth": "alice:secret",
+                "upstream": "http://127.0.0.1:9000",
+                "services": (Service("stac", "http://127.0.0.1:9000", "/api"),),
+                "endpoint": "/x?y&z",
+            },
+            "curl --proxy http://localhost:8080 --proxy-user USER:PASSWORD 'http://127.0.0.1:9000/api/x?y&z'",
+        ),
     ],
 )
 def test_the_command_to_try_uses_a_name_that_the_proxy_answers_to(
