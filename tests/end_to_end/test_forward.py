@@ -242,6 +242,10 @@ def test_websockets_come_through_with_the_token(setup: Setup) -> None:
     with socket.create_connection(("127.0.0.1", setup.port), 10) as stream:
         assert websocket(stream, f"http://127.0.0.1:{setup.ports['plain']}/socket", SHOWN) == "hello"
     assert [setup.audience(received) for received in setup.received()] == ["for-plain"] * 2
+    with socket.create_connection(("127.0.0.1", setup.port), 10) as stream:
+        assert websocket(stream, f"http://127.0.0.1:{setup.ports['other']}/socket", SHOWN) == "hello"
+    (received,) = setup.received()
+    assert not received.names & {"authorization", "proxy-authorization"}
 
 
 def websocket(stream: socket.socket, target: str, head: bytes) -> str:
