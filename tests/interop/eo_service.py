@@ -19,6 +19,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.testing import FakeIssuer
 from tests.interop.kc_service import serving
 
@@ -51,10 +52,15 @@ class Asked:
 
 @dataclass
 class EoService:
-    """The service's URLs, without and with TLS, and what it was asked so far."""
+    """The service's URLs, without and with TLS, and what it was asked so far.
+
+    With an `audience`, it takes no other tokens. `data_url` is where the assets of its items are, if not here.
+    """
 
     issuer: FakeIssuer
     rasters: Path
+    audience: str | None = None
+    data_url: str | None = None
     url: str = ""
     tls_url: str = ""
     asked: list[Asked] = field(default_factory=list)
@@ -124,7 +130,8 @@ class EoService:
         asked = await request.json() if request.method == "POST" else request.query_params
         start, limit = int(asked.get("token", 0)), int(asked.get("limit", 2))
         root = f"{request.base_url}stac"
-        features = [item(root, number) for number in range(start, min(start + limit, ITEMS))]
+        data_url = self.data_url or root.removesuffix("/stac")
+        features = [item(root, data_url, number) for number in range(start, min(start + limit, ITEMS))]
         links = []
         if start + limit < ITEMS:
             following = {"token": str(start + limit), "limit": limit}
@@ -186,7 +193,10 @@ class Doorkeeper:
             await send(message)
 
         given = request.headers.getlist("Authorization")
-        is_known = len(given) == 1 and self._service.issuer.accepts(given[0].removeprefix("Bearer "))
+        token = given[0].removeprefix("Bearer ") if len(given) == 1 else ""
+        is_known = self._service.issuer.accepts(token)
+        if self._service.audience is not None:
+            is_known = is_known and unverified_claims(token)["aud"] == self._service.audience
         is_open = is_known and request.url.path != "/_plugins/_security/api"  # which is for nobody
         challenge = {"WWW-Authenticate": 'Basic realm="OpenSearch Security"'}
         app = self._app if is_open else Response("Unauthorized", 401, challenge)
@@ -203,7 +213,7 @@ def catalog(kind: str, name: str) -> dict[str, Any]:
     return {"type": kind, "id": name, "stac_version": "1.0.0", "description": "for tests"}
 
 
-def item(root: str, number: int) -> dict[str, Any]:
+def item(root: str, data_url: str, number: int) -> dict[str, Any]:
     return {
         "type": "Feature",
         "stac_version": "1.0.0",
@@ -212,14 +222,16 @@ def item(root: str, number: int) -> dict[str, Any]:
         "bbox": [8.7, 49.9, 8.7, 49.9],
         "properties": {"datetime": "2026-01-01T00:00:00Z"},
         "links": [link("self", f"{root}/collections/c/items/item-{number}")],
-        "assets": {"data": {"href": f"{root.removesuffix('/stac')}/rasters/large.tif"}},
+        "assets": {"data": {"href": f"{data_url}/rasters/large.tif"}},
         "collection": "c",
     }
 
 
 @contextmanager
-def running_eo_service(issuer: FakeIssuer, rasters: Path, certificate: Path) -> Iterator[EoService]:
-    service = EoService(issuer, rasters)
+def running_eo_service(
+    issuer: FakeIssuer, rasters: Path, certificate: Path, audience: str | None = None, data_url: str | None = None
+) -> Iterator[EoService]:
+    service = EoService(issuer, rasters, audience, data_url)
     app = service.app()
     with serving(app) as service.url, serving(app, certificate) as service.tls_url:
         yield service

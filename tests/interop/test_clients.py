@@ -14,7 +14,8 @@ import httpx
 import pytest
 import requests
 
-from tests.interop.eo_service import ITEMS, SIZE, Setup
+from eoepca_security.testing import FakeIssuer
+from tests.interop.eo_service import ITEMS, SIZE, Setup, running_eo_service
 from tests.support.environment import settings_for
 from tests.support.processes import ROOT, StartProxy
 
@@ -135,6 +136,42 @@ def test_gdal(
     asked = eo.service.asked
     assert {(each.path, each.status) for each in asked} == {("/rasters/large.tif", 200), ("/rasters/large.tif", 206)}
     assert sum(each.sent for each in asked) < SIZE * SIZE / 20
+
+
+def test_a_catalogue_leads_to_data_on_another_host(
+    start: StartProxy,
+    eo_rasters: Path,
+    certificate: Path,
+    home: Path,
+    environment: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    authority = home / ".mitmproxy" / "mitmproxy-ca-cert.pem"
+    with (
+        FakeIssuer(client_secret="secret-of-the-client") as issuer,
+        running_eo_service(issuer, eo_rasters, certificate, "data") as data,
+        running_eo_service(issuer, eo_rasters, certificate, "catalogue", data.tls_url) as catalogue,
+    ):
+        file = tmp_path / "services.toml"
+        file.write_text(
+            "".join(
+                f'[service.{each.audience}]\nurl = "{each.tls_url}"\ntoken = "exchange"\naudience = "{each.audience}"\n'
+                for each in (catalogue, data)
+            )
+        )
+        more = {"PROXY_MODE": "forward", "PROXY_SERVICES": str(file), "TLS_CA_FILE": str(certificate)}
+        proxy = start("launcher", "", settings_for(issuer, **more))
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(authority))
+        found = list(pystac_client.Client.open(f"{catalogue.tls_url}/stac").search(limit=2).items())
+        assert [item.id for item in found] == ALL_ITEMS
+        env = environment | {"https_proxy": proxy.url, "CURL_CA_BUNDLE": str(authority)}
+        env |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": ".tif"}
+        asset = f"/vsicurl/{found[0].assets['data'].href}"
+        assert json.loads(run("gdalinfo", "-json", asset, environment=env))["size"] == [SIZE, SIZE]
+    assert {asked.status for asked in catalogue.asked} == {200}
+    assert {asked.status for asked in data.asked} == {200, 206}
 
 
 def test_gdal_waits_for_an_issuer_that_is_away(eo: Setup, start: StartProxy, environment: dict[str, str]) -> None:
