@@ -50,14 +50,21 @@ def _behind(flow: HTTPFlow, routes: Routes, *, is_served: bool) -> Destination:
     except ValueError:
         called = None
     if called is None:
-        names = listed(routes.names)
-        refusal = Refusal("host_not_allowed", f"{printable(named, 100)} is not a service of this proxy: use {names}")
+        refusal = Refusal("host_not_allowed", f"{printable(named, 100)} is not {_remedy(flow, routes)}")
         return Destination(nowhere, request.path, True, is_served, refusal=refusal)
     try:
         service, path = routes.route(called, request.path)
     except AmbiguousPath:
         return Destination(nowhere, request.path, True, is_served, called=called, refusal=_AMBIGUOUS)
     return Destination(_target(*service.site), path, True, is_served, service, called)
+
+
+def _remedy(flow: HTTPFlow, routes: Routes) -> str:
+    """Return what a client's name for the proxy is not, and which one to use."""
+    port = flow.client_conn.sockname[1]
+    if (owner := routes.owner(port)) is not None:
+        return f"a name of {owner.name}, which this port is for: use localhost:{port}, or {owner.own_name}:{port}"
+    return f"a service of this proxy: use {listed(routes.names)}"
 
 
 def is_served(mode: ProxyMode, settings: Settings | None) -> bool:

@@ -33,6 +33,7 @@ _TO_ITSELF: Final = Refusal(
 _PASSWORD: Final = Refusal(
     "proxy_authentication_required", "send the user name and password in PROXY_AUTH_FILE (Basic authentication)"
 )
+_WRONG_PASSWORD: Final = Refusal(_PASSWORD.code, "the user name and password are not those in PROXY_AUTH_FILE")
 
 
 class ForwardMode:
@@ -106,7 +107,7 @@ class ForwardMode:
         password = self._password(client)
         if password is not None:
             if not is_right(password, values):
-                return _PASSWORD
+                return _WRONG_PASSWORD if values else _PASSWORD
             self._known.add(client)
         if not _is_clear(request):
             return _AMBIGUOUS
@@ -122,7 +123,7 @@ class ForwardMode:
 def _refuse(flow: HTTPFlow, refusal: Refusal) -> Response:
     flow.metadata |= {CODE: refusal.code, DETAIL: refusal.detail}
     method = flow.request.method
-    if refusal is _PASSWORD:
+    if refusal.code == _PASSWORD.code:
         return messages.password_required(refusal.detail, method=method)
     return messages.answer(refusal.code, refusal.detail, method=method)
 

@@ -118,7 +118,8 @@ class _Run:
         client = printable(settings.client.client_id)
         what = f"service {settings.upstream}"
         if settings.services_file is not None:
-            what = f"{len(settings.services)} services"
+            number = len(settings.services)
+            what = f"{number} service{'s' if number != 1 else ''}"
         return f"client {client}, issuer {settings.issuer_url}, {what}"
 
     def store(self) -> str:

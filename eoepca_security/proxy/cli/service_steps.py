@@ -53,10 +53,8 @@ def check_upstream(settings: Settings, service: Service, token: AccessToken, *, 
     """Ask the service with and without the token; return what it answered, or raise NotOk."""
     url = f"{service.upstream}{service.path}"
     place = Place(key_name(service, "url", settings), service.upstream, in_container)
-    if service.ca_file is not None:
-        place = replace(place, ca_file=key_name(service, "ca_file", settings))
-    else:
-        service = replace(service, ca_file=settings.ca_file)
+    place = replace(place, ca_file=key_name(service, "ca_file", settings))
+    service = replace(service, ca_file=service.ca_file or settings.ca_file)
     target = f"{service.path}{settings.endpoint}"
     try:
         reply = bounded(lambda: ask(service, target, token.value), UPSTREAM_TIMEOUT)

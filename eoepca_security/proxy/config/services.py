@@ -107,7 +107,7 @@ def read_services(
     try:
         tables, problems = _tables(_content(path))
     except ValueError as error:
-        raise SettingsError(f"{source}: {_shown(path)} {error}") from None
+        raise SettingsError(f"{source}: {_named(path)} {error}") from None
     if default is not None and DEFAULT in tables:
         problems.append(f"[service.{DEFAULT}]: {UPSTREAM.env} is this service: remove one of the two")
         del tables[DEFAULT]
@@ -139,6 +139,11 @@ def read_services(
             "addresses"
         )
     return ServicesFile(tuple(services), tuple(f"{source}: {warning}" for warning in warnings))
+
+
+def _named(path: Path) -> str:
+    """Return a path for a message. One that begins nowhere may not be where the user looks for it."""
+    return _shown(path.absolute() if path.suffix == ".toml" else path)
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -142,9 +142,9 @@ def known_remedy(error: TokenError, settings: Settings, service: Service | None 
 
 
 def key_name(service: Service, key: str, settings: Settings) -> str:
-    """Return where the user sets `key` of a service, which is `url`, `audience` or `scope` for the default service."""
+    """Return where the user sets `key` of a service, one of four for the service of the settings without a file."""
     if service.name == DEFAULT and (settings.upstream is not None or settings.services_file is None):
-        variable = {"url": UPSTREAM, "audience": AUDIENCE, "scope": SCOPE}[key]
+        variable = {"url": UPSTREAM, "audience": AUDIENCE, "scope": SCOPE, "ca_file": CA_FILE}[key]
         return settings.name(variable)
     return f"[service.{service.name}] {key}"
 
@@ -172,7 +172,7 @@ def service_audience_remedy(settings: Settings, service: Service, audience: str)
     """Return the remedy for a service's token that is not for `audience`."""
     client_id = settings.client.client_id
     if service.token == "exchange":  # noqa: S105  the kind of token
-        return exchanged_audience_remedy(client_id, audience)
+        return f"{exchanged_audience_remedy(client_id, audience)}; or correct {key_name(service, 'audience', settings)}"
     remedy = audience_remedy(client_id, audience, name=key_name(service, "audience", settings))
     if service.token != "resource":  # noqa: S105  as above
         return remedy
@@ -192,7 +192,7 @@ def login_scope_remedy(settings: Settings) -> str:
 def _openid_remedy(settings: Settings) -> str:
     login = settings.command.run("login")
     asks = f"{login}, which asks for openid" if settings.scope is None else f"add openid to {SCOPE.env}, and {login}"
-    return f"{asks}; if that does not help, this issuer sends ID tokens only at the login: use another `credential`"
+    return f"{asks}; if that does not help, this issuer sends ID tokens only at the login: remove `credential`"
 
 
 def login_remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
@@ -536,7 +536,7 @@ def exchange_remedy(
         case "no_audience":
             return (
                 f"{exchanged_audience_remedy(client_id, service)}, and if that scope is an optional one, set `scope` "
-                f"of {whose} to it"
+                f"of {whose} to it; or correct `audience` of {whose}"
             )
         case "subject_token":
             return f"the session's access token was refused: it has ended, or was not issued to {client}"

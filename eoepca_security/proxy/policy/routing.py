@@ -46,6 +46,10 @@ class Routes:
         """Return the service of this name, or None."""
         return self._by_name.get(name)
 
+    def owner(self, port: int) -> Service | None:
+        """Return the service that a port of the proxy is for, or None."""
+        return self._by_port.get(port)
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The names by which clients can call a service on the listener that all share."""
@@ -62,7 +66,7 @@ class Routes:
         the port that all share, a service has its names, and `default`, or else the only service, has all other ones.
         A `*.localhost` that is none of the services is a mistake, unless `default` is the only one.
         """
-        named, owner = self._by_host.get(host.name), self._by_port.get(proxy_port)
+        named, owner = self._by_host.get(host.name), self.owner(proxy_port)
         if owner is not None:
             return owner if named in (None, owner) else None
         if named is None and host.name.endswith(".localhost") and self.services != (self._by_name.get(DEFAULT),):
