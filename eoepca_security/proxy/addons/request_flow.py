@@ -139,7 +139,7 @@ class RequestFlow:
         shared_port = self._state.settings.port if self._state.settings is not None else 0
 
         def way_in(wanted: Service) -> str | None:
-            if wanted is called:
+            if wanted == called:  # another object after the services were read again
                 return proxy
             return routes.way_in(wanted, called=called, proxy=proxy, own_port=own_port, shared_port=shared_port)
 

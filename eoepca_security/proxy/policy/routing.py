@@ -116,7 +116,9 @@ class Routes:
         site = self._site(scheme, authority, came_from) if authority else came_from.site
         if site is None:
             return url
-        if not self._is_alone(self._by_site[site][0]):
+        # After a change of the services, the one that answered may be none of them any more, or not at this site.
+        at_site = self._by_site.get(site)
+        if not authority or (at_site is not None and not self._is_alone(at_site[0])):
             # As the client will do.
             base = path.partition("?")[0].encode("utf-8", "surrogateescape").decode("latin-1")
             target = _resolved("/" if authority else base, target)
@@ -129,7 +131,7 @@ class Routes:
             return url if authority else f"{came_from.upstream}{target}{rest}".encode("latin-1")
         inside = target.removeprefix(service.path) or ("/" if service.path else "")
         # Stay relative where that is possible: `//` would begin the name of a host.
-        is_relative = not authority and service is called and not inside.startswith(("//", "/\\"))
+        is_relative = not authority and service == called and not inside.startswith(("//", "/\\"))
         return f"{'' if is_relative else origin}{inside}{rest}".encode("latin-1")
 
     def way_in(self, wanted: Service, *, called: Service, proxy: str, own_port: int, shared_port: int) -> str | None:

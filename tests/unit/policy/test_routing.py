@@ -348,6 +348,38 @@ def test_a_redirect_to_a_service_without_a_way_in_leads_to_the_real_one() -> Non
     assert location(b"https://gateway.example/api/x") == b"https://gateway.example/api/x"
 
 
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (b"next", b"http://old.example/v1/next"),
+        (b"/v1/next", b"http://old.example/v1/next"),
+        (b"http://old.example/v1/next", b"http://old.example/v1/next"),
+        (b"https://api.example/x", b"http://api.localhost:8080/x"),
+        (b"?x", b"?x"),
+    ],
+)
+def test_an_answer_of_a_service_that_is_none_any_more_leads_to_where_it_came_from(url: bytes, expected: bytes) -> None:
+    old, api = Service("api", "http://old.example", "/v1"), Service("api", "https://api.example")
+    routes = Routes((api,))
+    assert routes.location(url, called=old, came_from=old, path="/v1/1", way_in=way_in) == expected
+    plain = Service("api", "https://plain.example")
+    downgraded = b"http://plain.example/x"
+    assert routes.location(downgraded, called=plain, came_from=plain, path="/", way_in=way_in) == downgraded
+
+
+def test_a_relative_redirect_goes_on_when_the_path_of_its_service_has_just_changed() -> None:
+    old, new = Service("api", "https://api.example", "/v1"), Service("api", "https://api.example")
+    assert Routes((new,)).location(b"next", called=old, came_from=old, path="/v1/1", way_in=way_in) == (
+        b"http://api.localhost:8080/v1/next"
+    )
+
+
+def test_a_redirect_stays_relative_when_the_services_have_just_been_read_again() -> None:
+    called = Service("api", "https://api.example", "/v1")
+    routes = Routes((Service("api", "https://api.example", "/v1"),))
+    assert routes.location(b"/v1/x", called=called, came_from=called, path="/v1/", way_in=way_in) == b"/x"
+
+
 def test_an_answer_from_inside_the_called_service_names_its_own_service() -> None:
     def location(url: bytes) -> bytes:
         path = "/api/inner/Zo\udcebë/1"
