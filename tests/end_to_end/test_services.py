@@ -602,6 +602,29 @@ def test_the_file_is_read_again_where_there_is_no_terminal(
     assert proxy.stop() == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
+def test_a_worker_that_is_just_starting_survives_a_hangup(
+    start_alone: Callable[..., ProxyProcess],
+    issuer: FakeIssuer,
+    stac: tuple[Service, str],
+    data: tuple[Service, str],
+    tmp_path: Path,
+    client: httpx.Client,
+) -> None:
+    one, *_ = (f"[service.{part}" for part in exchanged(stac[1], data[1]).split("[service.")[1:])
+    file = tmp_path / "services.toml"
+    file.write_text(one)
+    proxy = start_alone(settings_for(issuer, PROXY_SERVICES=str(file), PROXY_WORKERS="2", PROXY_PORT="0"))
+    children = Path(f"/proc/{proxy.process.pid}/task/{proxy.process.pid}/children")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    assert proxy.wait_for(re.compile("starting another"))
+
+    file.write_text(exchanged(stac[1], data[1]))
+    proxy.process.send_signal(signal.SIGHUP)
+    eventually(lambda: get(client, proxy, "data.localhost").status_code == 200)
+    assert "SIGHUP" not in proxy.output
+
+
 def test_a_hangup_ends_a_proxy_without_a_file_as_before(
     start_alone: Callable[..., ProxyProcess], issuer: FakeIssuer
 ) -> None:

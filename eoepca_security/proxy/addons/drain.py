@@ -33,10 +33,11 @@ def has_terminal() -> bool:
 
 
 def on_hangup(act: Callable[[], None]) -> None:
-    """Do this on SIGHUP, unless it is ignored (nohup)."""
+    """Do this on SIGHUP, unless it is ignored (nohup). One that was blocked so far arrives now."""
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, act)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 def end_quietly() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from eoepca_security.errors import SettingsError
 from eoepca_security.proxy.addons.configuration import SAME_AS_BEFORE
-from eoepca_security.proxy.addons.drain import has_terminal
+from eoepca_security.proxy.addons.drain import has_terminal, on_hangup
 from eoepca_security.proxy.admin.worker_states import Channel, Workers
 from eoepca_security.proxy.config.loading import reread_services
 from eoepca_security.proxy.config.port_check import bind_host
@@ -53,8 +53,8 @@ def run_workers(
         parts.append(Part(proxy.run_admin, is_worker=False))
     # Otherwise each process's garbage collector scans, and so copies, the shared memory.
     settle_memory()
-    on_hangup = proxy.reread if settings.services_file is not None and not has_terminal() else None
-    return supervise(parts, on_end=proxy.close_listeners, on_worker_exit=proxy.on_worker_exit, on_hangup=on_hangup)
+    reread = proxy.reread if settings.services_file is not None and not has_terminal() else None
+    return supervise(parts, on_end=proxy.close_listeners, on_worker_exit=proxy.on_worker_exit, on_hangup=reread)
 
 
 @dataclass
@@ -126,7 +126,7 @@ async def _serve_admin(admin: "Admin", lifeline: int, follow: Callable[[], None]
     """Run the admin listener until this process must stop or the supervisor is gone. `follow` is called on SIGHUP."""
     end, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, end.set)
-    loop.add_signal_handler(signal.SIGHUP, follow)
+    on_hangup(follow)
     loop.add_reader(lifeline, end.set)
     admin.start()
     await end.wait()

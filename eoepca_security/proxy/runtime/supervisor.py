@@ -58,8 +58,8 @@ def supervise(
     """Run each part in a process of its own until one of them or a signal stops them all; return the exit code.
 
     `on_end` is called when the supervisor begins to stop, and `on_worker_exit` with the index and fate of each part
-    that died. `on_hangup` is called on SIGHUP, and returns whether all parts get that signal, too; without it, SIGHUP
-    stops them.
+    that died. `on_hangup` is called on SIGHUP, and returns whether all parts get that signal, too, which is blocked
+    when they start; without it, SIGHUP stops them.
     """
     return _Supervisor(parts, on_end, on_worker_exit, on_hangup, now).run()
 
@@ -137,7 +137,9 @@ class _Supervisor:
             os.setpgid(0, 0)
             for _, end in self._lifelines.values():
                 os.close(end)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
+            # SIGHUP waits until the part has a handler for it: without one, it would end the process.
+            kept_back = {signal.SIGHUP} if self._on_hangup is not None else set()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals - kept_back)
             code = part.run(is_first, self._lifelines[part.is_worker][0])
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else _CRASHED
