@@ -19,6 +19,7 @@ from typing import Any, Final
 from filelock import FileLock, Timeout
 
 from eoepca_security.errors import IssuerUnavailable, StoreError
+from eoepca_security.oauth.protocol import read_text
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.urls import WELL_KNOWN, discovery_url
 from eoepca_security.session.session import Stored, StoredToken
@@ -47,6 +48,9 @@ _TYPES: Final[dict[str, Any]] = {
     "scope": str | None,
     "for_services": dict,
 }
+
+# The characters of a header's value (RFC 6750 §2.1), and of a form's (RFC 6749 appendix A).
+_SENDABLE: Final = {"access_token": "[!-~]+", "id_token": "[!-~]+", "refresh_token": "[ -~]+", "scope": "[ -~]+"}
 
 logger = logging.getLogger(__name__)
 
@@ -257,20 +261,28 @@ class TokenStore:
         # Older versions do not write these.
         members = {"rejected": False, "for_services": {}} | members
         values: dict[str, Any] = {name: members.get(name) for name in _TYPES}
-        if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or "" in values.values():
+        if not all(isinstance(value, _TYPES[name]) for name, value in values.items()) or not _is_sendable(values):
             raise StoreError(f"{self._file} is damaged: remove it")
-        try:
-            values["for_services"] = {key: _token(token) for key, token in values["for_services"].items()}
-        except (KeyError, TypeError):
-            raise StoreError(f"{self._file} is damaged: remove it") from None
+        # Those that cannot be used are fetched again, which is no reason to lose the session.
+        kept = {key: _token(token) for key, token in values["for_services"].items()}
+        values["for_services"] = {key: token for key, token in kept.items() if token is not None}
         serial = members.get("serial")
         return Stored(**values), serial if isinstance(serial, int) else 0
 
 
-def _token(members: Mapping[str, Any]) -> StoredToken:
-    value, obtained_at, ends_at = members["value"], members["obtained_at"], members["ends_at"]
-    if not (isinstance(value, str) and isinstance(obtained_at, float) and isinstance(ends_at, float)):
-        raise TypeError("a member has another type")
+def _is_sendable(values: Mapping[str, Any]) -> bool:
+    """Return whether the tokens and the scope are as issuers send them: access and ID tokens go into headers."""
+    return all(
+        values[name] is None or read_text(values[name], pattern) is not None for name, pattern in _SENDABLE.items()
+    )
+
+
+def _token(members: object) -> StoredToken | None:
+    if not isinstance(members, dict):
+        return None
+    value, obtained_at, ends_at = read_text(members.get("value")), members.get("obtained_at"), members.get("ends_at")
+    if value is None or not (isinstance(obtained_at, float) and isinstance(ends_at, float)):
+        return None
     return StoredToken(value, obtained_at, ends_at)
 
 

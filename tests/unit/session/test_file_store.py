@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from eoepca_security.errors import IssuerUnavailable, StoreError
 from eoepca_security.session.file_store import TokenStore, _problem_of, folder_problem
-from eoepca_security.session.session import Stored
+from eoepca_security.session.session import Stored, StoredToken
 
 SESSION = Stored("refresh-canary", "access-canary", 1000.0, 1060.0, 2800.0)
 
@@ -158,6 +159,10 @@ def test_a_file_that_cannot_be_understood_is_told_and_left_alone(file: Path, con
         ("refresh_token", ""),
         ("refresh_token", None),
         ("access_token", 5),
+        ("access_token", "a\r\nX-Other: b"),
+        ("id_token", "a b"),
+        ("refresh_token", "a\ud800"),
+        ("scope", "a\nb"),
         ("ends_at", "soon"),
         ("obtained_at", None),
         ("session_ends_at", "never"),
@@ -168,6 +173,23 @@ def test_a_file_with_a_wrong_value_is_told(file: Path, member: str, value: objec
     file.write_text(json.dumps(json.loads(file.read_text()) | {member: value}))
     with pytest.raises(StoreError, match="damaged"):
         store_in(file.parent).read()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"value": value} for value in ("a\r\nX-Other: b", "a b", "\ud800", "\u00e9", "", None)),
+        {"ends_at": "soon"},
+        {"obtained_at": None},
+    ],
+)
+def test_a_services_token_that_cannot_be_used_is_forgotten_and_the_session_stays(
+    file: Path, wrong: dict[str, object]
+) -> None:
+    right = {"value": "token", "obtained_at": 1.0, "ends_at": 2.0}
+    tokens = {"right": right, "wrong": right | wrong, "none": None}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"for_services": tokens}))
+    assert store_in(file.parent).read() == replace(SESSION, for_services={"right": StoredToken("token", 1.0, 2.0)})
 
 
 def test_a_file_of_a_version_that_did_not_note_rejections_is_read(file: Path) -> None:

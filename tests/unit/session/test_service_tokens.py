@@ -167,12 +167,11 @@ def test_service_tokens_that_do_not_fit_into_the_file_are_left_out(tmp_path: Pat
     assert store.read() == Stored("refresh")
 
 
-@pytest.mark.parametrize("damage", ['{"stac": 1}', '{"stac": {"value": 1, "obtained_at": 0.0, "ends_at": 0.0}}', "[]"])
-def test_damaged_service_tokens_are_reported(tmp_path: Path, damage: str) -> None:
+def test_damaged_service_tokens_are_reported(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     store.write(Stored("refresh", "access", START, START + 60))
     content = store.place.read_text().rstrip()
-    store.place.write_text(content.replace('"for_services": {}', f'"for_services": {damage}'))
+    store.place.write_text(content.replace('"for_services": {}', '"for_services": []'))
     with pytest.raises(Exception, match="damaged"):
         store_in(tmp_path).read()
 
