@@ -34,7 +34,12 @@ def usable_cas(ca_file: Path) -> Path:
 
 
 def _refuse_hidden(ca_file: Path) -> None:
-    """Raise OSError for a certificate that OpenSSL silently skips, because a byte order mark precedes it."""
+    """Raise OSError for a certificate that OpenSSL silently skips, because a byte order mark precedes it.
+
+    Also for what is no file: reading a pipe or a device may never end.
+    """
+    if not ca_file.is_file() and ca_file.exists():
+        raise OSError("it is not a file")
     if b"\xef\xbb\xbf-----BEGIN" in ca_file.read_bytes():
         raise OSError("a byte order mark precedes a certificate in it: save the file without one")
 

@@ -305,7 +305,7 @@ class _Table:
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             self._problem("hosts", 'must be a list of names, e.g. ["stac.proxy.svc"]')
             return ()
-        hosts = []
+        hosts: dict[str, None] = {}
         for value in values:
             try:
                 name, port = parse_host(value)
@@ -318,8 +318,8 @@ class _Table:
                 )
             elif name in LOOPBACK_NAMES:
                 self._problem("hosts", f"{name} is the proxy itself: use another name")
-            elif name not in hosts:
-                hosts.append(name)
+            else:
+                hosts[name] = None
         return tuple(hosts)
 
     def _resource(self) -> str | None:

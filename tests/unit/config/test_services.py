@@ -1,7 +1,9 @@
 """The file with the services behind one login."""
 
+import os
 import ssl
 from pathlib import Path
+from time import process_time
 
 import certifi
 import pytest
@@ -337,3 +339,19 @@ def test_in_forward_mode_ports_and_names_at_the_proxy_have_no_effect(file: Path)
     assert [(service.port, service.hosts) for service in services] == [(None, ()), (None, ())]
     assert any("data" in warning and "plain http" in warning for warning in warnings)
     assert any("port and hosts of stac are not used" in warning for warning in warnings)
+
+
+def test_a_ca_file_that_never_ends_is_a_problem(file: Path) -> None:
+    os.mkfifo(file.parent / "pipe")
+    for name in ("pipe", "/dev/zero"):
+        (line,) = problems(file, f"[service.a]\n{URL}ca_file = '{name}'")
+        assert line.startswith("[service.a] ca_file: ")
+        assert line.endswith("it is not a file")
+
+
+def test_many_hosts_take_no_time(file: Path) -> None:
+    names = ", ".join(f'"h{number}.svc"' for number in range(60_000))
+    began = process_time()
+    ((service,), _) = read(file, f"[service.a]\n{URL}hosts = [{names}]")
+    assert len(service.hosts) == 60_000
+    assert process_time() - began < 8
