@@ -198,7 +198,9 @@ class Configuration:
 
         Connections that are there do not change, so a service keeps what it had from its start. Raises SettingsError.
         """
-        bundles, trust = [], {}
+        # One for each file, however many services name it: each has all CAs of the system, too.
+        bundles: dict[Path, IO[bytes]] = {}
+        trust = {}
         for service in services:
             wanted = (service.ca_file, service.tls_no_verify)
             if self._tls.get(service.site, wanted) != wanted:
@@ -208,10 +210,11 @@ class Configuration:
             if service.tls_no_verify:
                 trust[service.site] = Trust(None)
             elif service.ca_file is not None:
-                bundles.append(ca_bundle_file(service.ca_file))
-                trust[service.site] = Trust(Path(bundles[-1].name))
+                if service.ca_file not in bundles:
+                    bundles[service.ca_file] = ca_bundle_file(service.ca_file)
+                trust[service.site] = Trust(Path(bundles[service.ca_file].name))
         self._tls |= {service.site: (service.ca_file, service.tls_no_verify) for service in services}
-        self._bundles = bundles
+        self._bundles = list(bundles.values())
         return trust
 
     def _trust_upstream(self, settings: Settings) -> None:

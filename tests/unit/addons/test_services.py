@@ -2,8 +2,11 @@
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
 
+import certifi
 import pytest
 from mitmproxy.addons.proxyserver import Proxyserver
 from mitmproxy.http import HTTPFlow, Response
@@ -16,6 +19,7 @@ from eoepca_security.proxy.addons.addresses import browser_address
 from eoepca_security.proxy.addons.oidc import OIDCAuthProxy
 from eoepca_security.proxy.admin.metrics import exposition
 from eoepca_security.proxy.admin.status import Unready
+from eoepca_security.proxy.config.factory import ca_bundle_file
 from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.proxy.policy.access import Guard
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
@@ -201,3 +205,21 @@ def test_in_a_browser_the_only_service_of_a_file_has_its_own_name() -> None:
     assert browser_address(here, "https://a.example/api", guard, [STAC]) == "http://stac.localhost:8080"
     assert browser_address(here, "2 services", guard, [STAC, PLAIN]) is None
     assert browser_address("http://0.0.0.0:8080", "https://a.example", guard, [STAC]) is None
+
+
+async def test_services_of_one_ca_file_share_what_is_made_of_it(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def bundle(ca_file: Path) -> IO[bytes]:
+        made.append(ca_file)
+        return ca_bundle_file(ca_file)
+
+    monkeypatch.setattr("eoepca_security.proxy.addons.configuration.ca_bundle_file", bundle)
+    ca = Path(certifi.where())
+    first, second = (
+        replace(service, upstream=f"https://{service.name}.example", ca_file=ca) for service in (STAC, PLAIN)
+    )
+    proxy = Proxy(context, with_services(first, second))
+    trust = proxy.addon.state.trust
+    assert made == [ca]
+    assert trust[first.site] == trust[second.site]
