@@ -638,7 +638,7 @@ def start_alone(base_environment: dict[str, str], tmp_path: Path) -> Iterator[Ca
     """Start the launcher in a session of its own, which has no terminal."""
     started: list[ProxyProcess] = []
 
-    def start(environment: Mapping[str, str]) -> ProxyProcess:
+    def start(environment: Mapping[str, str], *, wait: bool = True) -> ProxyProcess:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "run-mitmproxy.py"), "serve"],
             env=base_environment | dict(environment),
@@ -650,8 +650,21 @@ def start_alone(base_environment: dict[str, str], tmp_path: Path) -> Iterator[Ca
             start_new_session=True,
         )
         started.append(ProxyProcess(process))
-        return started[-1].wait_until_started()
+        return started[-1].wait_until_started() if wait else started[-1]
 
     yield start
     for proxy in started:
         proxy.stop()
+
+
+def test_a_hangup_during_the_start_waits(
+    start_alone: Callable[..., ProxyProcess], issuer: FakeIssuer, stac: tuple[Service, str], tmp_path: Path
+) -> None:
+    file = tmp_path / "services.toml"
+    file.write_text(f'[service.stac]\nurl = "{stac[1]}"\n')
+    issuer.behaviour.delay = 2.0  # the first token is asked for while mitmproxy starts
+    proxy = start_alone(settings_for(issuer, PROXY_SERVICES=str(file), PROXY_PORT="0"), wait=False)
+    eventually(lambda: bool(issuer.fetches["openid-configuration"]))
+    proxy.process.send_signal(signal.SIGHUP)
+    assert proxy.wait_for(re.compile("the services were read again"))
+    assert proxy.stop() == 0

@@ -45,7 +45,9 @@ OPTION_NAMES: Final = frozenset(str(variable.option) for variable in OPTIONS)
 
 logger = logging.getLogger("eoepca_security.proxy.addon")
 
-SAME_AS_BEFORE: Final = "the services are the same as before: correct the file, and send SIGHUP again"
+SAME_AS_BEFORE: Final = (
+    "the services are the same as before: correct the file and send SIGHUP again, or restart for what needs that"
+)
 
 _TRUSTED_CA: Final = "ssl_verify_upstream_trusted_ca"
 

@@ -32,6 +32,13 @@ def has_terminal() -> bool:
     return True
 
 
+def hold_hangup() -> None:
+    """Let SIGHUP wait until there is a handler for it, unless it is ignored (nohup)."""
+    with contextlib.suppress(AttributeError):
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
+
 def on_hangup(act: Callable[[], None]) -> None:
     """Do this on SIGHUP, unless it is ignored (nohup). One that was blocked so far arrives now."""
     with contextlib.suppress(NotImplementedError, RuntimeError, ValueError, AttributeError):

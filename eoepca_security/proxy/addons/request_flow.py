@@ -122,7 +122,8 @@ class RequestFlow:
             response.headers.fields = without_cookies(response.headers.fields)
         if response.status_code == 101:
             return
-        fields = shared(response.headers.fields, flow.metadata.get(SHARING))
+        # First, as mitmproxy passes the answer on if the rest raises.
+        fields = response.headers.fields = shared(response.headers.fields, flow.metadata.get(SHARING))
         if sent is not None and (proxy := flow.metadata.get(ORIGIN)) is not None:
             fields = with_usable_cookies(self._locations(flow, fields, sent, proxy), proxy, _prefix(sent))
         if self._state.is_ending and not (flow.request.is_http2 or flow.request.is_http3):

@@ -272,6 +272,11 @@ def reread_services(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     if ports != before:
         changed = ", ".join(str(port) for port in sorted(ports ^ before, key=str))
         raise SettingsError(f"{name}: port: services with other ports than before need a restart ({changed})")
+    before_tls = {service.site: (service.ca_file, service.tls_no_verify) for service in settings.services}
+    for service in services:
+        # Connections that are there were made with the old ones.
+        if before_tls.get(service.site, wanted := (service.ca_file, service.tls_no_verify)) != wanted:
+            raise SettingsError(f"{name}: [service.{service.name}] ca_file, tls_no_verify: a change needs a restart")
     return replace(settings, services=services), warnings
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from eoepca_security.errors import SettingsError
+from eoepca_security.proxy.addons.drain import has_terminal, hold_hangup
 from eoepca_security.proxy.config.settings import Settings
 from eoepca_security.proxy.config.variables import SERVICES, UPSTREAM
 from eoepca_security.proxy.runtime.environment import (
@@ -31,6 +32,8 @@ def run(
     """
     if not (settings.services or (settings.mode == "forward" and settings.inject_hosts)):
         raise SettingsError(f"{UPSTREAM.env}: is required, or {SERVICES.env}")
+    if settings.services_file is not None and not has_terminal():
+        hold_hangup()
     if message := taken_address(settings):
         print_error(message, log_format)
         return 1

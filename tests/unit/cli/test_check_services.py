@@ -228,7 +228,7 @@ def test_a_service_with_a_ca_of_its_own(settings: Settings, tmp_path: Path) -> N
             ({"ca_file": tmp_path / "own.pem"}, "204 with the token"),
             ({"tls_no_verify": True}, "204 with the token"),
             ({"ca_file": tmp_path / "other.pem"}, "set [service.plain] ca_file to"),
-            ({}, "set TLS_CA_FILE to"),
+            ({}, "set [service.plain] ca_file to"),
         ):
             step = run(only(settings, "plain", upstream=server.url, **service))["upstream:plain"]
             assert says in f"{step.detail} {step.remedy}"

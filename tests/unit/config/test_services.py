@@ -3,7 +3,6 @@
 import os
 import ssl
 from pathlib import Path
-from time import process_time
 
 import certifi
 import pytest
@@ -349,9 +348,8 @@ def test_a_ca_file_that_never_ends_is_a_problem(file: Path) -> None:
         assert line.endswith("it is not a file")
 
 
+@pytest.mark.timeout(20)
 def test_many_hosts_take_no_time(file: Path) -> None:
     names = ", ".join(f'"h{number}.svc"' for number in range(60_000))
-    began = process_time()
     ((service,), _) = read(file, f"[service.a]\n{URL}hosts = [{names}]")
     assert len(service.hosts) == 60_000
-    assert process_time() - began < 8
