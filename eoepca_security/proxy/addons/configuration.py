@@ -66,6 +66,7 @@ class Configuration:
 
     `settings` come from the launcher, or are None. `make_sources` is that of `config.factory`. `observe` is told
     of each attempt to get a token: for which service (None is the login), its error or None, and its seconds.
+    `on_sources` is called when there are other sources of tokens.
     """
 
     def __init__(
@@ -76,12 +77,14 @@ class Configuration:
         joins: bool,
         make_sources: Callable[..., Sources],
         observe: Callable[[Service | None, TokenError | None, float], None],
+        on_sources: Callable[[], None],
     ) -> None:
         self._state = state
         self._given = settings
         self._joins = joins
         self._make_sources = make_sources
         self._observe = observe
+        self._on_sources = on_sources
         self._settings_problems: list[str] | None = None
         # Keep references: closing a file deletes it.
         self._bundle: IO[bytes] | None = None
@@ -136,6 +139,7 @@ class Configuration:
         self._use_services(settings, trust)
         state.sources = self._make_sources(settings, login=state.sources.login, hooks=self._hooks)
         self._set_guard(settings)
+        self._on_sources()
         logger.log(ALERT, "the services were read again: there are %d", len(settings.services))
 
     def _read_settings(self) -> list[str]:
@@ -167,6 +171,7 @@ class Configuration:
         )
         if before is not None:
             before.retire()
+        self._on_sources()
         return []
 
     def _set_guard(self, settings: Settings) -> None:

@@ -22,9 +22,10 @@ from eoepca_security.proxy.addons.lifecycle import Lifecycle, exit_if_rejected, 
 from eoepca_security.proxy.addons.monitoring import Monitoring
 from eoepca_security.proxy.addons.request_flow import RequestFlow
 from eoepca_security.proxy.addons.state import State
+from eoepca_security.proxy.addons.token_files import TokenFiles
 from eoepca_security.proxy.admin.status import AdminSource
 from eoepca_security.proxy.config.factory import make_sources
-from eoepca_security.proxy.config.settings import Settings
+from eoepca_security.proxy.config.settings import Service, Settings
 from eoepca_security.session.service_tokens import Sources
 
 
@@ -33,8 +34,9 @@ class OIDCAuthProxy:
 
     `settings` come from the launcher; without them, they come from the add-on's options, the environment and `.env`.
     `on_started` is called once with the proxy's URL and the error of the first token request, or None. With `joins`, it
-    continues the session of other processes without asking the issuer first. `end` is called when a client stops the
-    proxy; the default is mitmproxy's shutdown. `make_sources` replaces the function in `config.factory`.
+    continues the session of other processes without asking the issuer first. Of several processes, one `keeps_files`
+    with tokens. `end` is called when a client stops the proxy; the default is mitmproxy's shutdown. `make_sources`
+    replaces the function in `config.factory`.
     """
 
     def __init__(
@@ -43,13 +45,20 @@ class OIDCAuthProxy:
         on_started: Callable[[str, TokenError | None], None] | None = None,
         *,
         joins: bool = False,
+        keeps_files: bool = True,
         end: Callable[[], None] | None = None,
         make_sources: Callable[..., Sources] = make_sources,
     ) -> None:
         self.state = State(end or _shut_down)
         self.monitoring = Monitoring(self.state)
+        self.token_files = TokenFiles(self.state)
         configuration = Configuration(
-            self.state, settings, joins=joins, make_sources=make_sources, observe=self.monitoring.refreshed
+            self.state,
+            settings,
+            joins=joins,
+            make_sources=make_sources,
+            observe=self._refreshed,
+            on_sources=self.token_files.follow,
         )
         self.lifecycle = Lifecycle(
             self.state,
@@ -67,6 +76,8 @@ class OIDCAuthProxy:
             forward_mode,
             self.request_flow,
             Connections(self.state),
+            # At the end, no more tokens are asked for once the lifecycle waits for the last one.
+            *((self.token_files,) if keeps_files else ()),
             self.lifecycle,
         )
 
@@ -77,6 +88,10 @@ class OIDCAuthProxy:
     def admin_source(self) -> AdminSource:
         """Return what the admin listener needs to describe and stop the proxy."""
         return self.monitoring.admin_source()
+
+    def _refreshed(self, service: Service | None, error: TokenError | None, seconds: float) -> None:
+        self.monitoring.refreshed(service, error, seconds)
+        self.token_files.refreshed()
 
 
 def _shut_down() -> None:

@@ -40,6 +40,7 @@ from eoepca_security.proxy.config.variables import (
     SERVICES,
     TERMINATION_ENDPOINT,
     TLS_NO_VERIFY,
+    TOKEN_FILE,
     VARIABLES,
     Variable,
 )
@@ -162,6 +163,7 @@ def read_settings(
             f"is required without a stored login: {command.run('login')}, or set this to the refresh token of a login, "
             f"or set {GRANT.env}=client_credentials with a secret",
         )
+    token_file = reader.token_file()
     ca_file = reader.ca_file()
     if grant == "refresh_token" and refresh_token is None and access_token is not None and token_store is None:
         reader.warnings.append(f"{REFRESH_TOKEN.env} is not set: this works only until {ACCESS_TOKEN.env} expires")
@@ -187,6 +189,9 @@ def read_settings(
         allow_http=allow_http,
         ca_file=ca_file,
         token_store=token_store,
+        token_file=token_file,
+        token_file_mode=reader.token_file_mode(),
+        token_file_margin=reader.token_file_margin(),
         endpoint=reader.endpoint(),
         tls_no_verify=tls_no_verify,
         host=host,
@@ -305,6 +310,11 @@ def _services(settings: Settings, source: str) -> ServicesFile:
         "not"
         for service in found.services
         if service.credential == "id_token" and settings.grant == "client_credentials"
+    ]
+    problems += [
+        f"{source}: [service.{service.name}] token_file: is also in {TOKEN_FILE.env}: choose another one"
+        for service in found.services
+        if service.token_file is not None and service.token_file == settings.token_file
     ]
     if problems:
         raise SettingsError(*problems)

@@ -14,6 +14,7 @@ from eoepca_security.oauth.urls import EVERYWHERE, LOOPBACK_NAMES, is_loopback, 
 from eoepca_security.proxy.config.settings import NO_VERIFY, TOKEN_PLACE, Address, Service, Settings, Site
 from eoepca_security.proxy.config.validation import _meant, _reason, _shown
 from eoepca_security.proxy.config.variables import FORWARD_AS_CHOICES, UPSTREAM
+from eoepca_security.session.token_file import place_problem
 
 DEFAULT: Final = "default"
 """The name of the service that the settings without a file describe."""
@@ -27,7 +28,7 @@ _MAX_FILE: Final = 1024 * 1024
 
 _KEYS: Final = (
     *("url", "port", "hosts", "token", "audience", "resource", "scope", "credential", "header", "format"),
-    *("forward_as", "forwarded", "ca_file", "tls_no_verify"),
+    *("forward_as", "forwarded", "ca_file", "tls_no_verify", "token_file"),
 )
 
 _NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # a DNS label (RFC 1123 §2.1)
@@ -125,7 +126,7 @@ def read_services(
         unused = [service.name for service in services if service.port is not None or service.hosts]
         services = [replace(service, port=None, hosts=()) for service in services]
     listeners = [Address(host, port), *([admin] if admin is not None else [])]
-    problems += [*_port_conflicts(services, listeners), *_name_conflicts(services)]
+    problems += [*_port_conflicts(services, listeners), *_name_conflicts(services), *_file_conflicts(services)]
     with_url = [service for service in services if service.upstream]
     problems += [*_loops(with_url, services, listeners), *_site_conflicts(with_url)]
     if problems:
@@ -226,6 +227,7 @@ class _Table:
             forwarded=self._boolean("forwarded"),
             ca_file=self._ca_file(),
             tls_no_verify=self._boolean("tls_no_verify"),
+            token_file=self._token_file(),
         )
         self._check_token(service)
         if service.forwarded and service.path:
@@ -368,6 +370,15 @@ class _Table:
             self._problem("ca_file", f"{_shown(path)} cannot be used: {_reason(error)}")
             return None
 
+    def _token_file(self) -> Path | None:
+        value = self._text("token_file")
+        if value is None:
+            return None
+        path = (self._folder / value).absolute()
+        if problem := place_problem(path):
+            self._problem("token_file", problem)
+        return path
+
     def _check_token(self, service: Service) -> None:
         needed = _NEEDS.get(service.token, ())
         if needed and not any(key in self._values for key in needed):
@@ -417,6 +428,15 @@ def _name_conflicts(services: Sequence[Service]) -> Iterator[str]:
         for host in service.hosts:
             if (owner := owners.setdefault(host, service)) is not service:
                 yield f"[service.{service.name}] hosts: {host} is a name of {owner.name}: choose another"
+
+
+def _file_conflicts(services: Iterable[Service]) -> Iterator[str]:
+    owners: dict[Path, str] = {}
+    for service in services:
+        if service.token_file is not None:
+            owner = owners.setdefault(service.token_file, service.name)
+            if owner != service.name:
+                yield f"[service.{service.name}] token_file: is that of {owner}: choose another one"
 
 
 def _loops(with_url: Iterable[Service], services: Iterable[Service], listeners: Sequence[Address]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from eoepca_security.oauth.protocol import Client
 from eoepca_security.oauth.urls import DEFAULT_PORTS, discovery_url, parse_host
 from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.variables import Variable
+from eoepca_security.session.token_file import MARGIN, MODE
 
 NO_VERIFY: Final = "{} is on: anyone on the network path to the service can read the token"
 
@@ -17,6 +18,9 @@ MAX_WORKERS: Final = 64
 
 MAX_CLIENT_TIMEOUT: Final = 86_400
 """The maximum number of seconds for which a client may keep the proxy waiting: a day."""
+
+MAX_TOKEN_FILE_MARGIN: Final = 86_400
+"""The maximum number of seconds for which a token in a file has to be good: a day."""
 
 HELD_BYTES: Final = 64 * 1024 * 1024
 """How many bytes of bodies a process holds at a time, unless set."""
@@ -79,7 +83,8 @@ class Service:
     less (RFC 6749 §6) or for a resource (RFC 8707), and `exchange` is an exchange (RFC 8693). `credential` says
     which one goes into `header`, written as `format`.
 
-    `ca_file` has the CAs for this service; None means those of the proxy.
+    `ca_file` has the CAs for this service; None means those of the proxy. The proxy also keeps the token in the file
+    `token_file`, unless that is None.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Service:
     forwarded: bool = False
     ca_file: Path | None = None
     tls_no_verify: bool = False
+    token_file: Path | None = None
 
     def header_value(self, token: str) -> str:
         """Return what `header` has with this token."""
@@ -144,6 +150,9 @@ class Settings:
     allow_http: bool = False
     ca_file: Path | None = None
     token_store: Path | None = None
+    token_file: Path | None = None
+    token_file_mode: int = MODE
+    token_file_margin: int = MARGIN
     upstream: str | None = None
     services_file: Path | None = None
     services: tuple[Service, ...] = ()

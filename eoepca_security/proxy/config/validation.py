@@ -30,7 +30,13 @@ from eoepca_security.oauth.urls import (
     parse_origin,
     split_url,
 )
-from eoepca_security.proxy.config.settings import MAX_CLIENT_TIMEOUT, MAX_WORKERS, Address, TerminationEndpoint
+from eoepca_security.proxy.config.settings import (
+    MAX_CLIENT_TIMEOUT,
+    MAX_TOKEN_FILE_MARGIN,
+    MAX_WORKERS,
+    Address,
+    TerminationEndpoint,
+)
 from eoepca_security.proxy.config.variables import (
     ADMIN,
     ALLOW_HTTP,
@@ -52,6 +58,9 @@ from eoepca_security.proxy.config.variables import (
     PORT,
     SERVICES,
     TERMINATION_ENDPOINT,
+    TOKEN_FILE,
+    TOKEN_FILE_MARGIN,
+    TOKEN_FILE_MODE,
     TOKEN_STORE,
     UPSTREAM,
     VARIABLES,
@@ -59,6 +68,7 @@ from eoepca_security.proxy.config.variables import (
     Variable,
 )
 from eoepca_security.session.file_store import folder_problem
+from eoepca_security.session.token_file import place_problem
 
 _MAX_FILE: Final = 64 * 1024
 
@@ -89,6 +99,7 @@ class Reader:
         self.is_missing = False
         """Whether a required setting is unset."""
         self._unreadable: set[Variable] = set()
+        self._read: set[Path] = set()
 
     def name(self, variable: Variable) -> str:
         """Return where the value comes from: our command line's option, or else the environment variable."""
@@ -121,6 +132,7 @@ class Reader:
 
     def _from_file(self, variable: Variable, name: str, path: Path) -> str | None:
         value, error_text = None, "is empty"
+        self._read.add(path.absolute())
         try:
             with path.open("rb") as stream:
                 data = stream.read(_MAX_FILE + 1)
@@ -315,13 +327,47 @@ class Reader:
         if value == "none":
             return None
         if value is not None:
-            return Path(value.replace("~", home, 1) if home and value.startswith("~/") else value)
+            return self._at_home(value)
         if state := environ.get("XDG_STATE_HOME"):
             return Path(state, "eoepca-security")
         if home:
             return Path(home, ".local", "state", "eoepca-security")
         self.warnings.append(f"{TOKEN_STORE.env} and HOME are unset: the session is only in memory")
         return None
+
+    def _at_home(self, value: str) -> Path:
+        home = self._layers[0].get("HOME")
+        return Path(value.replace("~", home, 1) if home and value.startswith("~/") else value)
+
+    def token_file(self) -> Path | None:
+        value = self.text(TOKEN_FILE)
+        if value is None:
+            return None
+        path = self._at_home(value).absolute()
+        if value.endswith("/"):
+            self.problem(TOKEN_FILE, f"{_shown(value)} is a folder: choose a file in it")
+        elif path in self._read:
+            self.problem(TOKEN_FILE, f"{_shown(path)} is the file of another setting: choose another one")
+        elif problem := place_problem(path):
+            self.problem(TOKEN_FILE, problem)
+        return path
+
+    def token_file_mode(self) -> int:
+        value = self.text(TOKEN_FILE_MODE) or TOKEN_FILE_MODE.default
+        if not re.fullmatch(r"0?[46][04][04]", value):
+            self.problem(TOKEN_FILE_MODE, f"{value!r} is not a valid mode: use 0600, 0640 or 0644")
+            return int(TOKEN_FILE_MODE.default, 8)
+        return int(value, 8)
+
+    def token_file_margin(self) -> int:
+        """Return for how long a token in a file has to be good, in seconds."""
+        value = self.text(TOKEN_FILE_MARGIN) or TOKEN_FILE_MARGIN.default
+        if not re.fullmatch(r"[0-9]{1,5}", value) or not 1 <= int(value) <= MAX_TOKEN_FILE_MARGIN:
+            self.problem(
+                TOKEN_FILE_MARGIN, f"{value!r} is not a valid number of seconds: use 1 to {MAX_TOKEN_FILE_MARGIN}"
+            )
+            return int(TOKEN_FILE_MARGIN.default)
+        return int(value)
 
     def host(self) -> str:
         value = (self.text(HOST) or HOST.default).removeprefix("[").removesuffix("]")

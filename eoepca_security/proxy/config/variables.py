@@ -116,6 +116,27 @@ TOKEN_STORE: Final = Variable(
     "Folder for the newest refresh token, so that a restart continues the session; none keeps it in memory only.",
     "The default is $XDG_STATE_HOME/eoepca-security, or ~/.local/state/eoepca-security.",
 )
+TOKEN_FILE: Final = Variable(
+    "OPEN_ID_TOKEN_FILE",
+    "oidc_token_file",
+    "File in which the proxy keeps a current access token, for programs that read it from there.",
+    "It has the token and nothing else, not even a line break. The proxy replaces it in one step before the token "
+    "ends, and removes it when the token has ended, when the credentials are rejected, and at its own end.",
+)
+TOKEN_FILE_MODE: Final = Variable(
+    "OPEN_ID_TOKEN_FILE_MODE",
+    "oidc_token_file_mode",
+    "Who may read files with tokens: 0600 (this user), 0640 (its group, too) or 0644 (all users).",
+    "In a pod, containers of other users need more than 0600.",
+    default="0600",
+)
+TOKEN_FILE_MARGIN: Final = Variable(
+    "OPEN_ID_TOKEN_FILE_MARGIN",
+    "oidc_token_file_margin",
+    "Seconds for which the token in a file is good at least, while the issuer answers.",
+    "It is at most a quarter of the token's lifetime.",
+    default="30",
+)
 AUDIENCE: Final = Variable(
     "OPEN_ID_CONNECT_AUDIENCE",
     "oidc_audience",
@@ -296,6 +317,7 @@ GROUPS: Final[Mapping[str, tuple[Variable, ...]]] = MappingProxyType(
             PARAMS,
         ),
         "The session": (REFRESH_TOKEN, ACCESS_TOKEN, GRANT, TOKEN_STORE, AUDIENCE, SCOPE),
+        "Files with tokens": (TOKEN_FILE, TOKEN_FILE_MODE, TOKEN_FILE_MARGIN),
         "The protected service": (UPSTREAM, SERVICES, ENDPOINT, TLS_NO_VERIFY, CA_FILE),
         "The proxy": (
             MODE,

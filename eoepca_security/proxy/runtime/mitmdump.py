@@ -35,7 +35,8 @@ class Worker:
     `listeners` are by port.
 
     `lifeline` is a file descriptor that reaches its end when the supervisor is gone. `end` stops all processes. Only
-    one worker, on its first start, `leads`: it logs the start, and stops the proxy if the credentials are rejected.
+    one worker, on its first start, `leads`: it logs the start, and stops the proxy if the credentials are rejected. One
+    worker, on each start, `keeps_files` with tokens.
     """
 
     listeners: Mapping[int, Sequence[socket.socket]]
@@ -43,6 +44,7 @@ class Worker:
     lifeline: int
     end: Callable[[], None]
     leads: bool
+    keeps_files: bool
 
 
 def _run(
@@ -68,7 +70,13 @@ def _run(
             options.update(termlog_verbosity="alert", flow_detail=0, confdir=confdir)
             set_format(self, log_format, without=is_told_elsewhere)
             self.event_loop.set_exception_handler(_ignore_cancelled)
-            addon = OIDCAuthProxy(settings, self._started, joins=not leads, end=worker.end if worker else None)
+            addon = OIDCAuthProxy(
+                settings,
+                self._started,
+                joins=not leads,
+                keeps_files=worker is None or worker.keeps_files,
+                end=worker.end if worker else None,
+            )
             self.addons.add(addon)
             addon.begin()
             # The position of scripts: after mitmproxy's client authentication, before it shows and saves flows.

@@ -71,7 +71,14 @@ class _Proxy:
     supervisor: int = field(default_factory=os.getpid)
 
     def work(self, number: int, is_first: bool, lifeline: int) -> int:
-        worker = Worker(self.listeners, self.lines[number], lifeline, self.end_all, leads=is_first and number == 0)
+        worker = Worker(
+            self.listeners,
+            self.lines[number],
+            lifeline,
+            self.end_all,
+            leads=is_first and number == 0,
+            keeps_files=number == 0,
+        )
         settings = replace(self.settings, admin=None)
         code = _run(settings, self.arguments, self.confdir, None, self.log_format, worker)
         self._leave_orphaned()
