@@ -322,7 +322,6 @@ class Reader:
 
     def _token_store(self) -> Path | None:
         environ = self._layers[0]
-        home = environ.get("HOME")
         value = self.text(TOKEN_STORE)
         if value == "none":
             return None
@@ -330,7 +329,7 @@ class Reader:
             return self._at_home(value)
         if state := environ.get("XDG_STATE_HOME"):
             return Path(state, "eoepca-security")
-        if home:
+        if home := environ.get("HOME"):
             return Path(home, ".local", "state", "eoepca-security")
         self.warnings.append(f"{TOKEN_STORE.env} and HOME are unset: the session is only in memory")
         return None
@@ -344,10 +343,12 @@ class Reader:
         if value is None:
             return None
         path = self._at_home(value).absolute()
-        if value.endswith("/"):
-            self.problem(TOKEN_FILE, f"{_shown(value)} is a folder: choose a file in it")
+        if not value.startswith(("/", "./", "../", "~/")):  # it may be a token, by mistake
+            self.problem(TOKEN_FILE, "is not the path of a file: begin it with / or ./")
+        elif value.endswith("/"):
+            self.problem(TOKEN_FILE, f"{path} is a folder: choose a file in it, such as {path / 'token'}")
         elif path in self._read:
-            self.problem(TOKEN_FILE, f"{_shown(path)} is the file of another setting: choose another one")
+            self.problem(TOKEN_FILE, f"{path} is the file of another setting: choose another one")
         elif problem := place_problem(path):
             self.problem(TOKEN_FILE, problem)
         return path

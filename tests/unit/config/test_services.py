@@ -254,7 +254,9 @@ def test_a_name_is_a_dns_label(file: Path, name: str) -> None:
         (URL + "ca_file = '/nowhere/ca'", "ca_file", "/nowhere/ca cannot be used: No such file"),
         (URL + "ca_file = 'services.toml'", "ca_file", "services.toml cannot be used"),
         (URL + "tokens = 'scope'", "tokens", "is unknown: did you mean token?"),
-        (URL + "token_file = 'a'", "token_file", "is unknown"),
+        (URL + "token_file = '/nowhere/token'", "token_file", "/nowhere does not exist: create it"),
+        (URL + "token_file = 'services.toml'", "token_file", "services.toml has something else in it than a token"),
+        (URL + "token_file = 1", "token_file", "text in quotation marks"),
         (URL + "client_cert_file = 'a'", "client_cert_file", "is unknown"),
         (URL + "secret_of_mine = 'canary'", "secret_of_mine", "is unknown: use url, port, "),
         (URL + "[service.a.audience]", "audience", "text in quotation marks"),
@@ -266,6 +268,13 @@ def test_each_problem_is_one_line_that_names_service_and_key(file: Path, text: s
     assert lines[0].startswith(f"[service.a] {key}: ")
     assert says in lines[0]
     assert "canary" not in lines[0]
+
+
+def test_each_service_has_a_token_file_of_its_own_in_the_files_folder(file: Path) -> None:
+    one, two = f"[service.a]\n{URL}token_file = 'a'\n", "[service.b]\nurl = 'https://b.example'\ntoken_file = "
+    services = read(file, f"{one}{two}'{file.parent}/b'").services
+    assert [service.token_file for service in services] == [file.parent / "a", file.parent / "b"]
+    assert problems(file, f"{one}{two}'a'") == ["[service.b] token_file: is that of a: choose another one"]
 
 
 def test_what_has_the_same_value_as_the_default_is_no_contradiction(file: Path) -> None:

@@ -107,6 +107,15 @@ def test_secrets_do_not_show() -> None:
         ({"OPEN_ID_REFRESH_TOKEN": "a b"}, "OPEN_ID_REFRESH_TOKEN", "spaces"),
         ({"OPEN_ID_REFRESH_TOKEN": "a\n"}, "OPEN_ID_REFRESH_TOKEN", "line break"),
         ({"OPEN_ID_AUTH_TOKEN": "Bearer x"}, "OPEN_ID_AUTH_TOKEN", "spaces"),
+        ({"OPEN_ID_TOKEN_FILE": "/nowhere/token"}, "OPEN_ID_TOKEN_FILE", "/nowhere does not exist: create it"),
+        ({"OPEN_ID_TOKEN_FILE": "/dev/null"}, "OPEN_ID_TOKEN_FILE", "/dev/null is not a regular file"),
+        ({"OPEN_ID_TOKEN_FILE": "/tmp/"}, "OPEN_ID_TOKEN_FILE", "/tmp is a folder: choose a file in it"),
+        ({"OPEN_ID_TOKEN_FILE": "/etc/hosts"}, "OPEN_ID_TOKEN_FILE", "/etc/hosts "),
+        ({"OPEN_ID_TOKEN_FILE_MODE": "600x"}, "OPEN_ID_TOKEN_FILE_MODE", "use 0600, 0640 or 0644"),
+        ({"OPEN_ID_TOKEN_FILE_MODE": "0700"}, "OPEN_ID_TOKEN_FILE_MODE", "not a valid mode"),
+        ({"OPEN_ID_TOKEN_FILE_MODE": "0660"}, "OPEN_ID_TOKEN_FILE_MODE", "not a valid mode"),
+        ({"OPEN_ID_TOKEN_FILE_MARGIN": "0"}, "OPEN_ID_TOKEN_FILE_MARGIN", "use 1 to 86400"),
+        ({"OPEN_ID_TOKEN_FILE_MARGIN": "1m"}, "OPEN_ID_TOKEN_FILE_MARGIN", "not a valid number of seconds"),
         ({"OPEN_ID_CONNECT_GRANT": "password"}, "OPEN_ID_CONNECT_GRANT", "client_credentials"),
         ({"OPEN_ID_CONNECT_GRANT": "client_credentials"}, "OPEN_ID_CONNECT_GRANT", "OPEN_ID_CONNECT_CLIENT_SECRET"),
         ({"OPEN_ID_CONNECT_CLIENT_AUTH": "magic"}, "OPEN_ID_CONNECT_CLIENT_AUTH", "client_secret_post"),
@@ -470,6 +479,30 @@ def test_a_store_that_others_control_is_wrong_unless_nothing_is_stored(tmp_path:
     assert read_settings(environment | own | {"OPEN_ID_REFRESH_TOKEN": ""}).grant == "client_credentials"
     folder.chmod(0o700)
     assert read_settings(environment).token_store == folder
+
+
+def test_there_are_no_token_files_unless_they_are_set(tmp_path: Path) -> None:
+    settings = read_settings(GOOD)
+    assert (settings.token_file, settings.token_file_mode, settings.token_file_margin) == (None, 0o600, 30)
+    given = {"OPEN_ID_TOKEN_FILE": "~/token", "OPEN_ID_TOKEN_FILE_MODE": "644", "OPEN_ID_TOKEN_FILE_MARGIN": "5"}
+    settings = read_settings(GOOD | given | {"HOME": str(tmp_path)})
+    assert (settings.token_file, settings.token_file_mode, settings.token_file_margin) == (tmp_path / "token", 0o644, 5)
+
+
+def test_a_token_in_the_place_of_its_file_is_not_shown() -> None:
+    (line,) = problems(GOOD | {"OPEN_ID_TOKEN_FILE": "canary.x.y"})
+    assert line == "OPEN_ID_TOKEN_FILE: is not the path of a file: begin it with / or ./"
+
+
+def test_a_token_file_is_none_of_the_other_files(tmp_path: Path) -> None:
+    secret, services = tmp_path / "secret", tmp_path / "services.toml"
+    secret.write_text("refresh")
+    given = GOOD | {"OPEN_ID_REFRESH_TOKEN": "", "OPEN_ID_REFRESH_TOKEN_FILE": str(secret)}
+    (line,) = problems(given | {"OPEN_ID_TOKEN_FILE": str(secret)})
+    assert line == f"OPEN_ID_TOKEN_FILE: {secret} is the file of another setting: choose another one"
+    services.write_text("[service.a]\nurl = 'https://a.example'\ntoken_file = 'token'")
+    (line,) = problems(GOOD | {"PROXY_SERVICES": str(services), "OPEN_ID_TOKEN_FILE": str(tmp_path / "token")})
+    assert line == "PROXY_SERVICES: [service.a] token_file: is also in OPEN_ID_TOKEN_FILE: choose another one"
 
 
 def test_a_secret_and_its_file_contradict_each_other(tmp_path: Path) -> None:

@@ -112,13 +112,10 @@ def test_a_new_name_and_an_older_token_are_good_places(path: Path) -> None:
         assert place_problem(path) is None
 
 
-@pytest.mark.parametrize("text", ["[service.a]\n", "A=1", "a b", "token\n", "é", "x" * (1024 * 1024 + 1)])
+@pytest.mark.parametrize("text", ["[service.a]\n", "a b", "token\n", "é", "x" * (1024 * 1024 + 1)])
 def test_a_file_with_something_else_is_a_bad_place(path: Path, text: str) -> None:
     path.write_text(text)
     problem = place_problem(path)
-    if text == "A=1":  # could be a token
-        assert problem is None
-        return
     assert problem == f"{path} has something else in it than a token: choose another one, or remove it"
 
 
