@@ -163,7 +163,6 @@ def read_settings(
             f"is required without a stored login: {command.run('login')}, or set this to the refresh token of a login, "
             f"or set {GRANT.env}=client_credentials with a secret",
         )
-    token_file = reader.token_file()
     ca_file = reader.ca_file()
     if grant == "refresh_token" and refresh_token is None and access_token is not None and token_store is None:
         reader.warnings.append(f"{REFRESH_TOKEN.env} is not set: this works only until {ACCESS_TOKEN.env} expires")
@@ -175,6 +174,7 @@ def read_settings(
     admin, admin_is_set = reader.admin(is_on=need_upstream)
     if admin_is_set and admin is not None and admin.port and (admin.host, admin.port) == (host, port):
         reader.problem(ADMIN, f"{admin} is the address of the proxy itself: choose another port")
+    token_file = reader.token_file()
     unknown = reader.unknown_names()
     reader.warnings += unknown
     settings = Settings(
@@ -263,6 +263,12 @@ def _with_services(settings: Settings, reader: Reader) -> Settings:
         reader.problems += error.problems
         return settings
     reader.warnings += warnings
+    reader.problems += [
+        f"{reader.name(SERVICES)}: [service.{service.name}] token_file: is the file of another setting: choose another "
+        "one"
+        for service in services
+        if service.token_file in reader.files
+    ]
     return replace(settings, services=services)
 
 

@@ -98,8 +98,9 @@ class Reader:
         self.exposed: list[str] = []
         self.is_missing = False
         """Whether a required setting is unset."""
+        self.files: set[Path] = set()
+        """The files that secrets were read from."""
         self._unreadable: set[Variable] = set()
-        self._read: set[Path] = set()
 
     def name(self, variable: Variable) -> str:
         """Return where the value comes from: our command line's option, or else the environment variable."""
@@ -132,7 +133,7 @@ class Reader:
 
     def _from_file(self, variable: Variable, name: str, path: Path) -> str | None:
         value, error_text = None, "is empty"
-        self._read.add(path.absolute())
+        self.files.add(path.absolute())
         try:
             with path.open("rb") as stream:
                 data = stream.read(_MAX_FILE + 1)
@@ -347,7 +348,7 @@ class Reader:
             self.problem(TOKEN_FILE, "is not the path of a file: begin it with / or ./")
         elif value.endswith("/"):
             self.problem(TOKEN_FILE, f"{path} is a folder: choose a file in it, such as {path / 'token'}")
-        elif path in self._read:
+        elif path in self.files:
             self.problem(TOKEN_FILE, f"{path} is the file of another setting: choose another one")
         elif problem := place_problem(path):
             self.problem(TOKEN_FILE, problem)

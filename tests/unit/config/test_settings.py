@@ -500,6 +500,9 @@ def test_a_token_file_is_none_of_the_other_files(tmp_path: Path) -> None:
     given = GOOD | {"OPEN_ID_REFRESH_TOKEN": "", "OPEN_ID_REFRESH_TOKEN_FILE": str(secret)}
     (line,) = problems(given | {"OPEN_ID_TOKEN_FILE": str(secret)})
     assert line == f"OPEN_ID_TOKEN_FILE: {secret} is the file of another setting: choose another one"
+    services.write_text("[service.a]\nurl = 'https://a.example'\ntoken_file = 'secret'")
+    (line,) = problems(given | {"PROXY_SERVICES": str(services)})
+    assert line == "PROXY_SERVICES: [service.a] token_file: is the file of another setting: choose another one"
     services.write_text("[service.a]\nurl = 'https://a.example'\ntoken_file = 'token'")
     (line,) = problems(GOOD | {"PROXY_SERVICES": str(services), "OPEN_ID_TOKEN_FILE": str(tmp_path / "token")})
     assert line == "PROXY_SERVICES: [service.a] token_file: is also in OPEN_ID_TOKEN_FILE: choose another one"
