@@ -21,20 +21,30 @@ from eoepca_security.errors import SettingsError, StoreError, TokenError
 from eoepca_security.issuer.ca_trust import begin_to_trust
 from eoepca_security.oauth.text import printable
 from eoepca_security.proxy.cli.help import Command, Group, write_lines
+from eoepca_security.proxy.cli.token import LOGGER, Tokens, file_at
 from eoepca_security.proxy.config.command import Command as Called
 from eoepca_security.proxy.config.command import this_command
-from eoepca_security.proxy.config.factory import make_source, make_sources
 from eoepca_security.proxy.config.loading import ENV_FILE, read_dotenv, settings_in
 from eoepca_security.proxy.config.services import services_of
 from eoepca_security.proxy.config.settings import Service, Settings
-from eoepca_security.proxy.config.variables import COMMON_FLAGS, SERVE_FLAGS, TOKEN_STORE, VARIABLES, Variable
+from eoepca_security.proxy.config.variables import (
+    COMMON_FLAGS,
+    SERVE_FLAGS,
+    TOKEN_FILE_MODE,
+    TOKEN_STORE,
+    VARIABLES,
+    Variable,
+)
 from eoepca_security.proxy.patches import seams
 from eoepca_security.proxy.patches.lazy_imports import lazy_imports
-from eoepca_security.proxy.policy.remedies import command_remedy, login_remedy, runs_in_container, told
+from eoepca_security.proxy.policy.remedies import (
+    command_remedy,
+    login_remedy,
+    runs_in_container,
+    told,
+)
 from eoepca_security.proxy.runtime.output import print_error, say, waiting
-from eoepca_security.session.service_tokens import Sources
-from eoepca_security.session.session import AccessToken
-from eoepca_security.session.token_cycle import TokenCycle
+from eoepca_security.session.token_file import TokenFileError
 
 LOG_FORMAT: Final = "--log-format"
 
@@ -88,6 +98,9 @@ def main(arguments: Sequence[str] | None = None, command: Called | None = None) 
         return 2
     except StoreError as error:
         say(f"{TOKEN_STORE.env}: {error}", err=True)
+        return 1
+    except TokenFileError as error:
+        say(f"--file: {error}", err=True)
         return 1
     return result if isinstance(result, int) else 0
 
@@ -224,32 +237,45 @@ def serve(call: Call) -> int:
         ("token", ""),
         ("token --services services.toml --service stac", ""),
         ("TOKEN=$({command} token)", "in a script"),
+        ("token --file /run/user/1000/token --watch", "keep a current token in a file"),
     ),
 )
 @_common()
 @click.option("--service", metavar="NAME", help="Print the token that this service gets, instead of the login's.")
+@click.option(
+    "--file",
+    "place",
+    metavar="PATH",
+    type=click.Path(),
+    help=f"Write the token into this file instead, with the mode {TOKEN_FILE_MODE.env}.",
+)
+@click.option("--watch", is_flag=True, help="With --file: keep a current token there until Ctrl-C, then remove it.")
 @click.pass_obj
-def token(call: Call, *, service: str | None) -> int:
+def token(call: Call, *, service: str | None, place: str | None, watch: bool) -> int:
     """Print a new access token, and nothing else, to standard output."""
     _refuse(call, "token")
-    # The error that main() prints is enough.
-    logging.getLogger("eoepca_security.session.token_cycle").setLevel(logging.ERROR)
+    if watch and place is None:
+        raise click.UsageError("--watch needs --file")
+    if not watch:
+        # The error that main() prints is enough.
+        LOGGER.setLevel(logging.ERROR)
     # A script may show what it reads from standard error, and `serve` warns about the same files.
     settings = _settings(call, need_upstream=False, show_exposed=False)
     if settings.refresh_token is not None or settings.grant != "refresh_token":
         settings = replace(settings, access_token=None)  # request a new one instead
-    chosen = _chosen(settings, service) if service is not None else None
-    sources = make_sources(settings) if chosen is not None else Sources(make_source(settings), {})
-    source = sources.services[chosen.name] if chosen is not None else sources.login
-
-    def remedy(error: TokenError, settings: Settings, *, in_container: bool) -> str:
-        whose = chosen if chosen is not None and sources.is_own(error, chosen.name) else None
-        return command_remedy(error, settings, whose, in_container=in_container)
-
-    with _told(settings, remedy), waiting(f"waiting for a token from {settings.known_as}"):
-        token = asyncio.run(_fresh(source, sources))
-    click.echo(token.value)
-    if sources.login.rotated and settings.token_store is None:
+    file = file_at(place, settings) if place is not None else None
+    tokens = Tokens(settings, _chosen(settings, service) if service is not None else None)
+    if watch and file is not None:
+        with _told(settings, tokens.remedy):
+            asyncio.run(tokens.watch(file))
+        return 0
+    with _told(settings, tokens.remedy), waiting(f"waiting for a token from {settings.known_as}"):
+        token = asyncio.run(tokens.fresh())
+    if file is not None:
+        file.write(token.value)
+    else:
+        click.echo(token.value)
+    if tokens.sources.login.rotated and settings.token_store is None:
         say(
             "warning: the issuer replaced the refresh token, so the one in the settings may be used up. This command "
             "does not store the new one; a running proxy does",
@@ -357,14 +383,6 @@ def _chosen(settings: Settings, name: str) -> Service:
     if name not in services:
         raise click.UsageError(f"--service: {printable(name, 80)!r} is unknown: use one of {', '.join(services)}")
     return services[name]
-
-
-async def _fresh(source: TokenCycle, sources: Sources) -> AccessToken:
-    try:
-        return await source.token()
-    finally:
-        # A running refresh may get the only valid refresh token.
-        await sources.login.finish()
 
 
 @contextlib.contextmanager

@@ -93,10 +93,10 @@ class Hooks:
     learn: Callable[[Provider, str], object] | None = None
 
 
-def make_source(settings: Settings) -> TokenSource:
+def make_source(settings: Settings, *, hooks: Hooks | None = None) -> TokenSource:
     """Return the source of the login's own tokens. It does not ask the issuer yet."""
     (service,) = services_of(replace(settings, services=()))
-    return _login_source(settings, make_provider(settings), service, Hooks(), continues=None, joins=False)
+    return _login_source(settings, make_provider(settings), service, hooks or Hooks(), continues=None, joins=False)
 
 
 def make_sources(
