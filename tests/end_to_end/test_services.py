@@ -625,6 +625,44 @@ def test_a_worker_that_is_just_starting_survives_a_hangup(
     assert "SIGHUP" not in proxy.output
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_token_files_follow_the_file_with_the_services(
+    start_alone: Callable[..., ProxyProcess], issuer: FakeIssuer, tmp_path: Path, workers: str
+) -> None:
+    folder, file = tmp_path / "tokens", tmp_path / "services.toml"
+    folder.mkdir()
+    stac, data = (
+        f"""
+        [service.{name}]
+        url = "http://127.0.0.1:9/{name}"
+        token = "exchange"
+        audience = "{name}-api"
+        token_file = "tokens/{name}"
+        """
+        for name in ("stac", "data")
+    )
+    file.write_text(stac)
+
+    def audiences() -> dict[str, str]:
+        return {one.name: unverified_claims(one.read_text())["aud"] for one in folder.glob("[!.]*")}
+
+    given = {"OPEN_ID_TOKEN_FILE": str(folder / "login"), "PROXY_WORKERS": workers, "PROXY_PORT": "0"}
+    proxy = start_alone(settings_for(issuer, PROXY_SERVICES=str(file), **given))
+    eventually(lambda: audiences() == {"login": "service", "stac": "stac-api"})
+    before = (folder / "login").read_text()
+    file.write_text(data)
+    proxy.process.send_signal(signal.SIGHUP)
+    eventually(lambda: set(audiences()) == {"login", "data"})
+    assert audiences() == {"login": "service", "data": "data-api"}
+    assert (folder / "login").read_text() == before
+    file.write_text(stac.replace("tokens/stac", "nowhere/stac"))
+    proxy.process.send_signal(signal.SIGHUP)
+    assert proxy.wait_for(re.compile(r"\[service.stac\] token_file: .*nowhere does not exist"))
+    assert set(audiences()) == {"login", "data"}
+    assert proxy.stop() == 0
+    assert list(folder.iterdir()) == []
+
+
 def test_a_hangup_ends_a_proxy_without_a_file_as_before(
     start_alone: Callable[..., ProxyProcess], issuer: FakeIssuer
 ) -> None:

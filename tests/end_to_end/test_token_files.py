@@ -1,13 +1,14 @@
 """Files with tokens, as programs read them that no proxy reaches: real processes."""
 
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -17,7 +18,7 @@ import pytest
 from eoepca_security.oauth.verify import unverified_claims
 from eoepca_security.testing import Behaviour, FakeIssuer
 from tests.support.environment import settings_for
-from tests.support.processes import ROOT, StartProxy
+from tests.support.processes import ROOT, ProxyProcess, StartProxy, run_process
 from tests.support.waiting import eventually
 
 NOWHERE = "http://127.0.0.1:9"
@@ -226,3 +227,60 @@ def test_bad_places_are_exit_2_with_a_line_each(start: StartProxy, issuer: FakeI
         assert line.startswith("OPEN_ID_TOKEN_FILE: ")
         assert says in line
     assert issuer.requests == []
+
+
+# --- without a proxy ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watch(base_environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., ProxyProcess]]:
+    """Start `token --file PATH --watch`."""
+    started: list[ProxyProcess] = []
+
+    def start_watch(path: Path, environment: Mapping[str, str]) -> ProxyProcess:
+        command = [sys.executable, str(ROOT / "run-mitmproxy.py"), "token", "--file", str(path), "--watch"]
+        started.append(ProxyProcess(run_process(command, base_environment | dict(environment), tmp_path)))
+        return started[-1]
+
+    yield start_watch
+    for one in started:
+        one.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_keeps_it_without_a_proxy_until_a_signal(
+    watch: Callable[..., ProxyProcess], issuer: FakeIssuer, path: Path, number: int
+) -> None:
+    issuer.behaviour.lifetime = 2
+    command = watch(path, settings_for(issuer))
+    eventually(path.exists)
+    with Reader(path, issuer) as reader:
+        eventually(lambda: len(reader.tokens) > 3)
+    assert reader.problems == []
+    command.process.send_signal(number)
+    assert command.wait_until_ended() == 0
+    assert list(path.parent.iterdir()) == []
+    assert command.lines[:-1] == [f"keeping a current token in {path}; Ctrl-C ends that, and removes it"]
+
+
+def test_the_command_ends_with_1_if_its_first_token_is_refused(
+    watch: Callable[..., ProxyProcess], issuer: FakeIssuer, path: Path
+) -> None:
+    path.write_text("left")
+    command = watch(path, settings_for(issuer, OPEN_ID_REFRESH_TOKEN="unknown"))
+    assert command.wait_until_ended() == 1
+    (line, _) = command.lines
+    assert line.startswith("credentials_rejected: ")
+    assert not path.exists()
+
+
+def test_the_command_waits_for_an_issuer_that_is_away(
+    watch: Callable[..., ProxyProcess], issuer: FakeIssuer, path: Path
+) -> None:
+    issuer.behaviour.down = True
+    command = watch(path, settings_for(issuer))
+    assert command.wait_for(re.compile(r"no new access token \(issuer_unavailable\): .*; "))
+    issuer.behaviour.down = False
+    eventually(lambda: good(path, issuer), timeout=40)
+    issuer.end_sessions()
+    assert command.process.poll() is None

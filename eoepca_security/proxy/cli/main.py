@@ -237,7 +237,7 @@ def serve(call: Call) -> int:
         ("token", ""),
         ("token --services services.toml --service stac", ""),
         ("TOKEN=$({command} token)", "in a script"),
-        ("token --file /run/user/1000/token --watch", "keep a current token in a file"),
+        ("token --file ./token --watch", "keep a file current"),
     ),
 )
 @_common()

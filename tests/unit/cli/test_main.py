@@ -3,6 +3,7 @@
 import inspect
 import io
 import logging
+import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
@@ -50,6 +51,48 @@ def test_token_prints_an_access_token_and_nothing_else(
         out, err = capsys.readouterr()
         assert issuer.accepts(out.removesuffix("\n"))
         assert err == ""
+
+
+def test_token_writes_it_into_a_file_and_prints_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FakeIssuer() as issuer:
+        set_environment(monkeypatch, issuer, OPEN_ID_TOKEN_FILE_MODE="0640", PROXY_SERVICES=write_services(tmp_path))
+        for arguments, audience in (([], "service"), (["--service", "stac"], "stac-api")):
+            assert main(["token", "--file", "token", *arguments]) == 0
+            assert capsys.readouterr() == ("", "")
+            token = (tmp_path / "token").read_text()
+            assert issuer.accepts(token)
+            assert unverified_claims(token)["aud"] == audience
+            assert (tmp_path / "token").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_bad_place_for_the_token_ends_with_2_before_anybody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious").write_text("not a token\n")
+    with FakeIssuer() as issuer:
+        set_environment(monkeypatch, issuer)
+        for place in (".", "nowhere/token", "precious"):
+            assert main(["token", "--file", place]) == 2
+            assert capsys.readouterr().err.startswith(f"--file: {tmp_path}")
+        assert main(["token", "--watch"]) == 2
+        assert "--watch needs --file" in capsys.readouterr().err
+        assert issuer.requests == []
+    assert (tmp_path / "precious").read_text() == "not a token\n"
+
+
+def test_a_token_that_cannot_be_written_ends_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fchmod", full)
+    with FakeIssuer() as issuer:
+        set_environment(monkeypatch, issuer)
+        assert main(["token", "--file", "token"]) == 1
+    assert capsys.readouterr().err.startswith(f"--file: {tmp_path}/token cannot be used (No space left on device)")
 
 
 def write_services(folder: Path) -> str:
@@ -325,7 +368,10 @@ def test_help_of_each_command_has_an_example(verb: str, capsys: pytest.CaptureFi
     [
         ("log", {"login", "logout"}),
         ("--", {"--version", "--env-file", "--log-format", "--help", *FLAGS}),
-        ("token --", {"--env-file", "--issuer", "--client-id", "--services", "--service", "--help"}),
+        (
+            "token --",
+            {"--env-file", "--issuer", "--client-id", "--services", "--service", "--file", "--watch", "--help"},
+        ),
         ("serve --p", {"--port"}),
     ],
 )
