@@ -121,15 +121,19 @@ def test_a_script_that_is_edited_and_still_good_goes_on_with_the_session(
 ) -> None:
     script = tmp_path / "addon.py"
     script.write_text(GOOD)
+    token_file = tmp_path / "token"
     # The store is none: what the first one got to is in memory only.
     with FakeIssuer(Behaviour(refresh_tokens="rotate")) as issuer, Service(issuer) as service:
-        environment = base_environment | settings_for(issuer)
+        environment = base_environment | settings_for(issuer, OPEN_ID_TOKEN_FILE=str(token_file))
         with proxy_of(script, service.url, environment) as proxy, Clients(proxy.url) as clients:
             edit(script, GOOD + "\n# edited")
             eventually(lambda: AGAIN in proxy.output and proxy.output.count("OIDC proxy listening") == 2)
             served = len(clients.statuses)
             eventually(lambda: len(clients.statuses) > served + 10)
+            # The first one does not remove what the second one has written.
+            assert issuer.accepts(token_file.read_text())
             assert proxy.stop() == 0
+            assert not token_file.exists()
         assert set(clients.statuses[: served + 10]) == {200}
         assert all(seen.authorized for seen in service.seen)
         assert issuer.reuses == 0
