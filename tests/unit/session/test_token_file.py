@@ -165,7 +165,7 @@ def test_whose_folder_it_may_be(
     folder.chmod(mode)
     if owner is not None:
         os.chown(folder, owner, owner)
-    else:  # as if this user were not root
+    elif os.geteuid() == 0:  # as if this user were not root
         os.chown(folder, 1000, 1000)
         monkeypatch.setattr(os, "geteuid", lambda: 1000)
     problem = place_problem(folder / "token")
