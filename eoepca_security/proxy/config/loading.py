@@ -34,6 +34,7 @@ from eoepca_security.proxy.config.variables import (
     INJECT_HOSTS,
     MODE,
     MODES,
+    PORT,
     REFRESH_TOKEN,
     SCOPE,
     SERVE_FLAGS,
@@ -42,12 +43,25 @@ from eoepca_security.proxy.config.variables import (
     TLS_NO_VERIFY,
     TOKEN_FILE,
     VARIABLES,
+    WORKERS,
     Variable,
 )
 from eoepca_security.session.file_store import TokenStore
 
 ENV_FILE: Final = "--env-file"
 """The option that takes the place of `.env`."""
+
+_FOR_COMMAND: Final = {
+    MODE: "forward",
+    HOST: "127.0.0.1",
+    PORT: "0",
+    ADMIN: "off",
+    WORKERS: "1",
+    AUTH_FILE: "",
+    ALLOWED_HOSTS: "",
+    TERMINATION_ENDPOINT: "",
+}
+"""The settings of a proxy for one command, which runs beside a proxy for others with the same `.env`."""
 
 
 def read_dotenv(folder: Path, env_file: str | None = None) -> Mapping[str, str]:
@@ -122,19 +136,24 @@ def read_settings(
     command: Command = Command(),  # noqa: B008  it is frozen
     need_upstream: bool = True,
     need_session: bool = True,
+    for_command: bool = False,
 ) -> Settings:
     """Read and check all settings.
 
     Those in `flags`, by the names of our command line's options, take precedence over mitmproxy's `options`, these over
     the environment, and that over `dotenv`. `command` is how this program was called, for the remedies.
 
-    With `need_session=False`, a session is optional. Raises SettingsError with one line for each wrong setting, which
-    names the variable and the remedy.
+    With `need_session=False`, a session is optional. With `for_command`, they are those of a forward proxy for one
+    command, whatever they say about a proxy for others. Raises SettingsError with one line for each wrong setting,
+    which names the variable and the remedy.
     """
     # All of our commands know all services; with mitmdump -s, its mode says where the default one is.
     knows_upstream = need_upstream or flags is not None
-    flags = flags or {}
-    reader = Reader(flags, options or {}, environ, dotenv or {})
+    flags, dotenv = flags or {}, dotenv or {}
+    if for_command:
+        fixed = {variable.env: value for variable, value in _FOR_COMMAND.items()}
+        environ, dotenv = {**environ, **fixed}, {**dotenv, **fixed}
+    reader = Reader(flags, options or {}, environ, dotenv)
     command = _with_options(command, flags, reader)
     allow_http = reader.boolean(ALLOW_HTTP)
     issuer_url = reader.issuer(allow_http=allow_http)
@@ -211,7 +230,7 @@ def read_settings(
         **forwarding,
         flags=frozenset(flag for flag, value in flags.items() if value),
     )
-    settings = _with_services(settings, reader)
+    settings = _with_services(settings, reader, tells_unused=not for_command)
     if reader.problems:
         # A misspelled name may be why a setting is missing.
         raise SettingsError(*unknown, *reader.problems, is_missing=reader.is_missing)
@@ -255,10 +274,13 @@ def _check_forward_mode(reader: Reader, host: str) -> None:
             reader.warnings.append(f"{variable.env} is not used with {MODE.env}=forward")
 
 
-def _with_services(settings: Settings, reader: Reader) -> Settings:
-    """Return the settings with the services. Adds problems and warnings to the reader's."""
+def _with_services(settings: Settings, reader: Reader, *, tells_unused: bool) -> Settings:
+    """Return the settings with the services. Adds problems and warnings to the reader's.
+
+    `tells_unused` is the same as for `read_services`.
+    """
     try:
-        services, warnings = _services(settings, reader.name(SERVICES))
+        services, warnings = _services(settings, reader.name(SERVICES), tells_unused=tells_unused)
     except SettingsError as error:
         reader.problems += error.problems
         return settings
@@ -291,7 +313,7 @@ def reread_services(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     return replace(settings, services=services), warnings
 
 
-def _services(settings: Settings, source: str) -> ServicesFile:
+def _services(settings: Settings, source: str, *, tells_unused: bool = True) -> ServicesFile:
     default = None
     if settings.upstream is not None:
         default = default_service(
@@ -309,6 +331,7 @@ def _services(settings: Settings, source: str) -> ServicesFile:
         admin=settings.admin,
         default=default,
         is_forward=settings.mode == "forward",
+        tells_unused=tells_unused,
         source=source,
     )
     problems = [

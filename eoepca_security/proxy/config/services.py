@@ -97,13 +97,15 @@ def read_services(
     admin: Address | None,
     default: Service | None = None,
     is_forward: bool = False,
+    tells_unused: bool = True,
     source: str = "PROXY_SERVICES",
 ) -> ServicesFile:
     """Read the `[service.NAME]` tables of a TOML file.
 
     `host`, `port` and `admin` are the proxy's own addresses, and `default` is the service of the other settings, which
     comes first if there is one. With `is_forward`, clients call the services by their own addresses, so `port` and
-    `hosts` have no effect. Raises SettingsError with one line for each problem, beginning with `source`.
+    `hosts` have no effect; with `tells_unused`, a warning says so. Raises SettingsError with one line for each problem,
+    beginning with `source`.
     """
     try:
         tables, problems = _tables(_content(path))
@@ -134,7 +136,7 @@ def read_services(
     warnings = [
         warning for service in with_url if service.name != DEFAULT or default is None for warning in _risks(service)
     ]
-    if unused:
+    if unused and tells_unused:
         warnings.append(
             f"port and hosts of {', '.join(unused)} are not used: in forward mode, clients call services by their own "
             "addresses"

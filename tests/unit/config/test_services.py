@@ -347,6 +347,9 @@ def test_in_forward_mode_ports_and_names_at_the_proxy_have_no_effect(file: Path)
     assert [(service.port, service.hosts) for service in services] == [(None, ()), (None, ())]
     assert any("data" in warning and "plain http" in warning for warning in warnings)
     assert any("port and hosts of stac are not used" in warning for warning in warnings)
+    own = read_services(file, host="127.0.0.1", port=0, admin=None, is_forward=True, tells_unused=False)
+    assert own.services == services
+    assert not any("not used" in warning for warning in own.warnings)
 
 
 def test_a_ca_file_that_never_ends_is_a_problem(file: Path) -> None:

@@ -830,3 +830,27 @@ def test_settings_of_the_other_mode_are_told_of(tmp_path: Path) -> None:
     assert [line.split()[0] for line in settings.warnings] == ["PROXY_ALLOWED_HOSTS", "PROXY_TERMINATION_ENDPOINT"]
     # mitmdump -s has a mode of its own.
     assert read_settings(GOOD | {"PROXY_AUTH_FILE": str(file)}, need_upstream=False).proxy_auth == "user:password"
+
+
+def test_a_proxy_for_a_command_is_a_forward_proxy_whatever_the_settings_say_about_one_for_others(
+    tmp_path: Path,
+) -> None:
+    services = tmp_path / "services.toml"
+    services.write_text('[service.stac]\nurl = "https://stac.example"\nport = 8090\n')
+    for_others = {
+        "PROXY_MODE": "reverse",
+        "PROXY_HOST": "0.0.0.0",
+        "PROXY_PORT": "9000",
+        "PROXY_ADMIN": "127.0.0.1:8082",
+        "PROXY_WORKERS": "4",
+        "PROXY_AUTH_FILE": "missing",
+        "PROXY_ALLOWED_HOSTS": "a.example",
+        "PROXY_TERMINATION_ENDPOINT": "/quit",
+        "PROXY_SERVICES": str(services),
+    }
+    for environ, dotenv in ((GOOD | for_others, {}), (GOOD, for_others)):
+        settings = read_settings(environ, dotenv=dotenv, for_command=True)
+        assert (settings.mode, settings.host, settings.port, settings.workers) == ("forward", "127.0.0.1", 0, 1)
+        assert (settings.admin, settings.proxy_auth) == (None, None)
+        assert [service.port for service in settings.services] == [None, None]
+        assert settings.warnings == ()
