@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 TIMEOUT = 3.0
-OTHER_COMMANDS = {"check", "demo", "login", "logout", "token"}
+OTHER_COMMANDS = {"check", "demo", "exec", "login", "logout", "token"}
 
 
 def main(path: str = "livez") -> int:

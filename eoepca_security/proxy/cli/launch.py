@@ -5,7 +5,7 @@ import signal
 import sys
 from typing import Final, NoReturn
 
-COMMANDS: Final = ("check", "demo", "login", "logout", "token")
+COMMANDS: Final = ("check", "demo", "exec", "login", "logout", "token")
 """The commands that do not run the proxy for others."""
 
 

@@ -1,4 +1,4 @@
-"""The command line: `oidc-proxy [serve|check|login|logout|token|demo] [-- mitmdump arguments]`.
+"""The command line: `oidc-proxy [serve|check|exec|login|logout|token|demo] [-- mitmdump arguments]`.
 
 Exit codes: 0 on success, 1 for an error while running, 2 for wrong settings or arguments, 130 after Ctrl-C.
 """
@@ -32,6 +32,7 @@ from eoepca_security.proxy.config.variables import (
     SERVE_FLAGS,
     TOKEN_FILE_MODE,
     TOKEN_STORE,
+    UPSTREAM,
     VARIABLES,
     Variable,
 )
@@ -169,6 +170,7 @@ class _Cli(Group):
         ("login", "log in"),
         ("", "run the proxy"),
         ("check", "find out what does not work"),
+        ("exec -- COMMAND ...", "run a command with tokens"),
         ("token", "print an access token"),
         ("COMMAND --help", "show the help for a command"),
     ),
@@ -229,6 +231,41 @@ def serve(call: Call) -> int:
     except seams.Moved as moved:
         print_error(str(moved), log_format)
         return 1
+
+
+@cli.command(
+    "exec",
+    cls=Command,
+    options_metavar="[OPTIONS] -- COMMAND ...",
+    examples=(
+        ("exec -- curl https://service.example/collections", ""),
+        ("exec --services services.toml -- python harvest.py", ""),
+        ("exec -- bash", "a shell, in which all commands can"),
+    ),
+    epilog="Exits with the code of the command, or 128 + n if signal n ended it; with 1 without a token, 126 or 127 if "
+    "the command cannot be started, and 2 if the settings are wrong.",
+)
+@_common()
+@_setting(UPSTREAM)
+@click.pass_obj
+def execute(call: Call) -> int:
+    """Run a command whose HTTP(S) requests to the services get their tokens.
+
+    The command finds a proxy and its CA in its environment, and the addresses of the services in OIDC_PROXY_URL_NAME.
+    The proxy ends with it.
+    """
+    settings = _settings(call, for_command=True)
+    if not call.extra:
+        raise click.UsageError("name the command to run after --")
+    try:
+        with lazy_imports():
+            begin_to_trust(settings.ca_file)
+            seams.check()
+            from eoepca_security.proxy.cli.exec import run  # noqa: PLC0415  as in serve
+    except seams.Moved as moved:
+        print_error(str(moved), "text")
+        return 1
+    return run(settings, call.extra)
 
 
 @cli.command(
@@ -419,6 +456,7 @@ def _settings(
     need_upstream: bool = True,
     need_session: bool = True,
     show_exposed: bool = True,
+    for_command: bool = False,
 ) -> Settings:
     settings = settings_in(
         Path.cwd(),
@@ -426,6 +464,7 @@ def _settings(
         command=call.command.ended,
         flags=call.flags,
         options=_overrides(extra),
+        for_command=for_command,
         need_upstream=need_upstream,
         need_session=need_session,
     )
