@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -48,6 +49,8 @@ STOPS: Final = (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 PYTHON_IGNORES: Final = (signal.SIGPIPE, signal.SIGXFSZ)
 
+_TOKENS: Final = logging.getLogger("eoepca_security.session.token_cycle")
+
 
 def run(settings: Settings, command: Sequence[str]) -> int:
     """Run a command with the proxy, and return its exit code, or 128 + n if signal n ended it.
@@ -62,6 +65,8 @@ def run(settings: Settings, command: Sequence[str]) -> int:
         )
     password = f"exec:{secrets.token_hex(32)}"
     settings = replace(settings, proxy_auth=password)
+    # The first error is ours to tell.
+    _TOKENS.setLevel(logging.ERROR)
     with _private_folder() as folder:
         child = _Child(settings, command, folder / "cas.pem")
         # Standard output is the command's own. The proxy only shows warnings and errors.
@@ -85,6 +90,7 @@ class _Child:
 
     def start(self, master: DumpMaster, proxy_url: str, error: TokenError | None) -> None:
         """Start the command, in the event loop of the proxy, which ends with it."""
+        _TOKENS.setLevel(logging.NOTSET)
         if error is not None:
             ended = replace(self._settings, command=self._settings.command.ended)
             say(
