@@ -91,20 +91,21 @@ class _Child:
     def start(self, master: DumpMaster, proxy_url: str, error: TokenError | None) -> None:
         """Start the command, in the event loop of the proxy, which ends with it."""
         _TOKENS.setLevel(logging.NOTSET)
-        if error is not None:
-            ended = replace(self._settings, command=self._settings.command.ended)
-            say(
-                f"{error.code}: {told(error, command_remedy(error, ended, in_container=runs_in_container()))}", err=True
-            )
-            self._code = 1
-        else:
+        try:
+            if error is not None:
+                ended = replace(self._settings, command=self._settings.command.ended)
+                remedy = command_remedy(error, ended, in_container=runs_in_container())
+                say(f"{error.code}: {told(error, remedy)}", err=True)
+                return
             self._take_signals(master.event_loop)
             self._pid = self._spawn(proxy_url)
-        if self._pid is None:
-            master.shutdown()
-            return
-        self._watcher = threading.Thread(target=self._watch, args=(master, self._pid), daemon=True)
-        self._watcher.start()
+            if self._pid is not None:
+                self._watcher = threading.Thread(target=self._watch, args=(master, self._pid), daemon=True)
+                self._watcher.start()
+        finally:
+            if self._pid is None:  # whatever went wrong
+                self._code = self._code or 1
+                master.shutdown()
 
     def wait(self, proxy_code: int) -> int:
         """Wait until the command has ended, and return the exit code. `proxy_code` is that of the proxy."""
@@ -122,7 +123,6 @@ class _Child:
             self._ca_file.write_bytes(joined_cas(os.environ, *more))
         except OSError as error:
             say(f"TMPDIR: cannot write the CAs for the command ({error.strerror}): set it to another folder", err=True)
-            self._code = 1
             return None
         url = f"{scheme}://{self._settings.proxy_auth}@{address}"
         variables = environment(os.environ, self._settings, url, self._ca_file)

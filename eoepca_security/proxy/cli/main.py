@@ -1,4 +1,4 @@
-"""The command line: `oidc-proxy [serve|check|exec|login|logout|token|demo] [-- mitmdump arguments]`.
+"""The command line: `oidc-proxy [serve|check|exec|login|logout|token|demo] [-- arguments]`.
 
 Exit codes: 0 on success, 1 for an error while running, 2 for wrong settings or arguments, 130 after Ctrl-C.
 """
@@ -176,7 +176,7 @@ class _Cli(Group):
     ),
     epilog="Settings come from these options, then from --set (see below), the environment, and .env in the working "
     "directory; .env.example describes them all. Options before the command are the same as after it, and without a "
-    "command they are those of serve. Arguments after -- go to mitmdump.",
+    "command they are those of serve. Arguments after -- go to mitmdump; after exec --, they are the command to run.",
 )
 @click.version_option(package_name="eoepca-security")
 @_common()
