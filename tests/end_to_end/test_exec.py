@@ -234,6 +234,33 @@ def test_nothing_is_left_when_the_command_has_ended_even_what_it_left_running(se
     assert list(setup.temporary.iterdir()) == []
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0 or not Path("/usr/bin/python3").exists(),
+    reason="only root can be another user, who needs a Python",
+)
+def test_another_user_cannot_read_the_password_or_use_the_proxy_without_it(setup: Setup) -> None:
+    code = f"import os; print(os.environ['HTTP_PROXY'], os.getpid(), os.environ['PIP_CERT'], flush=True)\n{WAITS}"
+    with setup.running(sys.executable, "-c", code) as process:
+        assert process.stdout is not None
+        proxy, child, ca_file = process.stdout.readline().split()
+        for file in (f"/proc/{child}/environ", ca_file):
+            assert Path(file).read_bytes()
+            read = subprocess.run(["cat", file], user=65534, cwd="/", capture_output=True, text=True, check=False)
+            assert (read.returncode, read.stdout) == (1, "")
+            assert "Permission denied" in read.stderr
+        code = (
+            "import socket, sys\n"
+            f"stream = socket.create_connection(('127.0.0.1', {urlsplit(proxy).port}), 10)\n"
+            f"stream.sendall(b'GET {setup.other_urls[1]} HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')\n"
+            "print(stream.recv(100).split()[1].decode())"
+        )
+        asked = subprocess.run(
+            ["/usr/bin/python3", "-c", code], user=65534, cwd="/", capture_output=True, text=True, check=False
+        )
+        assert asked.stdout == "407\n", asked.stderr
+        assert setup.other.requests == []
+
+
 def test_the_cas_are_in_a_folder_of_this_user(setup: Setup) -> None:
     code = "import os; file = os.environ['SSL_CERT_FILE']; print(oct(os.stat(os.path.dirname(file)).st_mode & 0o777))"
     assert setup.run(sys.executable, "-c", code).stdout == "0o700\n"
