@@ -159,6 +159,15 @@ def test_services_of_a_file_are_named_in_the_environment_and_no_secret_is(setup:
     assert "OPEN_ID_REFRESH_TOKEN" not in found
 
 
+def test_files_with_tokens_are_left_to_a_proxy_for_others(setup: Setup, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("from another proxy")
+    file = tmp_path / "services.toml"
+    file.write_text(f'[service.stac]\nurl = "{setup.url}/api"\ntoken_file = "{tmp_path}/stac-token"\n')
+    done = setup.run("ls", str(tmp_path), OPEN_ID_TOKEN_FILE=str(tmp_path / "token"), PROXY_SERVICES=str(file))
+    assert (done.stderr, done.stdout.split()) == ("", ["services.toml", "token"])
+    assert (tmp_path / "token").read_text() == "from another proxy"
+
+
 # --- who may use the proxy -------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,9 @@ def run(settings: Settings, command: Sequence[str]) -> int:
             f"with `env {unset}` before this command"
         )
     password = f"exec:{secrets.token_hex(32)}"
-    settings = replace(settings, proxy_auth=password)
+    # Files with tokens are kept by a proxy for others: we would remove them at the end.
+    services = tuple(replace(service, token_file=None) for service in settings.services)
+    settings = replace(settings, proxy_auth=password, services=services)
     # The first error is ours to tell.
     _TOKENS.setLevel(logging.ERROR)
     with _private_folder() as folder:

@@ -60,6 +60,7 @@ _FOR_COMMAND: Final = {
     AUTH_FILE: "",
     ALLOWED_HOSTS: "",
     TERMINATION_ENDPOINT: "",
+    TOKEN_FILE: "",
 }
 """The settings of a proxy for one command, which runs beside a proxy for others with the same `.env`."""
 

@@ -846,11 +846,12 @@ def test_a_proxy_for_a_command_is_a_forward_proxy_whatever_the_settings_say_abou
         "PROXY_AUTH_FILE": "missing",
         "PROXY_ALLOWED_HOSTS": "a.example",
         "PROXY_TERMINATION_ENDPOINT": "/quit",
+        "OPEN_ID_TOKEN_FILE": str(tmp_path / "token"),
         "PROXY_SERVICES": str(services),
     }
     for environ, dotenv in ((GOOD | for_others, {}), (GOOD, for_others)):
         settings = read_settings(environ, dotenv=dotenv, for_command=True)
         assert (settings.mode, settings.host, settings.port, settings.workers) == ("forward", "127.0.0.1", 0, 1)
-        assert (settings.admin, settings.proxy_auth) == (None, None)
+        assert (settings.admin, settings.proxy_auth, settings.token_file) == (None, None, None)
         assert [service.port for service in settings.services] == [None, None]
         assert settings.warnings == ()
