@@ -156,14 +156,19 @@ class _Child:
 
     def _watch(self, master: DumpMaster, pid: int) -> None:
         """Wait for the end of the command in a thread, and stop and go on with it as a shell expects of a job."""
-        while True:
-            _, status = os.waitpid(pid, os.WUNTRACED)
-            if not os.WIFSTOPPED(status):
-                break
-            if has_terminal():  # otherwise nobody would let us go on
+        changes = os.WUNTRACED | os.WCONTINUED
+        _, status = os.waitpid(pid, changes)
+        while not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
+            changed = 0
+            if os.WIFSTOPPED(status) and has_terminal():  # otherwise nobody would let us go on
                 # To this thread, so that it has stopped before the next line.
                 signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-                os.kill(pid, signal.SIGCONT)
+                # A shell lets the command go on together with us, and it may have stopped again since.
+                changed, status = os.waitpid(pid, changes | os.WNOHANG)
+                if changed == 0:
+                    os.kill(pid, signal.SIGCONT)
+            if changed == 0:
+                _, status = os.waitpid(pid, changes)
         code = os.waitstatus_to_exitcode(status)
         self._code = code if code >= 0 else 128 - code
         with contextlib.suppress(RuntimeError):  # the proxy has ended before
