@@ -1,6 +1,7 @@
 """Fixtures: a controllable issuer, a recording service, and the real proxy as a process between them."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.processes import ROOT, ProxyProcess, StartProxy, run_process
 from tests.support.tls import write_certificate
+
+# Under nohup, programs that tests start would ignore it, too: they inherit that, but no handler.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -39,6 +44,8 @@ def _group(nodeid: str) -> str:
     file, _, test = nodeid.partition("::")
     if "/test_keycloak" in file or file.endswith("/test_apache.py"):
         return "keycloak"
+    if "/test_service" in file and "/interop/" in file:
+        return "services"
     return f"{file}{test[test.find('[') :]}" if file.endswith("/test_issuers.py") else file
 
 

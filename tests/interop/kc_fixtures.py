@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.interop.kc_server import AUDIENCE, REALM, Keycloak, running_keycloak
+from tests.interop.kc_audiences import add_services
+from tests.interop.kc_server import AUDIENCE, REALM, ROTATING_REALM, Keycloak, running_keycloak
 from tests.interop.kc_service import Service, running_service
 
 
@@ -18,3 +19,10 @@ def keycloak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keycloak]:
 def service(keycloak: Keycloak) -> Iterator[Service]:
     with running_service(keycloak.issuer(REALM), AUDIENCE) as service:
         yield service
+
+
+@pytest.fixture(scope="session")
+def services(keycloak: Keycloak) -> Keycloak:
+    """Keycloak with several services behind one login, in the realm where a refresh token may be used once."""
+    add_services(keycloak, ROTATING_REALM)
+    return keycloak

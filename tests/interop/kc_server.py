@@ -27,7 +27,7 @@ JAVA_MAJORS = (25, 21, 17)  # in order of preference: the LTS releases this vers
 OLDEST = "20.0.0"
 OLDEST_JAVA_MAJORS = (17, 11)
 DOWNLOAD_SECONDS = 600.0
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 REQUEST_SECONDS = 10.0
 
 REALM = "eoepca"

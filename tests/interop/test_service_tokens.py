@@ -19,7 +19,7 @@ from eoepca_security.proxy.policy.remedies import exchange_remedy
 from tests.interop import issuer_oidc_provider
 from tests.interop.issuer import AUDIENCE, Issuer
 from tests.interop.issuer_oidc_provider import OTHER_AUDIENCE
-from tests.interop.kc_audiences import EXCHANGING, NARROWING, OPENEO, S3, SERVICES, STAC, add_client, add_services
+from tests.interop.kc_audiences import EXCHANGING, NARROWING, OPENEO, S3, SERVICES, STAC, add_client
 from tests.interop.kc_server import PASSWORD, ROTATING_REALM, USERNAME, Client, Keycloak
 from tests.support.fastapi import bearer, get, make_app
 
@@ -27,12 +27,6 @@ pytest_plugins = ["tests.interop.kc_fixtures"]
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(1000)]
 
 REALM = ROTATING_REALM  # where the second use of a refresh token ends the session
-
-
-@pytest.fixture(scope="module")
-def services(keycloak: Keycloak) -> Keycloak:
-    add_services(keycloak, REALM)
-    return keycloak
 
 
 @pytest.fixture

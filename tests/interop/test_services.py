@@ -18,7 +18,7 @@ from tests.interop import issuer_oidc_provider
 from tests.interop.issuer import AUDIENCE, Issuer
 from tests.interop.issuer_oidc_provider import OTHER_AUDIENCE
 from tests.interop.issuer_user import User
-from tests.interop.kc_audiences import EXCHANGING, NARROWING, OPENEO, S3, SERVICES, STAC, add_services
+from tests.interop.kc_audiences import EXCHANGING, NARROWING, OPENEO, S3, SERVICES, STAC
 from tests.interop.kc_process import Child
 from tests.interop.kc_server import PASSWORD, ROTATING_REALM, USERNAME, Client, Keycloak
 from tests.interop.kc_service import serving
@@ -37,13 +37,14 @@ LIFETIMES = 10
 
 
 @pytest.fixture(scope="module")
-def services(keycloak: Keycloak) -> Keycloak:
-    add_services(keycloak, REALM)
-    for client in (EXCHANGING, NARROWING):
-        (found,) = keycloak.admin("GET", f"{REALM}/clients?clientId={client.client_id}")
-        attributes = {**found["attributes"], "access.token.lifespan": str(LIFETIME)}
-        keycloak.admin("PUT", f"{REALM}/clients/{found['id']}", {**found, "attributes": attributes})
-    return keycloak
+def short_tokens(services: Keycloak) -> Iterator[None]:
+    for lifetime in (LIFETIME, None):
+        for client in (EXCHANGING, NARROWING):
+            (found,) = services.admin("GET", f"{REALM}/clients?clientId={client.client_id}")
+            attributes = {**found["attributes"], "access.token.lifespan": "" if lifetime is None else str(lifetime)}
+            services.admin("PUT", f"{REALM}/clients/{found['id']}", {**found, "attributes": attributes})
+        if lifetime is not None:
+            yield
 
 
 @pytest.fixture
@@ -160,6 +161,7 @@ format = "Bearer oidc/eoepca/{{token}}"
 """
 
 
+@pytest.mark.usefixtures("short_tokens")
 def test_three_services_get_what_keycloak_exchanges_for_each(
     services: Keycloak, stack: ExitStack, tmp_path: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_three_services_get_what_keycloak_exchanges_for_each(
     all_is_well(user)
 
 
+@pytest.mark.usefixtures("short_tokens")
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_public_client_narrows_for_each_service_for_ten_lifetimes(
     services: Keycloak, stack: ExitStack, tmp_path: Path, workers: str

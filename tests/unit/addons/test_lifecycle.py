@@ -28,6 +28,7 @@ async def test_what_is_read_last_stays_however_long_it_takes_to_read() -> None:
         on_reread=reread,
     )
     loop = asyncio.get_running_loop()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     on_hangup(lifecycle._reread)
     try:
         for content in (1, 2, 3):
@@ -38,5 +39,6 @@ async def test_what_is_read_last_stays_however_long_it_takes_to_read() -> None:
         await settled(lambda: used[-1:] == [3])
     finally:
         loop.remove_signal_handler(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
     # Signals that come meanwhile ask for the same.
     assert used == [1, 3]
