@@ -208,11 +208,12 @@ def test_in_a_browser_the_only_service_of_a_file_has_its_own_name() -> None:
 
 
 async def test_services_of_one_ca_file_share_what_is_made_of_it(context: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Path] = []
+    made: dict[Path, IO[bytes]] = {}
 
     def bundle(ca_file: Path) -> IO[bytes]:
-        made.append(ca_file)
-        return ca_bundle_file(ca_file)
+        assert ca_file not in made
+        made[ca_file] = ca_bundle_file(ca_file)
+        return made[ca_file]
 
     monkeypatch.setattr("eoepca_security.proxy.addons.configuration.ca_bundle_file", bundle)
     ca = Path(certifi.where())
@@ -221,5 +222,6 @@ async def test_services_of_one_ca_file_share_what_is_made_of_it(context: Any, mo
     )
     proxy = Proxy(context, with_services(first, second))
     trust = proxy.addon.state.trust
-    assert made == [ca]
+    assert made.keys() == {ca}
     assert trust[first.site] == trust[second.site]
+    made[ca].close()
