@@ -22,7 +22,7 @@ from eoepca_security.errors import IssuerUnavailable, StoreError
 from eoepca_security.oauth.protocol import read_text
 from eoepca_security.oauth.strict_json import parse_object
 from eoepca_security.oauth.urls import WELL_KNOWN, discovery_url
-from eoepca_security.session.session import Stored, StoredToken
+from eoepca_security.session.session import AccessToken, Stored
 
 VERSION: Final = 1
 MAX_FILE: Final = 1024 * 1024
@@ -277,13 +277,13 @@ def _is_sendable(values: Mapping[str, Any]) -> bool:
     )
 
 
-def _token(members: object) -> StoredToken | None:
+def _token(members: object) -> AccessToken | None:
     if not isinstance(members, dict):
         return None
     value, obtained_at, ends_at = read_text(members.get("value")), members.get("obtained_at"), members.get("ends_at")
     if value is None or not (isinstance(obtained_at, float) and isinstance(ends_at, float)):
         return None
-    return StoredToken(value, obtained_at, ends_at)
+    return AccessToken(value, obtained_at, ends_at)
 
 
 def _check_file(path: Path, status: os.stat_result) -> None:

@@ -59,22 +59,13 @@ class AccessToken:
 
 
 @dataclass(frozen=True)
-class StoredToken:
-    """An access token that is for one service only, and its times in epoch seconds."""
-
-    value: str = field(repr=False)
-    obtained_at: float
-    ends_at: float
-
-
-@dataclass(frozen=True)
 class Stored:
     """The stored part of a session. Times are in epoch seconds.
 
     `access_token` is None when the newest refresh token came without a usable one. `session_ends_at` is when the
     refresh token expires unless it is used, or None when the issuer did not say. `rejected` is true when the issuer has
     rejected the refresh token, and a login has taken over. `scope` is what the issuer granted to the session.
-    `for_services` are further access tokens, by the key of the `Purpose` that each is for.
+    `for_services` are further access tokens, without ID tokens, by the key of the `Purpose` that each is for.
     """
 
     refresh_token: str = field(repr=False)
@@ -85,13 +76,12 @@ class Stored:
     id_token: str | None = field(default=None, repr=False)
     rejected: bool = False
     scope: str | None = None
-    for_services: Mapping[str, StoredToken] = field(default_factory=dict, hash=False)
+    for_services: Mapping[str, AccessToken] = field(default_factory=dict, hash=False)
 
     def token(self, purpose: "Purpose | None" = None) -> AccessToken | None:
         """Return the session's own access token or that for `purpose`, or None; it may have expired."""
         if purpose is not None:
-            kept = self.for_services.get(purpose.key)
-            return AccessToken(kept.value, kept.obtained_at, kept.ends_at) if kept is not None else None
+            return self.for_services.get(purpose.key)
         if self.access_token is None:
             return None
         return AccessToken(self.access_token, self.obtained_at, self.ends_at, self.id_token)
@@ -356,7 +346,7 @@ class RefreshSession:
         now, tokens = self._now(), previous.for_services if previous is not None else {}
         tokens = {key: kept for key, kept in tokens.items() if now < kept.ends_at}
         if purpose is not None and token is not None:
-            tokens[purpose.key] = StoredToken(token.value, token.obtained_at, token.ends_at)
+            tokens[purpose.key] = replace(token, id_token=None)
         own = token if purpose is None else previous.token() if previous is not None else None
         kept = Stored(refresh_token, session_ends_at=self.ends_at, scope=self.scope, for_services=tokens)
         if own is None:

@@ -15,7 +15,7 @@ import pytest
 
 from eoepca_security.errors import IssuerUnavailable, StoreError
 from eoepca_security.session.file_store import TokenStore, _problem_of, folder_problem
-from eoepca_security.session.session import Stored, StoredToken
+from eoepca_security.session.session import AccessToken, Stored
 
 SESSION = Stored("refresh-canary", "access-canary", 1000.0, 1060.0, 2800.0)
 
@@ -189,7 +189,7 @@ def test_a_services_token_that_cannot_be_used_is_forgotten_and_the_session_stays
     right = {"value": "token", "obtained_at": 1.0, "ends_at": 2.0}
     tokens = {"right": right, "wrong": right | wrong, "none": None}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"for_services": tokens}))
-    assert store_in(file.parent).read() == replace(SESSION, for_services={"right": StoredToken("token", 1.0, 2.0)})
+    assert store_in(file.parent).read() == replace(SESSION, for_services={"right": AccessToken("token", 1.0, 2.0)})
 
 
 def test_a_file_of_a_version_that_did_not_note_rejections_is_read(file: Path) -> None:

@@ -20,7 +20,7 @@ from eoepca_security.session.service_tokens import (
     refreshed_tokens,
     shared_tokens,
 )
-from eoepca_security.session.session import Purpose, RefreshSession, Stored, StoredToken
+from eoepca_security.session.session import AccessToken, Purpose, RefreshSession, Stored
 from eoepca_security.session.source import TokenSource
 from tests.support.clock import START, Clock
 from tests.support.issuer import Issuer
@@ -163,7 +163,7 @@ def test_many_purposes_in_many_threads_never_use_a_refresh_token_twice(
 
 def test_service_tokens_that_do_not_fit_into_the_file_are_left_out(tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    store.write(Stored("refresh", for_services={"stac": StoredToken("t" * MAX_FILE, START, START + 60)}))
+    store.write(Stored("refresh", for_services={"stac": AccessToken("t" * MAX_FILE, START, START + 60)}))
     assert store.read() == Stored("refresh")
 
 
@@ -177,7 +177,7 @@ def test_damaged_service_tokens_are_reported(tmp_path: Path) -> None:
 
 
 def test_no_repr_shows_a_token() -> None:
-    shown = repr(Stored("secret", for_services={"stac": StoredToken("secret", START, START)}))
+    shown = repr(Stored("secret", for_services={"stac": AccessToken("secret", START, START)}))
     assert "secret" not in shown
     assert "stac" in shown
 
