@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
@@ -20,7 +20,7 @@ from eoepca_security.proxy.addons import mitmproxy_options
 from eoepca_security.proxy.addons.state import State
 from eoepca_security.proxy.config.command import this_command
 from eoepca_security.proxy.config.factory import Hooks, ca_bundle_file
-from eoepca_security.proxy.config.loading import reread_services, settings_in
+from eoepca_security.proxy.config.loading import check_tls, reread_services, settings_in, tls_of
 from eoepca_security.proxy.config.services import services_of
 from eoepca_security.proxy.config.settings import Service, Settings, Site
 from eoepca_security.proxy.config.variables import OPTIONS, SERVICES
@@ -200,27 +200,23 @@ class Configuration:
             apisix.learn if apisix is not None else None,
         )
 
-    def _trust_of(self, services: Iterable[Service]) -> dict[Site, Trust]:
+    def _trust_of(self, services: Sequence[Service]) -> dict[Site, Trust]:
         """Return the services that trust others than mitmproxy's options name.
 
         Connections that are there do not change, so a service keeps what it had from its start. Raises SettingsError.
         """
+        check_tls(services, self._tls, SERVICES.env)
         # One for each file, however many services name it: each has all CAs of the system, too.
         bundles: dict[Path, IO[bytes]] = {}
         trust = {}
         for service in services:
-            wanted = (service.ca_file, service.tls_no_verify)
-            if self._tls.get(service.site, wanted) != wanted:
-                raise SettingsError(
-                    f"{SERVICES.env}: [service.{service.name}] ca_file, tls_no_verify: a change needs a restart"
-                )
             if service.tls_no_verify:
                 trust[service.site] = Trust(None)
             elif service.ca_file is not None:
                 if service.ca_file not in bundles:
                     bundles[service.ca_file] = ca_bundle_file(service.ca_file)
                 trust[service.site] = Trust(Path(bundles[service.ca_file].name))
-        self._tls |= {service.site: (service.ca_file, service.tls_no_verify) for service in services}
+        self._tls |= tls_of(services)
         self._bundles = list(bundles.values())
         return trust
 

@@ -13,7 +13,7 @@ from eoepca_security.oauth.protocol import GRANTS
 from eoepca_security.oauth.urls import is_loopback
 from eoepca_security.proxy.config.command import Command
 from eoepca_security.proxy.config.services import ServicesFile, default_service, read_services
-from eoepca_security.proxy.config.settings import NO_VERIFY, Settings
+from eoepca_security.proxy.config.settings import NO_VERIFY, Service, Settings, Site
 from eoepca_security.proxy.config.validation import Reader, _reason, readable_by_all
 from eoepca_security.proxy.config.variables import (
     ACCESS_TOKEN,
@@ -306,12 +306,24 @@ def reread_services(settings: Settings) -> tuple[Settings, tuple[str, ...]]:
     if ports != before:
         changed = ", ".join(str(port) for port in sorted(ports ^ before, key=str))
         raise SettingsError(f"{name}: port: services with other ports than before need a restart ({changed})")
-    before_tls = {service.site: (service.ca_file, service.tls_no_verify) for service in settings.services}
-    for service in services:
-        # Connections that are there were made with the old ones.
-        if before_tls.get(service.site, wanted := (service.ca_file, service.tls_no_verify)) != wanted:
-            raise SettingsError(f"{name}: [service.{service.name}] ca_file, tls_no_verify: a change needs a restart")
+    check_tls(services, tls_of(settings.services), name)
     return replace(settings, services=services), warnings
+
+
+def tls_of(services: Iterable[Service]) -> dict[Site, tuple[Path | None, bool]]:
+    """Return what decides about the certificates of each site with services: `ca_file` and `tls_no_verify`."""
+    return {service.site: (service.ca_file, service.tls_no_verify) for service in services}
+
+
+def check_tls(services: Iterable[Service], before: Mapping[Site, tuple[Path | None, bool]], source: str) -> None:
+    """Raise SettingsError if a site's certificates are to be verified in another way than `before`.
+
+    Connections that are there were made in the old way. `source` is where the services are from.
+    """
+    for service in services:
+        wanted = (service.ca_file, service.tls_no_verify)
+        if before.get(service.site, wanted) != wanted:
+            raise SettingsError(f"{source}: [service.{service.name}] ca_file, tls_no_verify: a change needs a restart")
 
 
 def _services(settings: Settings, source: str, *, tells_unused: bool = True) -> ServicesFile:
