@@ -6,11 +6,10 @@ from mitmproxy.http import HTTPFlow, Request
 
 from eoepca_security.errors import IssuerUnavailable, TokenError
 from eoepca_security.proxy.addons.state import State
-from eoepca_security.proxy.config.settings import Service
 from eoepca_security.proxy.patches import messages
 from eoepca_security.proxy.policy.buffering import MAX_HELD
 from eoepca_security.proxy.policy.clearance import Clearance, clear, clearance
-from eoepca_security.proxy.policy.destination import Destination, Target
+from eoepca_security.proxy.policy.destination import Destination
 from eoepca_security.proxy.policy.headers import PLACEHOLDER, is_websocket
 from eoepca_security.proxy.policy.problem_details import CODE, DETAIL, REMEDY
 from eoepca_security.session.session import AccessToken
@@ -28,7 +27,23 @@ class Injection:
 
     async def authorize(self, flow: HTTPFlow, where: Destination) -> None:
         """Clear the request for its destination, or set a response that says why it cannot be sent."""
-        await self._authorize(flow, where.target, where.service, where.called, is_served=where.is_served)
+        flow.response = flow.response or messages.last_resort()
+        source = self._state.tokens_of(where.service)
+        try:
+            token = await self._token(source, is_served=where.is_served)
+        except TokenError as error:
+            flow.metadata[CODE] = error.code
+            if source is None or error is not source.error:  # the refresh already reported its own error
+                flow.metadata |= {DETAIL: str(error), REMEDY: self._state.remedy(error, where.service)}
+            flow.response = messages.answer(
+                error.code,
+                self._state.describe(error, where.service),
+                method=flow.request.method,
+                retry_after=source.retry_after() if source is not None else 1.0,
+            )
+            return
+        self._clear(flow.request, where, token)
+        flow.response = None
 
     async def renew(self, flow: HTTPFlow) -> None:
         """Do the same for a request that was cleared before, if its token is not the current one."""
@@ -38,28 +53,7 @@ class Injection:
         source = self._state.tokens_of(sent.service)
         token = source.at_hand if source is not None else None
         if token is None or token.value != sent.token:
-            await self._authorize(flow, sent.target, sent.service, sent.called, is_served=True)
-
-    async def _authorize(
-        self, flow: HTTPFlow, target: Target, service: Service | None, called: Service | None, *, is_served: bool
-    ) -> None:
-        flow.response = flow.response or messages.last_resort()
-        source = self._state.tokens_of(service)
-        try:
-            token = await self._token(source, is_served=is_served)
-        except TokenError as error:
-            flow.metadata[CODE] = error.code
-            if source is None or error is not source.error:  # the refresh already reported its own error
-                flow.metadata |= {DETAIL: str(error), REMEDY: self._state.remedy(error, service)}
-            flow.response = messages.answer(
-                error.code,
-                self._state.describe(error, service),
-                method=flow.request.method,
-                retry_after=source.retry_after() if source is not None else 1.0,
-            )
-            return
-        self._clear(flow.request, target, service, called, token)
-        flow.response = None
+            await self.authorize(flow, _destination(sent, flow.request))
 
     async def replace(self, flow: HTTPFlow) -> None:
         """Get another token after the service refused this one; clear the flow's response to send the request again.
@@ -73,7 +67,7 @@ class Injection:
         try:
             token = await source.replace(sent.token)
             if token is not None and _may_be_repeated(flow):
-                self._clear(flow.request, sent.target, sent.service, sent.called, token)
+                self._clear(flow.request, _destination(sent, flow.request), token)
                 flow.response = None
         except TokenError as error:
             whose = f" {name}" if (name := self._state.name_of(sent.service)) else ""
@@ -84,19 +78,13 @@ class Injection:
                 "a refused request%s was not sent again because of an unexpected %s", to, type(error).__name__
             )
 
-    def _clear(
-        self,
-        request: Request,
-        target: Target,
-        service: Service | None,
-        called: Service | None,
-        token: AccessToken,
-    ) -> None:
+    def _clear(self, request: Request, where: Destination, token: AccessToken) -> None:
+        service = where.service
         if service is None:
             raise RuntimeError("a token is for a service")
         apisix = self._state.apisix.get(service.name)
         headers = {service.header: service.header_value(token.value)} | (apisix.of(token) if apisix else {})
-        new = Clearance(target, headers, service, token.value, called)
+        new = Clearance(where.target, headers, service, token.value, where.called)
         # Usually nothing changed; the last clearance has its cached properties.
         if new != (last := self._last.get(service.name)):
             last = self._last[service.name] = new
@@ -116,6 +104,11 @@ class Injection:
             raise
         except Exception as error:
             raise IssuerUnavailable(f"unexpected {type(error).__name__}") from error
+
+
+def _destination(sent: Clearance, request: Request) -> Destination:
+    """Return where a request goes that was cleared before."""
+    return Destination(sent.target, request.path, sent.called is not None, True, sent.service, sent.called)
 
 
 def _may_be_repeated(flow: HTTPFlow) -> bool:
