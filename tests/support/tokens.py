@@ -1,8 +1,15 @@
-"""Ways to damage a token."""
+"""Tokens that nobody has signed, and ways to damage a token."""
 
+import base64
+import json
 import random
 
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+
+
+def jwt_with(**claims: object) -> str:
+    """Return a JWT with these claims, which nobody has signed."""
+    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
 
 
 def mutate(text: str, chance: random.Random) -> str:

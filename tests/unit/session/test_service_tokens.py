@@ -1,8 +1,6 @@
 """Services that share a login: whose token is whose, who waits for whom, and whose errors are whose."""
 
 import asyncio
-import base64
-import json
 import logging
 import threading
 from pathlib import Path
@@ -24,6 +22,7 @@ from eoepca_security.session.session import AccessToken, Purpose, RefreshSession
 from eoepca_security.session.source import TokenSource
 from tests.support.clock import START, Clock
 from tests.support.issuer import Issuer
+from tests.support.tokens import jwt_with
 
 
 class RotatingIssuer:
@@ -69,10 +68,6 @@ def store_in(folder: Path) -> TokenStore:
 
 def session_in(folder: Path, issuer: RotatingIssuer, clock: Clock) -> RefreshSession:
     return RefreshSession(issuer.own, "refresh-0", store=store_in(folder), now=clock)
-
-
-def jwt_with(**claims: object) -> str:
-    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
 
 
 # --- one refresh token for all -----------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """One login: whichever process uses it, its newest refresh token is used, once, and is on the disk first."""
 
-import base64
 import json
 import logging
 import threading
@@ -15,10 +14,7 @@ from eoepca_security.oauth.protocol import MAX_LIFETIME, TokenResponse
 from eoepca_security.session.file_store import TokenStore
 from eoepca_security.session.session import DEFAULT_LIFETIME, RefreshSession, token_end
 from tests.support.clock import START, Clock
-
-
-def jwt_with(**claims: object) -> str:
-    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
+from tests.support.tokens import jwt_with
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """When tokens are fetched, with the clock in the test's hand and no network."""
 
 import asyncio
-import base64
 import contextlib
-import json
 import logging
 import threading
 import time
@@ -19,6 +17,7 @@ from eoepca_security.session.source import TokenSource
 from eoepca_security.session.token_cycle import FORCED_INTERVAL, refresh_time
 from tests.support.clock import START, Clock
 from tests.support.issuer import Issuer
+from tests.support.tokens import jwt_with
 from tests.support.waiting import settled
 
 
@@ -35,10 +34,6 @@ def issuer() -> Issuer:
 @pytest.fixture
 def source(issuer: Issuer, clock: Clock) -> TokenSource:
     return TokenSource(issuer, refresh_token="first", now=clock)
-
-
-def jwt_with(**claims: object) -> str:
-    return f"e30.{base64.urlsafe_b64encode(json.dumps(claims).encode()).rstrip(b'=').decode()}.c2ln"
 
 
 # --- windows -----------------------------------------------------------------------------------------------------
